@@ -1,0 +1,78 @@
+"""Let the shards of a threaded Discord bot identify when they may, and never when they may not.
+
+queue = LocalQueue()
+with queue.acquire(shard_id):      # blocks this thread until its shard may identify
+    websocket.send(identify)
+"""
+
+from gateway_queue_sync.errors import (
+    AcquireTimeout,
+    BrokerError,
+    GatewayBotError,
+    GatewayQueueError,
+    QueueClosed,
+    SessionLimitExhausted,
+)
+from gateway_queue_sync.events import (
+    BudgetExhausted,
+    Event,
+    LimitUpdated,
+    Observer,
+    PermitReported,
+    ShardGranted,
+    ShardLeft,
+    ShardWaiting,
+)
+from gateway_queue_sync.models import (
+    DEFAULT_MARGIN,
+    IDENTIFY_INTERVAL,
+    SESSION_PERIOD,
+    BucketSnapshot,
+    LimitSnapshot,
+    Permit,
+    QueueSnapshot,
+    Report,
+    SessionStartLimit,
+    WaitingShard,
+)
+from gateway_queue_sync.policies import LargeBotQueue, LocalQueue, NoOpQueue
+from gateway_queue_sync.queue import GatewayQueue, Queue
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # queues
+    "GatewayQueue",
+    "LargeBotQueue",
+    "LocalQueue",
+    "NoOpQueue",
+    "Queue",
+    # values
+    "BucketSnapshot",
+    "LimitSnapshot",
+    "Permit",
+    "QueueSnapshot",
+    "Report",
+    "SessionStartLimit",
+    "WaitingShard",
+    # errors
+    "AcquireTimeout",
+    "BrokerError",
+    "GatewayBotError",
+    "GatewayQueueError",
+    "QueueClosed",
+    "SessionLimitExhausted",
+    # events
+    "BudgetExhausted",
+    "Event",
+    "LimitUpdated",
+    "Observer",
+    "PermitReported",
+    "ShardGranted",
+    "ShardLeft",
+    "ShardWaiting",
+    # figures
+    "DEFAULT_MARGIN",
+    "IDENTIFY_INTERVAL",
+    "SESSION_PERIOD",
+]

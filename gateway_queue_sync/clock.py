@@ -1,0 +1,58 @@
+"""The clock a queue lives by: it tells the time, and makes the conditions that wait for it.
+
+Both belong together: a clock that can only be read cannot wake a thread (see
+``testing.FakeClock``).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    Lock = threading._RLock | threading.RLock
+
+MICROSECOND = 1_000_000  # µs in a second
+
+
+class Clock(Protocol):
+    """What a queue asks of a clock."""
+
+    def now_us(self) -> int:
+        """Return microseconds on a clock that is never set, from any origin."""
+
+    def wall_us(self) -> int:
+        """Return microseconds since the Unix epoch on the clock people read."""
+
+    def condition(self, lock: Lock) -> threading.Condition:
+        """Return a condition over ``lock`` whose timed waits end by this clock."""
+
+
+def _unfrozen(name: str, clock_id: str) -> Callable[[], int]:
+    """Return the reading ``time.<name>`` that no time-freezing test tool replaces.
+
+    Such tools swap the functions of ``time`` (before or after our import) and hand out the true
+    time to some stack depths and the frozen one to others; a queue that mixed the two would wait
+    for years or grant at once. ``clock_gettime_ns`` reads the same clocks and is left alone.
+    """
+    if hasattr(time, "clock_gettime_ns") and hasattr(time, clock_id):
+        read, clock = time.clock_gettime_ns, getattr(time, clock_id)
+        return lambda: read(clock) // 1000
+    read_ns = getattr(time, name)
+    return lambda: read_ns() // 1000
+
+
+class SystemClock:
+    """The machine's own clocks: monotonic for waiting, wall time for what outlives a process."""
+
+    now_us = staticmethod(_unfrozen("monotonic_ns", "CLOCK_MONOTONIC"))
+    wall_us = staticmethod(_unfrozen("time_ns", "CLOCK_REALTIME"))
+    condition = staticmethod(threading.Condition)
+
+    def __repr__(self) -> str:
+        return "SystemClock()"
+
+
+SYSTEM_CLOCK = SystemClock()

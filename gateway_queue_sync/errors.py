@@ -1,0 +1,95 @@
+"""What can go wrong, as exceptions that carry their figures, explain themselves, and pickle."""
+
+from __future__ import annotations
+
+
+class GatewayQueueError(Exception):
+    """The base of every error that a queue raises on purpose."""
+
+    def _fields(self) -> tuple[object, ...]:
+        """Return the arguments that make this error anew: what pickling keeps."""
+        return self.args
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self._fields()
+
+
+class AcquireTimeout(GatewayQueueError, TimeoutError):
+    """No permit came within the timeout. Nothing was used up by waiting.
+
+    Attributes:
+        shard_id: the shard that asked.
+        timeout: how long it was willing to wait, in seconds.
+        eta: seconds until its permit would have come, or ``None`` if unknown.
+    """
+
+    def __init__(self, shard_id: int, timeout: float, eta: float | None = None) -> None:
+        # TimeoutError is an OSError, which would take positional arguments for errno and strerror.
+        super().__init__()
+        self.shard_id = shard_id
+        self.timeout = timeout
+        self.eta = eta
+
+    def __str__(self) -> str:
+        when = "" if self.eta is None else f"; it would have come in about {self.eta:.2f} s"
+        return f"shard {self.shard_id} got no permit within {self.timeout:g} s{when}"
+
+    def _fields(self) -> tuple[object, ...]:
+        return self.shard_id, self.timeout, self.eta
+
+
+class QueueClosed(GatewayQueueError, RuntimeError):
+    """The queue was closed, before the call or while it waited. No permit was used up."""
+
+    def __init__(self, message: str = "the queue is closed: it grants no more permits") -> None:
+        super().__init__(message)
+
+
+class SessionLimitExhausted(GatewayQueueError):
+    """The session start limit is used up (but for the reserve) until it resets.
+
+    Raised by queues made with ``when_exhausted="raise"``. Discord resets the token of a bot that
+    goes past its limit (https://discord.com/developers/docs/topics/gateway, *Session Start Limit*).
+
+    Attributes:
+        remaining: session starts left, the reserve included.
+        resets_in: seconds until the limit resets.
+    """
+
+    def __init__(self, remaining: int, resets_in: float) -> None:
+        super().__init__()
+        self.remaining = remaining
+        self.resets_in = resets_in
+
+    def __str__(self) -> str:
+        return (
+            f"the session start limit is used up ({self.remaining} left, all of it reserved); "
+            f"it resets in {self.resets_in:.0f} s"
+            if self.remaining
+            else f"the session start limit is used up; it resets in {self.resets_in:.0f} s"
+        )
+
+    def _fields(self) -> tuple[object, ...]:
+        return self.remaining, self.resets_in
+
+
+class GatewayBotError(GatewayQueueError):
+    """``GET /gateway/bot`` gave no session start limit. Never holds the token.
+
+    Attributes:
+        status: the HTTP status that Discord answered with, or ``None`` if it did not answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def _fields(self) -> tuple[object, ...]:
+        return self.args[0], self.status
+
+
+class BrokerError(GatewayQueueError):
+    """A ledger shared by processes is out of reach or answers nonsense.
+
+    Always raised ``from`` its cause. No permit was granted.
+    """

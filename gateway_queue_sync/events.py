@@ -1,0 +1,72 @@
+"""What an observer is told: one frozen value for each thing that happens in a queue.
+
+An observer is one callable that takes an event. It is called without any lock held, in the thread
+in which the thing happened, so it should be quick. One that raises is logged and survived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from gateway_queue_sync.models import Report, SessionStartLimit
+
+LeaveReason = Literal["timeout", "cancelled", "interrupted", "closed", "exhausted", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWaiting:
+    """A shard joined a line; ``position`` are before it, ``eta`` is in seconds."""
+
+    shard_id: int
+    bucket: int
+    position: int
+    eta: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardGranted:
+    """A shard got its permit after ``waited`` seconds; ``remaining`` is ``None`` without a budget."""
+
+    shard_id: int
+    bucket: int
+    waited: float
+    remaining: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLeft:
+    """A shard left its line without a permit, after ``waited`` seconds."""
+
+    shard_id: int
+    waited: float
+    reason: LeaveReason
+
+
+@dataclass(frozen=True, slots=True)
+class PermitReported:
+    """The holder of a permit said what became of it."""
+
+    shard_id: int
+    bucket: int
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetExhausted:
+    """The session start limit is used up but for the reserve; it resets in ``resets_in`` seconds."""
+
+    remaining: int
+    resets_in: float
+
+
+@dataclass(frozen=True, slots=True)
+class LimitUpdated:
+    """The queue adopted a limit, from ``update`` or from ``refresh``."""
+
+    limit: SessionStartLimit
+
+
+Event = ShardWaiting | ShardGranted | ShardLeft | PermitReported | BudgetExhausted | LimitUpdated
+Observer = Callable[[Event], None]

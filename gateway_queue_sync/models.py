@@ -1,0 +1,266 @@
+"""The plain values that go in and out: limits, permits, snapshots. No lock, no clock, no I/O."""
+
+from __future__ import annotations
+
+import enum
+import math
+import operator
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+IDENTIFY_INTERVAL = 5.0
+"""Seconds between two IDENTIFYs of one bucket: Discord's rule."""
+
+DEFAULT_MARGIN = 0.25
+"""Seconds added to the interval, for what the network does to two IDENTIFYs on their way."""
+
+SESSION_PERIOD = 86_400.0
+"""Seconds after which Discord renews the session start limit."""
+
+
+def whole_number(name: str, value: object, *, least: int = 0) -> int:
+    """Return ``value`` as an ``int`` of at least ``least``, or say what is wrong with it."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, not the bool {value!r}")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a whole number, not {type(value).__name__} {value!r}"
+        ) from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, not {number}")
+    return number
+
+
+def real_number(name: str, value: object) -> float:
+    """Return ``value`` as a ``float`` that is not NaN, or say what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__} {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond every float
+        number = math.inf if value > 0 else -math.inf
+    if math.isnan(number):
+        raise ValueError(f"{name} must be a number, not NaN")
+    return number
+
+
+def seconds(name: str, value: object, *, above: float | None = None) -> float:
+    """Return ``value`` as seconds that a wait can take: at least 0, or above ``above`` if given."""
+    number = real_number(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, not {number}")
+    if number > threading.TIMEOUT_MAX:
+        raise ValueError(f"{name} must be at most {threading.TIMEOUT_MAX:.0f} s, not {number:g}")
+    if above is not None and number <= above:
+        raise ValueError(f"{name} must be more than {above:g} s, not {number:g}")
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, not {number:g}")
+    return number
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStartLimit:
+    """Discord's session start limit: how many sessions a bot may still start, and how fast.
+
+    Source: https://discord.com/developers/docs/topics/gateway#session-start-limit-object.
+
+    Attributes:
+        total: session starts allowed in a period (about a day).
+        remaining: session starts left in this period, at most ``total``.
+        reset_after: seconds until the limit resets.
+        max_concurrency: IDENTIFYs allowed per 5 seconds, one for each bucket
+            ``shard_id % max_concurrency``.
+
+    Raises:
+        TypeError: a value is no number of the right kind.
+        ValueError: a value is negative, not finite or contradicts another one.
+    """
+
+    total: int
+    remaining: int
+    reset_after: float
+    max_concurrency: int
+
+    def __post_init__(self) -> None:
+        def normalise(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        normalise("total", whole_number("total", self.total))
+        normalise("remaining", whole_number("remaining", self.remaining))
+        normalise("reset_after", seconds("reset_after", self.reset_after))
+        normalise("max_concurrency", whole_number("max_concurrency", self.max_concurrency, least=1))
+        if self.remaining > self.total:
+            raise ValueError(f"remaining ({self.remaining}) is more than total ({self.total})")
+
+    @classmethod
+    def from_payload(cls, payload: Mapping[str, Any]) -> Self:
+        """Read Discord's JSON: the ``session_start_limit`` object or the whole ``/gateway/bot`` body.
+
+        Discord counts ``reset_after`` in milliseconds; the result has seconds.
+
+        Raises:
+            TypeError: the payload or one of its fields has another type than Discord's.
+            ValueError: a field is missing, negative or contradicts another one.
+        """
+        what = "the payload"
+        if isinstance(payload, Mapping) and "session_start_limit" in payload:
+            payload, what = payload["session_start_limit"], "session_start_limit"
+        if not isinstance(payload, Mapping):
+            raise TypeError(f"{what} must be a JSON object, not {type(payload).__name__}")
+        fields = ("total", "remaining", "reset_after", "max_concurrency")
+        missing = [name for name in fields if name not in payload]
+        if missing:
+            raise ValueError(f"{what} lacks {', '.join(missing)}")
+        milliseconds = real_number("reset_after (milliseconds)", payload["reset_after"])
+        return cls(
+            total=payload["total"],
+            remaining=payload["remaining"],
+            reset_after=milliseconds / 1000,
+            max_concurrency=payload["max_concurrency"],
+        )
+
+
+class Report(enum.Enum):
+    """What became of a permit, in the words of its holder."""
+
+    SENT = "sent"
+    UNUSED = "unused"
+    REJECTED = "rejected"
+
+
+class Permit:
+    """The right to send one IDENTIFY, now.
+
+    As a context manager it reports ``sent()`` when the ``with`` is left, by an exception too (the
+    IDENTIFY may have gone out), unless something was reported before. A permit nobody reports on
+    counts as used when it was granted. Reports may come from any thread, and after the queue was
+    closed. A repeated report changes nothing; one that contradicts an earlier one changes nothing
+    and logs a WARNING.
+
+    Attributes:
+        shard_id: the shard that may identify.
+        bucket: the bucket it was granted in, ``shard_id % max_concurrency``.
+        waited: seconds between asking and the grant.
+        remaining: session starts left after this one, or ``None`` if no budget is kept.
+
+    Whoever writes a ``Queue`` of their own may make one with ``Permit(shard_id)``: its reports do
+    nothing.
+    """
+
+    __slots__ = ("_grant", "_reporter", "bucket", "remaining", "reported", "shard_id", "waited")
+
+    def __init__(
+        self,
+        shard_id: int,
+        bucket: int = 0,
+        waited: float = 0.0,
+        remaining: int | None = None,
+        _reporter: Callable[[Permit, Report], None] | None = None,
+        _grant: Any = None,
+    ) -> None:
+        self.shard_id = shard_id
+        self.bucket = bucket
+        self.waited = waited
+        self.remaining = remaining
+        self.reported: Report | None = None
+        self._reporter = _reporter
+        self._grant = _grant
+
+    def sent(self) -> None:
+        """Report that the IDENTIFY went out just now: the bucket's window starts now.
+
+        Also right when it comes late; the window then moves if that makes it later.
+        """
+        self._report(Report.SENT)
+
+    def unused(self) -> None:
+        """Give the permit back: no IDENTIFY was sent and none will be.
+
+        The session start is refunded if the limit has not been renewed since, and the bucket is
+        free again if it has granted nothing since. Counts only as the first report.
+        """
+        self._report(Report.UNUSED)
+
+    def rejected(self) -> None:
+        """Report that the gateway answered the IDENTIFY with Invalid Session (opcode 9).
+
+        The bucket stays closed for 2 windows from now, for 4 and 8 and so on up to a minute (never
+        less than 2 windows) while rejections go on in a row. May follow ``sent()``. A refused
+        IDENTIFY still counts in the session start limit.
+        """
+        self._report(Report.REJECTED)
+
+    def _report(self, report: Report) -> None:
+        if self._reporter is not None:
+            self._reporter(self, report)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.reported is None:
+            self.sent()
+
+    def __repr__(self) -> str:
+        state = "" if self.reported is None else f" {self.reported.value}"
+        left = "" if self.remaining is None else f" remaining={self.remaining}"
+        return (
+            f"<Permit shard_id={self.shard_id} bucket={self.bucket} "
+            f"waited={self.waited:.3f}{left}{state}>"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingShard:
+    """One place in a line: its shard, how long it has waited, and when its permit should come.
+
+    ``waited`` and ``eta`` are seconds; ``eta`` counts from the snapshot and includes the wait for a
+    reset of the limit. It holds while nobody with a head start arrives; ``None`` if it is unknown.
+    """
+
+    shard_id: int
+    waited: float
+    eta: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BucketSnapshot:
+    """One bucket: seconds until its window is over (0.0: now), and its line, first come first."""
+
+    bucket: int
+    ready_in: float
+    shards: tuple[WaitingShard, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LimitSnapshot:
+    """The budget: ``remaining`` of ``total`` session starts, and seconds until it resets.
+
+    A reset that is due shows as done (``remaining == total``, ``resets_in == 0.0``) until the next
+    grant starts the new period.
+    """
+
+    total: int
+    remaining: int
+    resets_in: float
+
+
+@dataclass(frozen=True, slots=True)
+class QueueSnapshot:
+    """A queue at one instant.
+
+    Attributes:
+        waiting: how many stand in lines.
+        granted: permits granted since this account began, over all processes; it never falls.
+        buckets: every bucket, by number.
+        limit: the budget, or ``None`` if none is kept.
+    """
+
+    waiting: int
+    granted: int
+    buckets: tuple[BucketSnapshot, ...]
+    limit: LimitSnapshot | None

@@ -1,0 +1,97 @@
+"""When permits will come: the rules looked ahead, on values alone. No thread, clock, lock or I/O."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+
+from gateway_queue_sync.clock import MICROSECOND
+from gateway_queue_sync.lines import Ticket
+from gateway_queue_sync.models import BucketSnapshot, LimitSnapshot, QueueSnapshot, WaitingShard
+from gateway_queue_sync.rules import Budget
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """All that decides when permits come, taken at one instant: a value apart from its account."""
+
+    window_us: int
+    period_us: int
+    reserve: int
+    ready_in_us: Mapping[int, int]
+    budget: Budget | None
+
+
+def starts(outlook: Outlook, lines: Mapping[int, int]) -> Iterator[tuple[int, int]]:
+    """Yield ``(in_us, bucket)`` for each permit that lines of these lengths will get, in time order.
+
+    ``in_us`` counts from the outlook's instant. Buckets that are ready at one instant come by
+    number.
+    """
+    left = {number: size for number, size in lines.items() if size}
+    remaining = resets_at_us = None
+    if outlook.budget is not None:
+        remaining, resets_at_us = outlook.budget.remaining, outlook.budget.resets_in_us or None
+    ready = [(outlook.ready_in_us[number], number) for number in left]
+    heapq.heapify(ready)
+    while ready:
+        at_us, number = ready[0]
+        if outlook.budget is not None and remaining is not None:
+            if resets_at_us is not None and at_us >= resets_at_us:
+                remaining, resets_at_us = outlook.budget.total, None
+            if remaining <= outlook.reserve:
+                if resets_at_us is None:
+                    return  # the reserve is the whole budget: no reset will help
+                heapq.heapreplace(ready, (resets_at_us, number))
+                continue
+            remaining -= 1
+            if resets_at_us is None:
+                resets_at_us = at_us + outlook.period_us
+        yield at_us, number
+        left[number] -= 1
+        if left[number]:
+            heapq.heapreplace(ready, (at_us + outlook.window_us, number))
+        else:
+            heapq.heappop(ready)
+
+
+def eta_us(outlook: Outlook, number: int, before: int, lines: Mapping[int, int]) -> int | None:
+    """Return when the place with ``before`` others in front of it in bucket ``number`` gets its permit.
+
+    ``lines`` includes that place. Where the budget lasts for all that wait this is a product; else
+    the starts are counted up to it. ``None`` if no permit will ever come.
+    """
+    kept = outlook.budget
+    if kept is None or sum(lines.values()) <= kept.remaining - outlook.reserve:
+        return outlook.ready_in_us[number] + before * outlook.window_us
+    for at_us, bucket in starts(outlook, lines):
+        if bucket == number:
+            if before == 0:
+                return at_us
+            before -= 1
+    return None
+
+
+def snapshot(
+    outlook: Outlook, lines: Mapping[int, list[Ticket]], now_us: int, granted: int
+) -> QueueSnapshot:
+    """Return the picture of a queue whose buckets are the outlook's and whose lines are these."""
+    etas: dict[int, list[float]] = {number: [] for number in lines}
+    for in_us, number in starts(outlook, {number: len(line) for number, line in lines.items()}):
+        etas[number].append(in_us / MICROSECOND)
+    buckets = []
+    for number, ready_in_us in outlook.ready_in_us.items():
+        line = sorted(lines.get(number, ()), key=lambda ticket: ticket.place)
+        shards = (
+            WaitingShard(ticket.shard_id, max(0, now_us - ticket.arrived_us) / MICROSECOND, eta)
+            for ticket, eta in zip_longest(line, etas.get(number, ()))
+        )
+        buckets.append(BucketSnapshot(number, ready_in_us / MICROSECOND, tuple(shards)))
+    limit = None
+    if outlook.budget is not None:
+        left = outlook.budget
+        limit = LimitSnapshot(left.total, left.remaining, left.resets_in_us / MICROSECOND)
+    waiting = sum(len(line) for line in lines.values())
+    return QueueSnapshot(waiting, granted, tuple(buckets), limit)

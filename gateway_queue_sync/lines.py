@@ -1,0 +1,211 @@
+"""Lines: who waits for which bucket, in what order. Plain data under the queue's mutex."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+
+from gateway_queue_sync.models import Permit
+from gateway_queue_sync.rules import Grant
+
+_serials = itertools.count()
+
+
+class PermitFuture(Future[Permit]):
+    """A future that leaves its line as soon as it is cancelled."""
+
+    on_cancel: Callable[[], None] | None = None
+
+    def cancel(self) -> bool:
+        """Cancel as any future does, and leave the line."""
+        cancelled = super().cancel()
+        on_cancel, self.on_cancel = self.on_cancel, None
+        if cancelled and on_cancel is not None:
+            on_cancel()
+        return cancelled
+
+
+class Ticket:
+    """One place in a line, held by a thread or by a future.
+
+    Its place is its arrival minus its priority (a head start), then the order of asking. A ticket
+    that is no longer ``waiting`` is as good as gone: lines pass over it.
+    """
+
+    __slots__ = (
+        "announced",
+        "arrived_us",
+        "claimed",
+        "condition",
+        "future",
+        "grant",
+        "place",
+        "refresh_failed",
+        "shard_id",
+        "waiting",
+    )
+
+    def __init__(
+        self,
+        shard_id: int,
+        arrived_us: int,
+        priority_us: int = 0,
+        future: PermitFuture | None = None,
+    ) -> None:
+        self.shard_id = shard_id
+        self.arrived_us = arrived_us
+        self.place = (arrived_us - priority_us, next(_serials))
+        self.future = future
+        self.condition: threading.Condition | None = None  # a thread's, made when it has to wait
+        self.waiting = False
+        self.grant: Grant | None = None  # granted, but not handed over yet
+        self.claimed = False  # its future can't be cancelled any more
+        self.announced = False  # an observer knows that it waits
+        self.refresh_failed = False  # it tried to read the limit anew, in vain
+
+    def claim(self) -> bool:
+        """Return whether the permit still has a taker; a future can't be cancelled after that."""
+        if self.future is not None and not self.claimed:
+            self.claimed = self.future.set_running_or_notify_cancel()
+            return self.claimed
+        return True
+
+
+class Line:
+    """Those waiting for one bucket: a heap by place, in which whoever left stays until passed over.
+
+    So joining, leaving and taking the front cost the same (or a logarithm) at any length.
+    """
+
+    __slots__ = ("_gone", "_heap")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int], Ticket]] = []
+        self._gone = 0
+
+    @property
+    def first(self) -> Ticket | None:
+        """Who comes next, or ``None`` if nobody waits."""
+        heap = self._heap
+        while heap and not heap[0][1].waiting:
+            heapq.heappop(heap)
+            self._gone -= 1
+        return heap[0][1] if heap else None
+
+    def join(self, ticket: Ticket) -> None:
+        """Stand in line, at the ticket's place."""
+        ticket.waiting = True
+        heapq.heappush(self._heap, (ticket.place, ticket))
+
+    def leave(self, ticket: Ticket) -> None:
+        """Stand in line no longer."""
+        ticket.waiting = False
+        self._gone += 1
+        if (
+            self._gone > 16 and self._gone > len(self._heap) // 2
+        ):  # else a blocked line would only grow
+            heap = [entry for entry in self._heap if entry[1].waiting]
+            heapq.heapify(heap)
+            self._heap, self._gone = heap, 0
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """Yield those who wait, in no order."""
+        return (ticket for _, ticket in self._heap if ticket.waiting)
+
+    def before(self, ticket: Ticket) -> int:
+        """Return how many wait in front of this place."""
+        return sum(other.place < ticket.place for other in self)
+
+
+class Lines:
+    """The line of each bucket in which somebody waits, for one ``max_concurrency``."""
+
+    __slots__ = ("by_bucket", "max_concurrency")
+
+    def __init__(self, max_concurrency: int, tickets: Iterable[Ticket] = ()) -> None:
+        self.max_concurrency = max_concurrency
+        self.by_bucket: dict[int, Line] = {}  # a bucket is in here while somebody waits for it
+        for ticket in tickets:
+            self.join(ticket)
+
+    def bucket(self, ticket: Ticket) -> int:
+        """Return the number of the bucket that a ticket waits for."""
+        return ticket.shard_id % self.max_concurrency
+
+    def join(self, ticket: Ticket) -> None:
+        """Stand in the line of the ticket's bucket."""
+        number = self.bucket(ticket)
+        line = self.by_bucket.get(number)
+        if line is None:
+            line = self.by_bucket[number] = Line()
+        line.join(ticket)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Stand in line no longer; harmless if the ticket does not."""
+        line = self.by_bucket.get(self.bucket(ticket))
+        if line is not None and ticket.waiting:
+            line.leave(ticket)
+
+    def first(self, number: int) -> Ticket | None:
+        """Return who comes next in a bucket; a line that has run empty is dropped."""
+        line = self.by_bucket.get(number)
+        if line is None:
+            return None
+        first = line.first
+        if first is None:
+            del self.by_bucket[number]
+        return first
+
+    def before(self, ticket: Ticket) -> int:
+        """Return how many wait in front of this place in its line."""
+        line = self.by_bucket.get(self.bucket(ticket))
+        return 0 if line is None else line.before(ticket)
+
+    def lengths(self) -> dict[int, int]:
+        """Return how many wait in each bucket that has a line."""
+        return {number: sum(1 for _ in line) for number, line in self.by_bucket.items()}
+
+    def firsts(self) -> list[Ticket]:
+        """Return who comes next, of each line."""
+        found = (self.first(number) for number in list(self.by_bucket))
+        return [ticket for ticket in found if ticket is not None]
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """Yield everybody who waits, first come first."""
+        everybody = [ticket for line in self.by_bucket.values() for ticket in line]
+        return iter(sorted(everybody, key=lambda ticket: ticket.place))
+
+
+class Agenda:
+    """When to look at which bucket again: a heap by time, one valid entry for each bucket."""
+
+    __slots__ = ("_heap", "_times")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int]] = []
+        self._times: dict[int, int] = {}
+
+    def set(self, number: int, at_us: int) -> None:
+        """Look at the bucket at ``at_us``, instead of at any time set before."""
+        self._times[number] = at_us
+        heapq.heappush(self._heap, (at_us, number))
+        if len(self._heap) > 16 + 2 * len(self._times):
+            self._heap = [(at_us, number) for number, at_us in self._times.items()]
+            heapq.heapify(self._heap)
+
+    @property
+    def next_us(self) -> int | None:
+        """When to look next, ``None`` for never."""
+        heap = self._heap
+        while heap and self._times.get(heap[0][1]) != heap[0][0]:
+            heapq.heappop(heap)
+        return heap[0][0] if heap else None
+
+    def pop(self) -> int:
+        """Take the bucket that ``next_us`` is about off the agenda."""
+        _, number = heapq.heappop(self._heap)
+        del self._times[number]
+        return number

@@ -1,0 +1,70 @@
+"""Threads to drive, and a clock to drive them with."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from freezegun import freeze_time
+
+from gateway_queue_sync.testing import FakeClock
+
+PATIENCE = 20.0  # s a test waits for what must come; nothing takes that long unless it is broken
+
+
+class Crew:
+    """Threads that each make one call, and whose outcomes are futures."""
+
+    def __init__(self) -> None:
+        self.threads: list[threading.Thread] = []
+        self.returned: list[Any] = []  # outcomes in the order in which the calls returned
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
+        call: Call = Call()
+
+        def run() -> None:
+            try:
+                outcome = function(*args, **kwargs)
+            except BaseException as error:  # noqa: BLE001
+                call.set_exception(error)
+            else:
+                self.returned.append(outcome)
+                call.set_result(outcome)
+
+        thread = threading.Thread(target=run, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+        return call
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), "a call never returned"
+
+
+class Call(Future[Any]):
+    def now(self) -> Any:
+        """The outcome of a call that must return without more ado."""
+        return self.result(PATIENCE)
+
+
+@pytest.fixture
+def crew() -> Iterator[Crew]:
+    crew = Crew()
+    yield crew
+    crew.join()
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def freezer() -> Iterator[Any]:
+    """The wall clock, stopped, to be moved by hand."""
+    with freeze_time("2026-11-23 12:00:00") as frozen:
+        yield frozen

@@ -1,0 +1,118 @@
+"""The command line: its options, its commands, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import gateway_queue_sync
+from gateway_queue_sync import cli
+
+ROOT = Path(gateway_queue_sync.__file__).parents[1]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A command ``try``, whose outcome is set on what is returned."""
+
+    stand_in = SimpleNamespace(func=None)
+
+    def add_parser(subparsers: Any) -> None:
+        subparsers.add_parser("try").set_defaults(func=stand_in.func)
+
+    stand_in.add_parser = add_parser
+    monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, stand_in))
+    return stand_in
+
+
+def raising(error: BaseException) -> Any:
+    def func(arguments: argparse.Namespace) -> int:
+        raise error
+
+    return func
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"gateway_queue_sync {gateway_queue_sync.__version__}\n"
+
+
+def test_no_command_prints_help_and_returns_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("usage: python -m gateway_queue_sync ")
+    assert "demo" in printed.err
+    assert printed.out == ""
+
+
+def test_an_unknown_command_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["dance"])
+    assert end.value.code == 2
+    assert "'dance'" in capsys.readouterr().err
+
+
+def test_without_arguments_it_reads_those_of_the_command_line(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.func = lambda arguments: 7
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "try"])
+    assert cli.main() == 7
+
+
+def test_ctrl_c_returns_130(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command.func = raising(KeyboardInterrupt())
+    assert cli.main(["try"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_an_error_of_the_system_is_told_without_a_traceback(
+    command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.func = raising(OSError(28, "No space left on device"))
+    assert cli.main(["try"]) == 1
+    said = capsys.readouterr().err
+    assert said == "python -m gateway_queue_sync: error: [Errno 28] No space left on device\n"
+
+
+def test_a_broken_pipe_is_quiet_and_stays_quiet(
+    command: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        command.func = lambda arguments: print("nobody reads this", flush=True)
+        assert cli.main(["try"]) == 141
+        stdout.flush()  # what is left in the buffer goes nowhere now
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_pipe_of_something_that_is_no_file(
+    command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.func = raising(BrokenPipeError())
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert cli.main(["try"]) == 141
+
+
+def test_it_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "gateway_queue_sync", "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.startswith("usage: python -m gateway_queue_sync ")

@@ -1,0 +1,246 @@
+"""Places in line that hold no thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+from test_waiting import in_line, limit, order
+
+from gateway_queue_sync import LargeBotQueue, LocalQueue, QueueClosed, ShardLeft, ShardWaiting
+
+WINDOW = 5.25
+
+
+def server_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "gateway-queue-futures"]
+
+
+def wait_for_no_server():
+    for thread in server_threads():
+        thread.join(5)
+        assert not thread.is_alive()
+
+
+def test_a_free_bucket_makes_a_finished_future(clock):
+    queue = LocalQueue(clock=clock)
+    assert queue.enqueue(4).result(0).shard_id == 4
+    assert not server_threads()
+
+
+def test_futures_and_threads_stand_in_one_line(clock, crew):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    (first,) = in_line(queue, crew, clock, [1])
+    second = queue.enqueue(2)
+    clock.settle(2)
+    (third,) = in_line(queue, crew, clock, [3])
+    ahead = queue.enqueue(4, priority=60.0)
+    assert order(queue.snapshot()) == [4, 1, 2, 3]
+    for outcome, parked in ((ahead, 3), (first, 3), (second, 2), (third, 1)):
+        clock.settle(parked)  # the threads, and the one that serves the futures while there are any
+        assert not outcome.done()
+        clock.advance(WINDOW)
+        outcome.result(10)
+
+
+def test_one_thread_serves_all_and_is_gone_when_nobody_waits(clock):
+    queue = LargeBotQueue(limit(max_concurrency=4), clock=clock)
+    for shard in range(4):
+        queue.acquire(shard)
+    futures = [queue.enqueue(shard) for shard in range(40)]
+    assert len(server_threads()) == 1
+    for _ in range(10):
+        clock.settle(1)
+        clock.advance(WINDOW)
+    assert [future.result(10).shard_id for future in futures] == list(range(40))
+    wait_for_no_server()
+    again = queue.enqueue(0)
+    clock.settle(1)
+    clock.advance(WINDOW)
+    again.result(10)
+
+
+def test_a_cancelled_future_leaves_the_line_at_once_and_costs_nothing(clock):
+    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+    queue.acquire(9)
+    futures = [queue.enqueue(shard) for shard in range(3)]
+    assert futures[1].cancel()
+    assert futures[1].cancel()
+    assert order(queue.snapshot()) == [0, 2]
+    assert futures[0].cancel()
+    clock.settle(1)
+    clock.advance(WINDOW)
+    assert futures[2].result(10).remaining == 8
+    with pytest.raises(CancelledError):
+        futures[0].result(0)
+
+
+def test_cancelling_the_last_future_ends_its_thread(clock):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    assert queue.enqueue(0).cancel()
+    wait_for_no_server()
+    assert queue.snapshot().waiting == 0
+
+
+def test_a_cancelled_head_hands_the_front_to_a_thread(clock, crew):
+    """One limiter loses everyone behind a cancelled head for good."""
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    future = queue.enqueue(0)
+    clock.settle(1)
+    (call,) = in_line(queue, crew, clock, [1])
+    future.cancel()
+    clock.settle(1)
+    clock.advance(WINDOW)
+    assert call.now().waited == WINDOW
+
+
+def test_a_future_cancelled_as_it_is_granted_gives_the_permit_to_the_next(clock, monkeypatch):
+    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+    queue.acquire(9)
+    first, second = queue.enqueue(0), queue.enqueue(1)
+    take = queue._ledger.take
+
+    def cancelled_meanwhile(shard_id, *args):
+        answer = take(shard_id, *args)
+        if shard_id == 0 and clock.now_us() >= 1_005_250_000:
+            monkeypatch.undo()
+            super(type(first), first).cancel()  # its state alone, as another thread at this instant
+        return answer
+
+    clock.settle(1)
+    monkeypatch.setattr(queue._ledger, "take", cancelled_meanwhile)
+    clock.advance(WINDOW)
+    assert second.result(10).remaining == 8
+    assert queue.snapshot().buckets[0].ready_in == WINDOW
+
+
+def test_callbacks_run_and_one_that_raises_stops_nobody(clock, caplog):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    futures = [queue.enqueue(shard) for shard in range(3)]
+    called = []
+
+    def callback(future):
+        called.append(future.result().shard_id)
+        raise (SystemExit if len(called) == 1 else ValueError)
+
+    for future in futures:
+        future.add_done_callback(callback)
+    for future in futures:
+        clock.settle(1)
+        clock.advance(WINDOW)
+        future.result(10)
+    wait_for_no_server()
+    assert called == [0, 1, 2]
+
+
+def test_a_callback_that_would_block_on_its_own_queue_is_told_so(clock):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    errors = []
+
+    def callback(future):
+        try:
+            queue.acquire(5)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    future = queue.enqueue(0)
+    future.add_done_callback(callback)
+    clock.settle(1)
+    clock.advance(WINDOW)
+    wait_for_no_server()
+    assert errors == ["a future's callback must not block on the queue that serves it"]
+
+
+def test_futures_of_a_closed_queue_carry_the_error(clock):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    futures = [queue.enqueue(shard) for shard in range(3)]
+    futures[1].cancel()
+    clock.settle(1)
+    queue.close()
+    wait_for_no_server()
+    for future in (futures[0], futures[2]):
+        assert isinstance(future.exception(0), QueueClosed)
+
+
+def test_a_thread_that_cannot_be_started_leaves_nobody_in_line(clock, monkeypatch):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start"):
+        queue.enqueue(0)
+    assert queue.snapshot().waiting == 0
+    monkeypatch.undo()
+    future = queue.enqueue(1)
+    clock.settle(1)
+    clock.advance(WINDOW)
+    future.result(10)
+
+
+def test_relined_futures_go_on_in_their_new_buckets(clock):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    futures = [queue.enqueue(shard) for shard in range(4)]
+    clock.settle(1)
+    queue.update(limit(max_concurrency=4))
+    clock.settle(1)
+    clock.advance(WINDOW)
+    assert [future.result(10).bucket for future in futures] == [0, 1, 2, 3]
+
+
+def test_observers_hear_of_futures(clock):
+    heard = []
+    queue = LocalQueue(clock=clock, observer=heard.append)
+    queue.acquire(9)
+    heard.clear()
+    queue.enqueue(3).cancel()
+    assert heard == [ShardWaiting(3, 0, 0, WINDOW), ShardLeft(3, 0.0, "cancelled")]
+
+
+def test_ten_thousand_cancels_leave_nothing_behind(clock):
+    """A line that is blocked for a day must not grow with those who gave up."""
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    blocked = queue.enqueue(0)
+    for shard in range(10_000):
+        queue.enqueue(shard).cancel()
+    (line,) = queue._lines.by_bucket.values()
+    assert len(line._heap) < 50
+    assert len(queue._agenda._heap) < 50
+    blocked.cancel()
+    wait_for_no_server()
+
+
+# --- asyncio ---------------------------------------------------------------------------------------
+
+
+def test_asyncio_awaits_without_a_thread_and_cancelling_leaves_the_line():
+    queue = LocalQueue(interval=0.05, margin=0.0)
+
+    async def main():
+        await asyncio.wrap_future(queue.enqueue(0))
+        ghost = asyncio.ensure_future(asyncio.wrap_future(queue.enqueue(1)))
+        behind = asyncio.wrap_future(queue.enqueue(2))
+        await asyncio.sleep(0)
+        ghost.cancel()
+        began = time.monotonic()
+        permit = await behind
+        return permit.shard_id, time.monotonic() - began
+
+    shard_id, took = asyncio.run(main())
+    assert shard_id == 2
+    assert took < 5
+    assert queue.snapshot().granted == 2
+    assert queue.snapshot().waiting == 0

@@ -1,0 +1,641 @@
+"""Reading the limit from Discord: against a server of our own, and with a token to be kept."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import pickle
+import random
+import socket
+import threading
+import time
+import traceback
+import urllib.error
+from collections import deque
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from gateway_queue_sync import (
+    GatewayBotError,
+    LargeBotQueue,
+    SessionLimitExhausted,
+    SessionStartLimit,
+    __version__,
+    gateway_bot,
+)
+from gateway_queue_sync.gateway_bot import LARGEST_BODY, LONGEST_RETRY_AFTER, GatewayBot
+
+TOKEN = "not-a.real-token_0123456789"
+LIMIT = {"total": 1000, "remaining": 998, "reset_after": 3_600_000, "max_concurrency": 16}
+BODY = {"url": "wss://gateway.discord.gg", "shards": 9, "session_start_limit": LIMIT}
+
+
+# --- a server that answers as it is told -----------------------------------------------------------
+
+
+def answer(body, status=200, *, reason=None, length=None, **headers):
+    """Answer with a body; a ``length`` that is not the body's makes it look cut off."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+
+    def send(request):
+        request.send_response(status, reason)
+        request.send_header("Content-Length", str(len(data) if length is None else length))
+        for name, value in headers.items():
+            request.send_header(name.replace("_", "-"), value)
+        request.end_headers()
+        request.wfile.write(data)
+
+    return send
+
+
+def raw(data):
+    """Say just that, be it HTTP or not, and hang up."""
+    return lambda request: request.wfile.write(data)
+
+
+def fall_silent(data=b""):
+    """Say that and no more until the client hangs up."""
+
+    def send(request):
+        request.wfile.write(data)
+        with suppress(ConnectionError):
+            request.connection.recv(1)
+
+    return send
+
+
+class Request(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append(self)
+        self.server.answers.popleft()(self)
+
+    def log_message(self, *args):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """What was asked is in ``requests``; what will be answered is in ``answers``."""
+
+    daemon_threads = False  # so that closing waits for them
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Request)
+        self.requests = []
+        self.answers = deque()
+
+    def handle_error(self, request, client_address):
+        pass  # the client hung up; what that means is told by the client's error
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def will(self, *answers):
+        self.answers.extend(answers)
+        return self
+
+
+@contextmanager
+def serving():
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.005,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def server():
+    with serving() as server:
+        yield server
+        assert not server.answers, "there were fewer requests than answers"
+
+
+@pytest.fixture
+def pauses():
+    """How long the bot paused between attempts; it does not really."""
+    return []
+
+
+@pytest.fixture
+def bot(server, pauses):
+    return GatewayBot(TOKEN, base_url=server.url, sleep=pauses.append)
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@pytest.fixture(autouse=True)
+def no_token_in_any_log(caplog):
+    caplog.set_level(logging.DEBUG)
+    yield
+    for record in caplog.get_records("call"):
+        assert TOKEN not in logging.Formatter().format(record)
+
+
+# --- asking ----------------------------------------------------------------------------------------
+
+
+def test_the_limit_is_read_from_the_body(server, bot):
+    server.will(answer(BODY))
+    assert bot.session_start_limit() == SessionStartLimit(1000, 998, 3600.0, 16)
+
+
+def test_a_proxy_that_passes_on_the_limit_alone_will_do(server, bot):
+    server.will(answer(LIMIT))
+    assert bot.session_start_limit() == SessionStartLimit(1000, 998, 3600.0, 16)
+
+
+def test_the_request_is_what_discord_asks_for(server, bot):
+    server.will(answer(BODY))
+    bot.session_start_limit()
+    (request,) = server.requests
+    assert request.headers.get_all("Authorization") == [f"Bot {TOKEN}"]
+    assert request.headers["Accept"] == "application/json"
+
+
+def test_the_user_agent_is_of_discords_form_and_has_our_version(server, bot):
+    server.will(answer(BODY))
+    bot.session_start_limit()
+    agent = server.requests[0].headers["User-Agent"]
+    assert agent.startswith("DiscordBot (")
+    assert agent.endswith(f", {__version__})")
+
+
+@pytest.mark.parametrize("written", [f"Bot {TOKEN}", f"  {TOKEN}\n", f"Bot  {TOKEN} "])
+def test_a_token_may_come_with_its_prefix_and_with_blanks_around_it(server, written):
+    server.will(answer(BODY))
+    GatewayBot(written, base_url=server.url).session_start_limit()
+    assert server.requests[0].headers["Authorization"] == f"Bot {TOKEN}"
+
+
+@pytest.mark.parametrize(
+    ("after_host", "path"),
+    [
+        ("", "/gateway/bot"),
+        ("/", "/gateway/bot"),
+        ("/api/v10", "/api/v10/gateway/bot"),
+        ("/api/v10/", "/api/v10/gateway/bot"),
+    ],
+)
+def test_the_base_url_may_have_a_path_and_end_in_a_slash(server, after_host, path):
+    server.will(answer(BODY))
+    GatewayBot(TOKEN, base_url=server.url + after_host).session_start_limit()
+    assert server.requests[0].path == path
+
+
+def test_each_call_asks_anew(server, bot):
+    server.will(answer(LIMIT), answer(LIMIT | {"remaining": 7}))
+    assert [bot.session_start_limit().remaining for _ in range(2)] == [998, 7]
+
+
+def test_discord_is_asked_unless_told_otherwise():
+    assert repr(GatewayBot(TOKEN)) == "GatewayBot(host='discord.com')"
+
+
+# --- refusals that no patience helps against -------------------------------------------------------
+
+
+def test_a_wrong_token_is_called_that_at_once(server, bot, pauses):
+    server.will(answer({"message": "401: Unauthorized", "code": 0}, 401))
+    with pytest.raises(GatewayBotError, match=r"^the token is wrong: 127\.0\.0\.1:\d+ ") as caught:
+        bot.session_start_limit()
+    assert caught.value.status == 401
+    assert isinstance(caught.value.__cause__, urllib.error.HTTPError)
+    assert pauses == []
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 405])
+def test_other_refusals_are_told_at_once(server, bot, pauses, status):
+    server.will(answer({}, status, reason="So Be It"))
+    with pytest.raises(GatewayBotError, match=rf" answered {status} So Be It$") as caught:
+        bot.session_start_limit()
+    assert caught.value.status == status
+    assert isinstance(caught.value.__cause__, urllib.error.HTTPError)
+    assert pauses == []
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(server, bot, pauses, status):
+    """The token would go wherever it points."""
+    with serving() as elsewhere:
+        server.will(answer({}, status, Location=elsewhere.url + "/gateway/bot"))
+        with pytest.raises(GatewayBotError, match=rf" answered {status} ") as caught:
+            bot.session_start_limit()
+        assert caught.value.status == status
+        assert elsewhere.requests == []
+    assert pauses == []
+
+
+# --- rate limits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["0", "1.5", "65", str(LONGEST_RETRY_AFTER)])
+def test_a_rate_limit_is_waited_out_for_as_long_as_it_asks(server, bot, pauses, asked):
+    server.will(answer({"retry_after": 7}, 429, Retry_After=asked), answer(BODY))
+    assert bot.session_start_limit().remaining == 998
+    assert pauses == [float(asked)]
+
+
+@pytest.mark.parametrize(
+    "asked", [None, "", "soon", "-1", "nan", "inf", "Wed, 21 Oct 2015 07:28:00 GMT"]
+)
+def test_a_rate_limit_that_does_not_say_how_long_takes_a_pause_of_ours(server, bot, pauses, asked):
+    headers = {} if asked is None else {"Retry_After": asked}
+    server.will(answer({}, 429, **headers), answer(BODY))
+    assert bot.session_start_limit().remaining == 998
+    (pause,) = pauses
+    assert 0.25 <= pause <= 0.5
+
+
+def test_a_rate_limit_of_an_hour_is_an_error(server, bot, pauses):
+    server.will(answer({}, 429, Retry_After="3600"))
+    with pytest.raises(GatewayBotError, match=r"\(429\) and asks to wait 3600 s$") as caught:
+        bot.session_start_limit()
+    assert caught.value.status == 429
+    assert pauses == []
+
+
+def test_a_rate_limit_without_end_is_given_up(server, bot, pauses):
+    server.will(*[answer({}, 429, Retry_After="2")] * 5)
+    with pytest.raises(GatewayBotError, match=r"in 5 attempts: .* limits our rate") as caught:
+        bot.session_start_limit()
+    assert caught.value.status == 429
+    assert pauses == [2.0] * 4
+
+
+# --- failures that may pass ------------------------------------------------------------------------
+
+FULL = json.dumps(BODY).encode()
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n"
+FAILURES = {
+    "500": answer({}, 500),
+    "502": answer(b"<html>", 502),
+    "503": answer({}, 503),
+    "504": answer({}, 504),
+    "no body": answer(b""),
+    "no body at all": answer(b"", 204),
+    "half a JSON object": answer(FULL[:-9]),
+    "no JSON": answer(b"<html>maintenance</html>"),
+    "no text": answer(b"\xfa\xfb"),
+    "a JSON array": answer([BODY]),
+    "a JSON null": answer(None),
+    "JSON without end": answer(b"[" * 100_000),
+    "another object": answer({"url": "wss://gateway.discord.gg"}),
+    "a missing field": answer({"total": 1, "remaining": 1, "reset_after": 0}),
+    "a mistyped field": answer(LIMIT | {"total": "1000"}),
+    "a contradiction": answer(LIMIT | {"remaining": 1001}),
+    "a NaN": answer(json.dumps(LIMIT | {"reset_after": float("nan")}).encode()),
+    "too much": answer(b" " * LARGEST_BODY + FULL),
+    "hanging up": raw(b""),
+    "hanging up in the head": raw(HEAD),
+    "hanging up in the body": raw(HEAD + b"\r\n" + FULL[:40]),
+    "hanging up in a chunk": raw(
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n" + FULL[:40]
+    ),
+    "another protocol": raw(b"220 smtp.example.com ESMTP\r\n"),
+    "an endless line": raw(b"HTTP/1.1 200 " + b"O" * 70_000),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_a_failure_that_may_pass_is_retried(server, bot, pauses, failure):
+    server.will(failure, answer(BODY))
+    assert bot.session_start_limit() == SessionStartLimit(1000, 998, 3600.0, 16)
+    assert len(pauses) == 1
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_a_failure_that_stays_is_an_error_with_its_cause(server, bot, pauses, failure):
+    server.will(*[failure] * 5)
+    told = r"^could not read the session start limit from 127\.0\.0\.1:\d+ in 5 attempts: "
+    with pytest.raises(GatewayBotError, match=told) as caught:
+        bot.session_start_limit()
+    assert caught.value.__cause__ is not None
+    assert len(server.requests) == 5
+    assert len(pauses) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "cause", "told", "status"),
+    [
+        ("503", urllib.error.HTTPError, r" answered 503$", 503),
+        ("no JSON", json.JSONDecodeError, r"no session start limit \(Expecting value", None),
+        ("no text", UnicodeDecodeError, r"no session start limit \('utf-8' codec", None),
+        ("JSON without end", RecursionError, r"no session start limit \(", None),
+        ("a missing field", ValueError, r"\(the payload lacks max_concurrency\)$", None),
+        ("a mistyped field", TypeError, r"\(total must be a whole number, not str '1000'\)$", None),
+        ("hanging up", http.client.RemoteDisconnected, r"is out of reach \(RemoteDisc", None),
+        ("another protocol", http.client.BadStatusLine, r"is out of reach \(BadStatusLi", None),
+    ],
+)
+def test_an_error_says_what_was_wrong_in_the_end(server, pauses, name, cause, told, status):
+    server.will(answer({}, 500), FAILURES[name])
+    bot = GatewayBot(TOKEN, base_url=server.url, attempts=2, sleep=pauses.append)
+    with pytest.raises(GatewayBotError, match=told) as caught:
+        bot.session_start_limit()
+    assert isinstance(caught.value.__cause__, cause)
+    assert caught.value.status == status
+
+
+def test_pauses_grow_and_jitter(server, bot, pauses, monkeypatch):
+    monkeypatch.setattr(gateway_bot, "random", random.Random(7))
+    server.will(*[answer({}, 503)] * 10)
+    for _ in range(2):
+        with pytest.raises(GatewayBotError):
+            bot.session_start_limit()
+    first, second = pauses[:4], pauses[4:]
+    for growing in (first, second):
+        for pause, longest in zip(growing, (0.5, 1.0, 2.0, 4.0), strict=True):
+            assert longest / 2 <= pause <= longest
+    assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_the_attempts_are_as_many_as_wanted(server, pauses):
+    server.will(answer({}, 503))
+    bot = GatewayBot(TOKEN, base_url=server.url, attempts=1, sleep=pauses.append)
+    with pytest.raises(GatewayBotError, match=r"in 1 attempt"):
+        bot.session_start_limit()
+    assert pauses == []
+
+
+def test_each_retry_is_told_to_the_log_and_not_as_a_warning(server, bot, caplog):
+    server.will(answer({}, 503), answer(BODY))
+    bot.session_start_limit()
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("gateway_queue_sync.gateway_bot", "INFO")
+    assert "answered 503; asking again in" in record.getMessage()
+
+
+def test_an_interrupted_pause_ends_the_reading(server):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    server.will(answer({}, 503))
+    bot = GatewayBot(TOKEN, base_url=server.url, sleep=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bot.session_start_limit()
+
+
+def closed_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def test_a_server_that_is_not_there_is_tried_again(pauses):
+    bot = GatewayBot(TOKEN, base_url=f"http://127.0.0.1:{closed_port()}", sleep=pauses.append)
+    with pytest.raises(GatewayBotError, match=r"is out of reach \(ConnectionRefused") as caught:
+        bot.session_start_limit()
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.status is None
+    assert len(pauses) == 4
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200", HEAD, HEAD + b"\r\n" + FULL[:40]], ids=len)
+def test_a_server_that_falls_silent_is_not_waited_for(server, pauses, said):
+    server.will(*[fall_silent(said)] * 2)
+    bot = GatewayBot(TOKEN, base_url=server.url, timeout=0.05, attempts=2, sleep=pauses.append)
+    began = time.monotonic()
+    with pytest.raises(GatewayBotError, match=r"is out of reach \(TimeoutError") as caught:
+        bot.session_start_limit()
+    assert isinstance(caught.value.__cause__, TimeoutError)
+    assert len(pauses) == 1
+    assert 0.1 <= time.monotonic() - began < 2
+
+
+# --- arguments -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["", "  ", "Bot", "Bot ", "se\ncret", "se\r\nX-Evil: 1", "se cret", "sécret", "se\0cret"],
+    ids=repr,
+)
+def test_what_cannot_be_a_token_is_refused_without_showing_it(wrong):
+    with pytest.raises(ValueError, match=r"^token must be a bot's token: ") as caught:
+        GatewayBot(wrong)
+    shown = "".join(traceback.format_exception_only(caught.value))
+    assert "cret" not in shown
+    assert "X-Evil" not in shown
+
+
+@pytest.mark.parametrize("wrong", [None, b"secret", 0, ["secret"]], ids=repr)
+def test_a_token_that_is_no_text_is_refused_without_showing_it(wrong):
+    with pytest.raises(TypeError, match=rf"^token must be a str, not {type(wrong).__name__}$"):
+        GatewayBot(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *["", "discord.com", "//discord.com", "ftp://discord.com", "file:///etc/passwd"],
+        *["https://", "https:///api", "http://user:hunter2@host", "http://hunter2@host"],
+        *["http://host:port", "http://host:99999", "http://[::1", "http://.host"],
+        *[
+            "http://hunter2:hunter2",
+            "http://ho st",
+            "http://host/a b",
+            "http://host/a\nb",
+            "http://höst",
+            "http://host/ä",
+        ],
+        *["http://host/?key=hunter2", "http://host/#top"],
+    ],
+)
+def test_a_base_url_that_no_request_can_go_to_is_refused_without_showing_it(wrong):
+    with pytest.raises(ValueError, match=r"^base_url must ") as caught:
+        GatewayBot(TOKEN, base_url=wrong)
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("wrong", [b"http://host", 5, ["http://host"]], ids=repr)
+def test_a_base_url_that_is_no_text_is_refused(wrong):
+    with pytest.raises(TypeError, match=r"^base_url must be a str, not "):
+        GatewayBot(TOKEN, base_url=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "error"),
+    [
+        ("timeout", 0, ValueError),
+        ("timeout", float("nan"), ValueError),
+        ("timeout", float("inf"), ValueError),
+        ("timeout", "10", TypeError),
+        ("attempts", 0, ValueError),
+        ("attempts", 2.0, TypeError),
+        ("attempts", True, TypeError),
+    ],
+)
+def test_settings_are_checked(name, wrong, error):
+    with pytest.raises(error, match=rf"^{name} must "):
+        GatewayBot(TOKEN, **{name: wrong})
+
+
+# --- the token stays inside ------------------------------------------------------------------------
+
+
+def shown_of(error):
+    """All that a log, a debugger or another process gets to see of an error and its causes."""
+    yield "".join(traceback.format_exception(error))
+    while error is not None:
+        yield from (str(error), repr(error), repr(error.args), repr(vars(error)))
+        with suppress(Exception):  # what cannot be pickled cannot leak that way
+            yield repr(pickle.dumps(error))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def failed(server, **settings):
+    """The error of a bot that asked this server in vain."""
+    bot = GatewayBot(TOKEN, base_url=server.url, attempts=2, sleep=lambda _: None, **settings)
+    with pytest.raises(GatewayBotError) as caught:
+        bot.session_start_limit()
+    assert TOKEN in server.requests[0].headers["Authorization"]
+    return caught.value
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_no_failure_that_may_pass_shows_the_token(server, failure):
+    error = failed(server.will(failure, failure))
+    assert not any(TOKEN in shown for shown in shown_of(error))
+
+
+REFUSALS = {
+    **{str(status): answer({}, status, Location="/") for status in (302, 400, 401, 403, 404)},
+    "429": answer({}, 429, Retry_After="3600"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS.values(), ids=REFUSALS)
+def test_no_refusal_shows_the_token(server, refusal):
+    error = failed(server.will(refusal))
+    assert not any(TOKEN in shown for shown in shown_of(error))
+
+
+def test_no_silence_shows_the_token(server):
+    error = failed(server.will(fall_silent(), fall_silent()), timeout=0.05)
+    assert not any(TOKEN in shown for shown in shown_of(error))
+
+
+ECHOES = {
+    "in a refusal": answer({}, 403, reason=f"Bot {TOKEN} Is Not Welcome"),
+    "in a 401": answer({}, 401, reason=f"Who Is Bot {TOKEN}"),
+    "in a 500": answer({}, 500, reason=f"Choked On Bot {TOKEN}"),
+    "in a field": answer(LIMIT | {"total": f"Bot {TOKEN}"}),
+    "in the status line": raw(f"Authorization: Bot {TOKEN}\r\n\r\n".encode()),
+}
+
+
+@pytest.mark.parametrize("echo", ECHOES.values(), ids=ECHOES)
+def test_not_even_a_server_that_says_the_token_back_makes_us_show_it(server, echo):
+    server.will(*[echo] * (1 if echo in (ECHOES["in a refusal"], ECHOES["in a 401"]) else 2))
+    assert not any(TOKEN in shown for shown in shown_of(failed(server)))
+
+
+def test_an_error_goes_through_a_pickle_without_its_causes(server):
+    error = failed(server.will(answer({}, 404)))
+    twin = pickle.loads(pickle.dumps(error))
+    assert (str(twin), twin.status) == (str(error), 404)
+
+
+def test_a_bot_does_not_show_its_token():
+    bot = GatewayBot(TOKEN, base_url="http://127.0.0.1:8080/api")
+    assert repr(bot) == str(bot) == "GatewayBot(host='127.0.0.1:8080')"
+    assert TOKEN not in repr(bot.session_start_limit)
+
+
+# --- a queue from a token --------------------------------------------------------------------------
+
+
+def queue_from_token(server, clock, **settings):
+    return LargeBotQueue.from_token(TOKEN, base_url=server.url, clock=clock, **settings)
+
+
+def test_a_queue_adopts_the_limit_that_discord_gives_its_token(server, clock):
+    server.will(answer(BODY))
+    snapshot = queue_from_token(server, clock).snapshot()
+    assert len(snapshot.buckets) == 16
+    assert (snapshot.limit.total, snapshot.limit.remaining) == (1000, 998)
+    assert snapshot.limit.resets_in == 3600.0
+    assert server.requests[0].headers["Authorization"] == f"Bot {TOKEN}"
+
+
+def test_a_queue_takes_the_settings_of_its_policy(server, clock):
+    server.will(answer(LIMIT | {"total": 5, "remaining": 5, "max_concurrency": 1}))
+    queue = queue_from_token(
+        server, clock, reserve=4, when_exhausted="raise", interval=1.0, margin=0.5
+    )
+    assert queue.acquire(0, timeout=0).remaining == 4
+    assert queue.snapshot().buckets[0].ready_in == 1.5
+    clock.advance(1.5)
+    with pytest.raises(SessionLimitExhausted, match="all of it reserved"):
+        queue.acquire(0, timeout=0)
+
+
+def test_a_queue_asks_again_at_the_reset_and_only_then(server, clock):
+    server.will(answer(LIMIT | {"total": 3, "remaining": 2, "reset_after": 60_000}))
+    queue = queue_from_token(server, clock)
+    assert queue.acquire(0, timeout=0).remaining == 1
+    clock.advance(59.999)
+    assert queue.acquire(0, timeout=0).remaining == 0
+    assert len(server.requests) == 1
+    clock.advance(0.001)
+    server.will(answer(LIMIT | {"total": 9, "remaining": 9, "reset_after": 86_400_000}))
+    assert queue.acquire(1, timeout=0).remaining == 8
+    clock.advance(60)
+    assert queue.acquire(1, timeout=0).remaining == 7
+    assert len(server.requests) == 2
+
+
+def test_a_queue_takes_other_buckets_from_discord_at_the_reset(server, clock):
+    server.will(
+        answer(LIMIT | {"reset_after": 60_000, "max_concurrency": 1}),
+        answer(LIMIT | {"max_concurrency": 4}),
+    )
+    queue = queue_from_token(server, clock)
+    clock.advance(60)
+    assert [queue.acquire(shard_id, timeout=0).bucket for shard_id in range(4)] == [0, 1, 2, 3]
+
+
+def test_a_queue_that_cannot_ask_at_a_reset_goes_on_and_asks_at_the_next_permit(
+    server, clock, caplog
+):
+    server.will(
+        answer(LIMIT | {"total": 3, "remaining": 1, "reset_after": 60_000}),
+        answer({}, 404),
+        answer(LIMIT | {"total": 9, "remaining": 9}),
+    )
+    queue = queue_from_token(server, clock)
+    assert queue.acquire(0, timeout=0).remaining == 0
+    clock.advance(60)
+    assert queue.acquire(0, timeout=0).remaining == 2
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "could not read the session start limit at its reset" in warning.getMessage()
+    assert "answered 404" in warning.getMessage()
+    clock.advance(5.25)
+    assert queue.acquire(0, timeout=0).remaining == 8
+
+
+def test_a_queue_does_not_show_its_token(server, clock):
+    server.will(answer(BODY))
+    queue = queue_from_token(server, clock)
+    assert TOKEN not in repr(queue)
+    assert TOKEN not in repr(vars(queue))
+
+
+def test_there_is_no_queue_for_a_wrong_token(server, clock):
+    server.will(answer({}, 401))
+    with pytest.raises(GatewayBotError, match=r"^the token is wrong"):
+        queue_from_token(server, clock)
+
+
+def test_there_is_no_queue_for_what_cannot_be_a_token(clock):
+    with pytest.raises(ValueError, match=r"^token must be a bot's token"):
+        LargeBotQueue.from_token("not a token", clock=clock)

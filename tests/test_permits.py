@@ -1,0 +1,321 @@
+"""What holders report of their permits, and what that changes."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from test_waiting import in_line, limit
+
+from gateway_queue_sync import (
+    LargeBotQueue,
+    LocalQueue,
+    PermitReported,
+    Report,
+    ShardGranted,
+    ShardLeft,
+    ShardWaiting,
+)
+
+WINDOW = 5.25
+
+
+@pytest.fixture
+def queue(clock):
+    return LargeBotQueue(limit(10, 8, 600.0), clock=clock)
+
+
+def ready_in(queue):
+    return queue.snapshot().buckets[0].ready_in
+
+
+def remaining(queue):
+    return queue.snapshot().limit.remaining
+
+
+def warnings_in(caplog):
+    return [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+# --- sent ------------------------------------------------------------------------------------------
+
+
+def test_leaving_the_with_moves_the_window_to_now(queue, clock):
+    with queue.acquire(0) as permit:
+        clock.advance(2)
+    assert ready_in(queue) == WINDOW
+    assert permit.reported is Report.SENT
+
+
+def test_leaving_it_by_an_exception_counts_as_sent(queue, clock):
+    def connect():
+        with queue.acquire(0):
+            clock.advance(2)
+            raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        connect()
+    assert ready_in(queue) == WINDOW
+    assert remaining(queue) == 7
+
+
+def test_who_waits_sleeps_on_when_the_window_moves(queue, clock, crew):
+    permit = queue.acquire(0)
+    (call,) = in_line(queue, crew, clock, [1])
+    clock.advance(2)
+    permit.sent()
+    clock.advance(WINDOW - 2)
+    clock.settle(1)
+    assert not call.done()
+    clock.advance(2)
+    call.now()
+
+
+def test_a_late_report_still_moves_the_window(queue, clock):
+    """A connect that took long: the grant is used only now, after the bucket has granted again."""
+    slow = queue.acquire(0)
+    clock.advance(WINDOW)
+    queue.acquire(1)
+    clock.advance(1)
+    slow.sent()
+    assert ready_in(queue) == WINDOW
+
+
+def test_a_repeated_report_changes_nothing(queue, clock, caplog):
+    permit = queue.acquire(0)
+    permit.sent()
+    clock.advance(1)
+    permit.sent()
+    assert ready_in(queue) == WINDOW - 1
+    permit = queue.try_acquire(0)
+    clock.advance(WINDOW)
+    permit = queue.acquire(0)
+    permit.unused()
+    permit.unused()
+    assert remaining(queue) == 7
+    assert not warnings_in(caplog)
+
+
+# --- unused ----------------------------------------------------------------------------------------
+
+
+def test_an_unused_permit_costs_nothing(queue, clock):
+    queue.acquire(0).unused()
+    assert (ready_in(queue), remaining(queue)) == (0.0, 8)
+    assert queue.snapshot().granted == 1  # which never falls
+
+
+def test_an_unused_permit_goes_to_the_next_at_once(queue, clock, crew):
+    permit = queue.acquire(0)
+    (call,) = in_line(queue, crew, clock, [1])
+    permit.unused()
+    assert call.now().waited == 0.0
+
+
+def test_an_unused_permit_frees_no_window_that_is_another_ones(queue, clock):
+    permit = queue.acquire(0)
+    clock.advance(WINDOW)
+    queue.acquire(1)
+    permit.unused()
+    assert (ready_in(queue), remaining(queue)) == (WINDOW, 7)
+
+
+def test_a_refund_releases_those_who_wait_for_the_budget(clock, crew):
+    queue = LargeBotQueue(limit(10, 1, 600.0, max_concurrency=2), clock=clock)
+    permit = queue.acquire(0)
+    (call,) = in_line(queue, crew, clock, [1])
+    permit.unused()
+    assert call.now().remaining == 0
+
+
+def test_no_refund_reaches_into_another_period(queue, clock):
+    permit = queue.acquire(0)
+    clock.advance(600)
+    queue.acquire(1)
+    permit.unused()
+    assert remaining(queue) == 9
+
+
+def test_unused_in_a_with_is_not_contradicted_by_leaving_it(queue, caplog):
+    with queue.acquire(0) as permit:
+        permit.unused()
+    assert remaining(queue) == 8
+    assert not warnings_in(caplog)
+
+
+# --- rejected --------------------------------------------------------------------------------------
+
+
+def test_rejections_in_a_row_close_the_bucket_for_longer_and_longer(clock):
+    queue = LargeBotQueue(limit(100, 100, 0.0), clock=clock)
+    for windows in (2, 4, 8):
+        permit = queue.acquire(0)
+        permit.sent()
+        permit.rejected()
+        assert ready_in(queue) == windows * WINDOW
+        clock.advance(windows * WINDOW)
+    for _ in range(3):
+        queue.acquire(0).rejected()
+        assert ready_in(queue) == 60.0
+        clock.advance(60)
+
+
+def test_a_permit_that_is_not_rejected_ends_the_row(queue, clock):
+    queue.acquire(0).rejected()
+    clock.advance(2 * WINDOW)
+    queue.acquire(0)
+    clock.advance(WINDOW)
+    queue.acquire(0).rejected()
+    assert ready_in(queue) == 2 * WINDOW
+
+
+def test_a_rejection_costs_its_budget_and_no_other_bucket(clock):
+    queue = LargeBotQueue(limit(10, 10, 600.0, max_concurrency=2), clock=clock)
+    queue.acquire(0).rejected()
+    assert remaining(queue) == 9
+    assert queue.acquire(1).waited == 0.0
+
+
+def test_a_rejection_closes_for_two_windows_even_if_these_are_longer_than_a_minute(clock):
+    queue = LocalQueue(interval=100, margin=0, clock=clock)
+    queue.acquire(0).rejected()
+    assert ready_in(queue) == 200.0
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("sent", "unused"), ("unused", "sent"), ("unused", "rejected"), ("rejected", "unused")],
+)
+def test_a_contradiction_changes_nothing_and_warns(queue, clock, caplog, first, second):
+    permit = queue.acquire(0)
+    getattr(permit, first)()
+    before = (ready_in(queue), remaining(queue))
+    getattr(permit, second)()
+    assert (ready_in(queue), remaining(queue)) == before
+    (record,) = warnings_in(caplog)
+    assert second in record.getMessage()
+
+
+def test_sent_after_rejected_is_no_contradiction(queue, clock, caplog):
+    permit = queue.acquire(0)
+    permit.rejected()
+    permit.sent()
+    assert ready_in(queue) == 2 * WINDOW
+    assert not warnings_in(caplog)
+
+
+@pytest.mark.parametrize("report", ["sent", "unused", "rejected"])
+def test_reports_after_close_are_harmless(queue, report):
+    permit = queue.acquire(0)
+    queue.close()
+    getattr(permit, report)()
+
+
+def test_reports_reach_the_bucket_the_shard_is_in_now(clock):
+    queue = LargeBotQueue(limit(max_concurrency=2), clock=clock)
+    permit = queue.acquire(5)
+    queue.update(limit(max_concurrency=8))
+    clock.advance(WINDOW)
+    permit.sent()
+    ready = [bucket.ready_in for bucket in queue.snapshot().buckets]
+    assert ready == [0, 0, 0, 0, 0, WINDOW, 0, 0]
+    permit.rejected()
+    assert queue.snapshot().buckets[5].ready_in == 2 * WINDOW
+
+
+# --- late permits ----------------------------------------------------------------------------------
+
+
+def test_a_permit_that_came_back_too_late_is_given_back_and_asked_for_again(clock, monkeypatch):
+    """Between the stamp and the return a process can be stopped for as long as it likes."""
+    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+    deliver, stamps = queue._deliver, []
+
+    def stopped_once(grant, waited):
+        stamps.append(grant.stamp_us)
+        if len(stamps) == 1:
+            clock.advance(30)
+        return deliver(grant, waited)
+
+    monkeypatch.setattr(queue, "_deliver", stopped_once)
+    permit = queue.acquire(0)
+    assert stamps[1] - stamps[0] == 30_000_000
+    assert permit.waited == 0.0
+    assert (ready_in(queue), remaining(queue)) == (WINDOW, 9)
+
+
+def test_a_permit_that_is_given_back_keeps_its_place(clock, crew, monkeypatch):
+    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+    queue.acquire(9)
+    calls = in_line(queue, crew, clock, [1, 2])
+    future = queue.enqueue(3)
+    clock.settle(3)
+    deliver, late = queue._deliver, [True, False, False, True, False]
+
+    def sometimes_stopped(grant, waited):
+        if late.pop(0):
+            clock.advance(1)
+        return deliver(grant, waited)
+
+    monkeypatch.setattr(queue, "_deliver", sometimes_stopped)
+    clock.advance(WINDOW)
+    assert calls[0].now().shard_id == 1
+    clock.settle(2)
+    clock.advance(WINDOW)
+    assert calls[1].now().shard_id == 2
+    clock.settle(1)
+    clock.advance(WINDOW)
+    assert future.result(10).shard_id == 3
+    assert remaining(queue) == 6
+
+
+def test_without_a_margin_the_promise_is_made_at_the_stamp(clock, monkeypatch):
+    queue = LocalQueue(margin=0, clock=clock)
+    deliver = queue._deliver
+    monkeypatch.setattr(queue, "_deliver", lambda *args: (clock.advance(1), deliver(*args))[1])
+    queue.acquire(0)
+    assert ready_in(queue) == 4.0
+
+
+# --- observers -------------------------------------------------------------------------------------
+
+
+def test_an_observer_hears_all_of_a_shards_story(clock, crew):
+    heard = []
+    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock, observer=heard.append)
+    with queue.acquire(0):
+        pass
+    (call,) = in_line(queue, crew, clock, [1], timeout=1.0)
+    clock.advance(1)
+    assert call.exception(10)
+    assert queue.try_acquire(2) is None
+    assert heard == [
+        ShardGranted(0, 0, 0.0, 9),
+        PermitReported(0, 0, Report.SENT),
+        ShardWaiting(1, 0, 0, WINDOW),
+        ShardLeft(1, 1.0, "timeout"),
+    ]
+
+
+def test_an_observer_that_raises_is_logged_and_survived(clock, caplog):
+    def observer(event):
+        raise ZeroDivisionError
+
+    queue = LocalQueue(clock=clock, observer=observer)
+    with queue.acquire(0):
+        pass
+    assert "an observer raised on ShardGranted" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_slow_observer_costs_nobody_spacing(clock):
+    """What it takes is no part of the next one's gap, and no reason to give the permit back."""
+    queue = LocalQueue(clock=clock, observer=lambda event: clock.advance(3))
+    queue.acquire(0)
+    assert ready_in(queue) == WINDOW
+
+
+def test_an_observer_may_use_the_queue(clock):
+    queue = LocalQueue(clock=clock, observer=lambda event: queue.snapshot())
+    queue.acquire(0)
+    assert queue.snapshot().granted == 1

@@ -1,0 +1,278 @@
+"""What a process does around a queue: signals, finalizers, forks, its end, frozen time."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from freezegun import freeze_time
+
+from gateway_queue_sync import LocalQueue, QueueClosed
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, timeout=30):
+    """Run a program of its own, warnings as errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+# --- re-entry --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_signal():
+    """Set what SIGUSR1 does, for one test."""
+    before = signal.getsignal(signal.SIGUSR1)
+    yield lambda handler: signal.signal(signal.SIGUSR1, handler)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def signal_main_soon():
+    main = threading.main_thread().ident
+    timer = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGUSR1))
+    timer.start()
+    return timer
+
+
+@pytest.mark.parametrize("method", ["acquire", "try_acquire", "enqueue"])
+def test_a_signal_handler_in_a_waiting_thread_is_refused(on_signal, method):
+    queue = LocalQueue(interval=0.15, margin=0.25)
+    queue.acquire(0)
+    errors = []
+
+    def handler(signum, frame):
+        try:
+            getattr(queue, method)(1)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    on_signal(handler)
+    timer = signal_main_soon()
+    assert queue.acquire(2).shard_id == 2
+    timer.join()
+    assert len(errors) == 1
+    assert "signal handler or finalizer" in errors[0]
+    assert queue.snapshot().granted == 2
+
+
+def test_a_signal_handler_may_close_the_queue_that_its_thread_waits_in(on_signal):
+    queue = LocalQueue(interval=30)
+    queue.acquire(0)
+    on_signal(lambda signum, frame: queue.close())
+    timer = signal_main_soon()
+    with pytest.raises(QueueClosed):
+        queue.acquire(1)
+    timer.join()
+
+
+def test_a_signal_handler_may_close_the_queue_even_in_the_midst_of_a_call():
+    queue = LocalQueue(interval=30)
+    with queue._mutex:
+        queue.close()
+        assert not queue.closed
+    for thread in threading.enumerate():
+        if thread.name == "gateway-queue-close":
+            thread.join(10)
+    assert queue.closed
+
+
+def test_a_finalizer_in_the_midst_of_a_call_is_refused(monkeypatch):
+    queue = LocalQueue()
+    errors = []
+
+    class Careless:
+        def __del__(self):
+            try:
+                queue.acquire(1)
+            except RuntimeError as error:
+                errors.append(error)
+
+    take = queue._ledger.take
+
+    def collecting(*args):
+        garbage = Careless()
+        garbage.itself = garbage
+        del garbage
+        gc.collect()
+        return take(*args)
+
+    monkeypatch.setattr(queue._ledger, "take", collecting)
+    queue.acquire(0)
+    assert len(errors) == 1
+    assert queue.snapshot().granted == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda queue, permit: queue.acquire(0),
+        lambda queue, permit: queue.enqueue(0),
+        lambda queue, permit: queue.update(None),
+        lambda queue, permit: queue.snapshot(),
+        lambda queue, permit: permit.sent(),
+    ],
+)
+def test_nothing_sees_a_half_done_state(call):
+    queue = LocalQueue()
+    permit = queue.acquire(0)
+    with queue._mutex, pytest.raises((RuntimeError, TypeError)):
+        call(queue, permit)
+
+
+# --- forks -----------------------------------------------------------------------------------------
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+
+
+@needs_fork
+def test_a_forked_child_is_refused_and_the_parent_goes_on():
+    """Its copy of the account would grant what the parent grants, too."""
+    outcome = python(
+        """
+        import os, threading, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from gateway_queue_sync import LocalQueue
+        queue = LocalQueue(interval=0.05, margin=0)
+        permit = queue.acquire(0)
+        waiting = threading.Thread(target=queue.acquire, args=(1,))
+        waiting.start()
+        queue._mutex.acquire()          # the worst moment: somebody is inside
+        child = os.fork()
+        if child == 0:
+            permit.sent()               # harmless
+            queue.close()
+            for call in (lambda: queue.acquire(0), lambda: queue.try_acquire(0),
+                         lambda: queue.enqueue(0), queue.snapshot, lambda: queue.update(None)):
+                try:
+                    call()
+                except RuntimeError as error:
+                    assert "forked" in str(error) and "SqliteQueue" in str(error), error
+                except TypeError:
+                    pass
+                else:
+                    os._exit(1)
+            fresh = LocalQueue()
+            fresh.acquire(0)
+            os._exit(7)
+        queue._mutex.release()
+        _, status = os.waitpid(child, 0)
+        waiting.join()
+        print(os.waitstatus_to_exitcode(status), queue.snapshot().granted)
+        """
+    )
+    assert (outcome.stdout.strip(), outcome.stderr) == ("7 2", "")
+
+
+# --- the end of the interpreter --------------------------------------------------------------------
+
+
+def test_the_interpreter_ends_while_daemon_threads_and_futures_wait():
+    outcome = python(
+        """
+        import threading, time
+        from gateway_queue_sync import LocalQueue
+        queue = LocalQueue(interval=3600)
+        queue.acquire(0)
+        for shard in range(20):
+            threading.Thread(target=queue.acquire, args=(shard,), daemon=True).start()
+            queue.enqueue(shard)
+        while queue.snapshot().waiting < 40:
+            time.sleep(0.01)
+        print("bye")
+        """
+    )
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "bye\n", "")
+
+
+def test_close_lets_the_interpreter_end():
+    outcome = python(
+        """
+        import threading, time
+        from gateway_queue_sync import LocalQueue, QueueClosed
+        queue = LocalQueue(interval=3600)
+        queue.acquire(0)
+        def shard():
+            try:
+                queue.acquire(1)
+            except QueueClosed:
+                print("let go")
+        threading.Thread(target=shard).start()
+        while not queue.snapshot().waiting:
+            time.sleep(0.01)
+        queue.close()
+        """
+    )
+    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "let go\n", "")
+
+
+# --- frozen time -----------------------------------------------------------------------------------
+
+
+def test_waiting_stays_real_when_a_test_freezes_time():
+    """Frozen readings are real again in shallow threads: mixed, they wait for years or not at all."""
+    began = time.monotonic()
+    with freeze_time("2020-01-01"):
+        queue = LocalQueue(interval=0.06, margin=0)
+        grants = []
+
+        def shallow():
+            queue.acquire(1)
+            grants.append(real_us())
+
+        def deep(depth=8):
+            return deep(depth - 1) if depth else shallow()
+
+        queue.acquire(0)
+        grants.append(real_us())
+        threads = [threading.Thread(target=target) for target in (shallow, deep)]
+        for thread in threads:
+            thread.start()
+        queue.acquire(2)
+        grants.append(real_us())
+        for thread in threads:
+            thread.join(10)
+    grants.sort()
+    assert min(later - earlier for earlier, later in itertools.pairwise(grants)) >= 59_000
+    assert len(grants) == 4
+    assert time.monotonic() - began < 10
+
+
+def real_us():
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+
+
+def test_waiting_stays_real_when_the_package_is_imported_in_frozen_time():
+    outcome = python(
+        """
+        import time
+        from freezegun import freeze_time
+        with freeze_time("2020-01-01"):
+            from gateway_queue_sync import LocalQueue
+            queue = LocalQueue(interval=0.1, margin=0)
+            began = time.clock_gettime(time.CLOCK_MONOTONIC)
+            queue.acquire(0)
+            assert queue.try_acquire(0) is None
+            queue.acquire(0, timeout=5)
+            took = time.clock_gettime(time.CLOCK_MONOTONIC) - began
+        assert 0.099 < took < 5, took
+        print("real")
+        """
+    )
+    assert (outcome.stdout, outcome.stderr) == ("real\n", "")

@@ -1,0 +1,384 @@
+"""Threads in lines: spacing, order, priority, time-outs, independence. On a clock driven by hand."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from gateway_queue_sync import (
+    AcquireTimeout,
+    LargeBotQueue,
+    LocalQueue,
+    NoOpQueue,
+    Permit,
+    Queue,
+    QueueClosed,
+    SessionStartLimit,
+)
+from gateway_queue_sync.testing import FakeClock
+
+WINDOW = 5.25
+
+
+def limit(total=1000, remaining=1000, reset_after=0.0, max_concurrency=1):
+    return SessionStartLimit(total, remaining, reset_after, max_concurrency)
+
+
+def buckets(count, clock, **settings):
+    return LargeBotQueue(limit(max_concurrency=count), clock=clock, **settings)
+
+
+def in_line(queue, crew, clock, shard_ids, **settings):
+    """One thread after the other joins the queue's lines."""
+    calls = []
+    for shard_id in shard_ids:
+        parked = clock.parked
+        calls.append(crew(queue.acquire, shard_id, **settings))
+        clock.settle(parked + 1)
+    return calls
+
+
+def order(snapshot, bucket=0):
+    return [shard.shard_id for shard in snapshot.buckets[bucket].shards]
+
+
+# --- spacing ---------------------------------------------------------------------------------------
+
+
+def test_a_free_bucket_grants_at_once(clock):
+    queue = LocalQueue(clock=clock)
+    permit = queue.acquire(3)
+    assert (permit.shard_id, permit.bucket, permit.waited, permit.remaining) == (3, 0, 0.0, None)
+
+
+def test_the_next_permit_comes_a_window_later_and_not_before(clock, crew):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    (call,) = in_line(queue, crew, clock, [1])
+    clock.advance(WINDOW - 0.000_001)
+    clock.settle(1)
+    assert not call.done()
+    clock.advance(0.000_001)
+    assert call.now().waited == WINDOW
+
+
+def test_interval_and_margin_make_the_window(clock):
+    queue = LocalQueue(interval=2, margin=0.5, clock=clock)
+    queue.acquire(0)
+    clock.advance(2.499_999)
+    assert queue.try_acquire(0) is None
+    clock.advance(0.000_001)
+    assert queue.try_acquire(0) is not None
+
+
+def test_a_late_taker_starts_the_window_when_it_takes(clock):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    clock.advance(100)
+    queue.acquire(1)
+    assert queue.snapshot().buckets[0].ready_in == WINDOW
+
+
+def test_buckets_do_not_wait_for_each_other(clock, crew):
+    queue = buckets(2, clock)
+    queue.acquire(0)
+    in_line(queue, crew, clock, [2])
+    assert queue.acquire(1).waited == 0.0
+    clock.advance(WINDOW)
+    crew.join()
+
+
+def test_a_bucket_that_is_asked_between_the_grants_of_another_grants_at_once(clock):
+    """One global tick made an idle bucket wait for the grants of a busy one."""
+    queue = buckets(2, clock)
+    queue.acquire(0)
+    clock.advance(0.001)
+    assert queue.acquire(1).waited == 0.0
+
+
+# --- order -----------------------------------------------------------------------------------------
+
+
+def test_first_come_first_served(clock, crew):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(99)
+    calls = in_line(queue, crew, clock, [5, 3, 4, 1])
+    for left, call in zip((3, 2, 1, 0), calls, strict=True):
+        clock.advance(WINDOW)
+        call.now()
+        clock.settle(left)
+    assert [permit.shard_id for permit in crew.returned] == [5, 3, 4, 1]
+
+
+def test_a_head_start_passes_those_who_came_later_than_it_counts_for(clock, crew):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(99)
+    in_line(queue, crew, clock, [1])
+    clock.advance(2)
+    in_line(queue, crew, clock, [2])
+    clock.advance(2)
+    in_line(queue, crew, clock, [3], priority=3.0)
+    in_line(queue, crew, clock, [4], priority=30.0)
+    in_line(queue, crew, clock, [5], priority=-1.0)
+    in_line(queue, crew, clock, [6])
+    assert order(queue.snapshot()) == [4, 1, 3, 2, 6, 5]
+    queue.close()
+
+
+def test_equal_places_go_by_who_asked_first(clock, crew):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(99)
+    in_line(queue, crew, clock, [8, 7, 9], priority=10.0)
+    assert order(queue.snapshot()) == [8, 7, 9]
+    queue.close()
+
+
+def test_nobody_barges_past_a_line(clock, crew):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    (first,) = in_line(queue, crew, clock, [1])
+    with queue._mutex:  # the one in line is woken, and cannot have moved yet
+        waker = threading.Thread(target=clock.advance, args=(WINDOW,), daemon=True)
+        waker.start()
+        while clock.now_us() < 1_000_000_000 + 5_250_000:
+            pass
+        grabber = crew(queue.try_acquire, 2)
+    waker.join()
+    assert first.now().shard_id == 1
+    assert grabber.now() is None
+
+
+def test_try_acquire_stands_in_no_line(clock):
+    queue = LocalQueue(clock=clock)
+    assert queue.try_acquire(0) is not None
+    assert queue.try_acquire(1) is None
+    assert queue.snapshot().waiting == 0
+
+
+def test_a_shard_may_stand_in_line_twice(clock, crew):
+    """Two sessions with one shard id are legal: the id does not name a waiter."""
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    calls = in_line(queue, crew, clock, [7, 7])
+    for left, call in zip((1, 0), calls, strict=True):
+        clock.advance(WINDOW)
+        assert call.now().shard_id == 7
+        clock.settle(left)
+
+
+# --- time-outs -------------------------------------------------------------------------------------
+
+
+def test_a_timeout_says_when_the_permit_would_have_come(clock, crew):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    in_line(queue, crew, clock, [1])
+    (call,) = in_line(queue, crew, clock, [2], timeout=4.0)
+    clock.advance(4)
+    with pytest.raises(AcquireTimeout) as caught:
+        call.now()
+    assert (caught.value.shard_id, caught.value.timeout) == (2, 4.0)
+    assert caught.value.eta == pytest.approx(2 * WINDOW - 4)
+    assert "shard 2" in str(caught.value)
+    queue.close()
+
+
+def test_a_timeout_of_zero_tries_once(clock):
+    queue = LocalQueue(clock=clock)
+    assert queue.acquire(0, timeout=0)
+    with pytest.raises(AcquireTimeout):
+        queue.acquire(1, timeout=0)
+    assert queue.snapshot().waiting == 0
+
+
+def test_who_times_out_takes_no_permit_and_nobodys_place(clock, crew):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    (gone,) = in_line(queue, crew, clock, [1], timeout=1.0)
+    (stays,) = in_line(queue, crew, clock, [2])
+    clock.advance(1)
+    with pytest.raises(AcquireTimeout):
+        gone.now()
+    clock.settle(1)
+    assert order(queue.snapshot()) == [2]
+    clock.advance(WINDOW - 1)
+    assert stays.now().waited == WINDOW
+    assert queue.snapshot().granted == 2
+
+
+def test_the_first_in_line_timing_out_hands_the_front_on(clock, crew):
+    """A waiter that times out can still have eaten the notify meant for it."""
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    (gone,) = in_line(queue, crew, clock, [1], timeout=1.0)
+    (stays,) = in_line(queue, crew, clock, [2])
+    assert clock.next_in == 1.0
+    clock.advance(1)
+    clock.settle(1)
+    assert clock.next_in == pytest.approx(WINDOW - 1)  # the new first sleeps until its token is due
+    gone.exception(1)
+    clock.advance(WINDOW - 1)
+    stays.now()
+
+
+@pytest.mark.parametrize("timeout", [WINDOW, WINDOW + 1])
+def test_a_permit_due_at_the_deadline_is_granted(clock, crew, timeout):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    (call,) = in_line(queue, crew, clock, [1], timeout=timeout)
+    clock.advance(timeout)
+    assert call.now().shard_id == 1
+
+
+def test_a_deadline_at_the_grant_grants_or_leaves_it_to_the_next(clock, crew):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    (first,) = in_line(queue, crew, clock, [1], timeout=WINDOW)
+    (second,) = in_line(queue, crew, clock, [2], timeout=WINDOW)
+    clock.advance(WINDOW)
+    assert first.now().shard_id == 1
+    with pytest.raises(AcquireTimeout):
+        second.now()
+    assert queue.snapshot().granted == 2
+
+
+@pytest.mark.parametrize("timeout", [None, float("inf"), threading.TIMEOUT_MAX * 2, 1e308, 10**400])
+def test_endless_timeouts_wait_for_ever(clock, crew, timeout):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    (call,) = in_line(queue, crew, clock, [1], timeout=timeout)
+    clock.advance(WINDOW)
+    call.now()
+
+
+def test_a_window_of_centuries_does_not_overflow(clock, crew):
+    queue = LocalQueue(interval=threading.TIMEOUT_MAX, clock=clock)
+    queue.acquire(0)
+    in_line(queue, crew, clock, [1, 2])
+    assert queue.snapshot().buckets[0].shards[1].eta > threading.TIMEOUT_MAX
+    queue.close()
+
+
+# --- idle is free ----------------------------------------------------------------------------------
+
+
+def test_only_the_first_of_each_line_sleeps_with_a_timeout(clock, crew):
+    queue = buckets(2, clock)
+    queue.acquire(0)
+    queue.acquire(1)
+    in_line(queue, crew, clock, [0, 1, 2, 3, 4, 5])
+    deadlines = list(clock._parked.values())
+    assert len(deadlines) == 6
+    assert sum(deadline is not None for deadline in deadlines) == 2
+    queue.close()
+
+
+def test_acquire_starts_no_thread(clock, crew):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    before = threading.active_count()
+    in_line(queue, crew, clock, [1, 2])
+    assert threading.active_count() == before + 2
+    queue.close()
+
+
+# --- looking ---------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_shows_every_bucket_and_everybodys_eta(clock, crew):
+    queue = buckets(3, clock)
+    queue.acquire(0)
+    clock.advance(1)
+    in_line(queue, crew, clock, [0, 3])
+    clock.advance(1)
+    seen = queue.snapshot()
+    assert (seen.waiting, seen.granted) == (2, 1)
+    assert [bucket.bucket for bucket in seen.buckets] == [0, 1, 2]
+    assert [bucket.ready_in for bucket in seen.buckets] == [WINDOW - 2, 0.0, 0.0]
+    first, second = seen.buckets[0].shards
+    assert (first.shard_id, first.waited, first.eta) == (0, 1.0, WINDOW - 2)
+    assert (second.shard_id, second.waited, second.eta) == (3, 1.0, 2 * WINDOW - 2)
+    queue.close()
+
+
+def test_a_repr_shows_the_state(clock, crew):
+    queue = LargeBotQueue(limit(10, 7, 60.0), clock=clock)
+    queue.acquire(0)
+    in_line(queue, crew, clock, [1])
+    assert repr(queue) == "<LargeBotQueue waiting=1 granted=1 remaining=6/10>"
+    queue.close()
+    crew.join()
+    assert repr(queue) == "<LargeBotQueue waiting=0 granted=1 remaining=6/10 closed>"
+    assert "LocalQueue waiting=0 granted=0>" in repr(LocalQueue())
+
+
+# --- closing ---------------------------------------------------------------------------------------
+
+
+def test_close_lets_everybody_go(clock, crew):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    calls = in_line(queue, crew, clock, [1, 2, 3])
+    queue.close()
+    for call in calls:
+        assert isinstance(call.exception(10), QueueClosed)
+    crew.join()
+    assert queue.closed
+    assert queue.snapshot().waiting == 0
+    assert queue.snapshot().granted == 1
+
+
+def test_a_closed_queue_refuses_and_closes_again(clock):
+    with LocalQueue(clock=clock) as queue:
+        assert not queue.closed
+        permit = queue.acquire(0)
+    queue.close()
+    for call in (queue.acquire, queue.try_acquire, queue.enqueue):
+        with pytest.raises(QueueClosed, match="closed"):
+            call(1)
+    with pytest.raises(QueueClosed):
+        queue.update(limit())
+    permit.sent()
+    assert queue.snapshot().granted == 1
+
+
+# --- what every queue is ---------------------------------------------------------------------------
+
+
+def test_a_no_op_queue_always_grants_and_ignores_limits():
+    with NoOpQueue() as queue:
+        queue.update(limit(1, 0, 60.0))
+        for shard_id in range(50):
+            with queue.acquire(shard_id % 3) as permit:
+                assert permit.remaining is None
+        queue.acquire(0).rejected()
+        queue.acquire(0).unused()
+        assert queue.enqueue(3).result(0).shard_id == 3
+        assert queue.snapshot().waiting == 0
+        assert queue.snapshot().granted == 53
+    with pytest.raises(QueueClosed):
+        queue.acquire(0)
+
+
+def test_all_of_them_are_queues():
+    class Mine:
+        def acquire(self, shard_id: int, timeout: float | None = None) -> Permit:
+            return Permit(shard_id)
+
+    for queue in (NoOpQueue(), LocalQueue(), LargeBotQueue(limit()), Mine()):
+        assert isinstance(queue, Queue)
+
+
+def test_a_fleet_starts_in_the_least_time_there_is():
+    """Every bucket's line moves on at exactly its window, for 1,024 shards in 16 buckets."""
+    clock = FakeClock()
+    queue = LargeBotQueue(limit(2000, 2000, max_concurrency=16), clock=clock)
+    begun = clock.now_us()
+    futures = [queue.enqueue(shard_id) for shard_id in range(1024)]
+    for _ in range(1024 // 16 - 1):
+        clock.settle(1)
+        clock.advance(clock.next_in)
+    for future in futures:
+        future.result(10)
+    assert clock.now_us() - begun == (1024 // 16 - 1) * 5_250_000

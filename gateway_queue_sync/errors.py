@@ -13,6 +13,9 @@ class GatewayQueueError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), self._fields()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self._fields()))})"
+
 
 class AcquireTimeout(GatewayQueueError, TimeoutError):
     """No permit came within the timeout. Nothing was used up by waiting.

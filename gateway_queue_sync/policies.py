@@ -154,10 +154,10 @@ class LargeBotQueue(GatewayQueue):
         """
         from gateway_queue_sync.gateway_bot import GatewayBot  # noqa: PLC0415 - loads urllib
 
-        bot = GatewayBot(token, base_url=base_url)
         return cls(
-            bot.session_start_limit(),
-            refresh=bot.session_start_limit,
+            GatewayBot(token, base_url=base_url).session_start_limit(),
+            # At a reset somebody waits: better go on with the known total than try for minutes.
+            refresh=GatewayBot(token, base_url=base_url, attempts=2).session_start_limit,
             reserve=reserve,
             when_exhausted=when_exhausted,
             period=period,

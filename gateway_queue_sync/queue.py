@@ -144,8 +144,7 @@ class GatewayQueue:
         self._check_limit(limit)
         self._adopt(limit)
 
-    # --- what users call
-    # ---------------------------------------------------------------------------
+    # --- what users call --------------------------------------------------------------------------
 
     def acquire(
         self, shard_id: int, timeout: float | None = None, *, priority: float = 0.0
@@ -314,8 +313,7 @@ class GatewayQueue:
             f"this process; to share one account over processes use SqliteQueue or RedisQueue"
         )
 
-    # --- at once
-    # -----------------------------------------------------------------------------------
+    # --- at once ----------------------------------------------------------------------------------
 
     def _at_once(self, shard_id: int) -> Permit | None:
         """Take a permit if the bucket is free and nobody waits for it."""
@@ -357,8 +355,7 @@ class GatewayQueue:
         self._give_back(grant)
         return None
 
-    # --- waiting for a turn
-    # ------------------------------------------------------------------------
+    # --- waiting for a turn -----------------------------------------------------------------------
 
     def _wait_for_turn(self, ticket: Ticket, timeout: float | None) -> Permit:
         """Stand in line with this thread.
@@ -415,8 +412,7 @@ class GatewayQueue:
                 if not self._inside():
                     self._mutex.acquire()
 
-    # --- lines: all of these with the mutex held
-    # ---------------------------------------------------
+    # --- lines: all of these with the mutex held --------------------------------------------------
 
     def _join(self, ticket: Ticket) -> None:
         """Take the ticket's place in its line, unless it stands there already."""
@@ -529,8 +525,7 @@ class GatewayQueue:
         in_us = forecast.eta_us(self._outlook(lengths), self._lines.bucket(ticket), before, lengths)
         return None if in_us is None else in_us / MICROSECOND
 
-    # --- errands and ways out: none of these with the mutex held
-    # -----------------------------------
+    # --- errands and ways out: none of these with the mutex held ----------------------------------
 
     def _step_out(self, ticket: Ticket, reason: LeaveReason) -> None:
         """Leave without a permit: give back what was granted, hand the front on, whoever interrupts.
@@ -644,8 +639,7 @@ class GatewayQueue:
         except Exception:
             log.exception("an observer raised on %r; the queue goes on", event)
 
-    # --- the futures' thread
-    # -----------------------------------------------------------------------
+    # --- the futures' thread ----------------------------------------------------------------------
 
     def _join_as_future(self, ticket: Ticket) -> None:
         with self._mutex:
@@ -718,8 +712,7 @@ class GatewayQueue:
         if ticket.claim() and ticket.future is not None and not ticket.future.done():
             ticket.future.set_exception(error)
 
-    # --- checks
-    # ------------------------------------------------------------------------------------
+    # --- checks -----------------------------------------------------------------------------------
 
     def _check_thread(self) -> None:
         if self._forks != _forks:

@@ -112,8 +112,7 @@ class Denial:
     period: int = 0
 
 
-# --- the token bucket and the budget
-# ---------------------------------------------------------------
+# --- the token bucket and the budget --------------------------------------------------------------
 
 
 def take(
@@ -133,8 +132,9 @@ def take(
     bucket = account.buckets.get(number)
     if bucket is None:
         bucket = account.buckets[number] = _copy(account.fresh)
-    _heed_clock_set_back(account, bucket, now_us, wall_us)
-    wait_us = max(bucket.last_us + account.window_us, bucket.closed_until_us) - now_us
+    wait_us = bucket.last_us + account.window_us - now_us
+    if wait_us > 0 or bucket.closed_until_us > now_us:
+        wait_us = _wait_us(account, bucket, now_us)
     if account.total is None:
         if wait_us > 0:
             return Denial(wait_us, Reason.WINDOW)
@@ -145,6 +145,7 @@ def take(
         due = resets_at_us is not None and wall_us >= resets_at_us
         if remaining <= reserve and not due:
             resets_in_us = _resets_in_us(account, wall_us)
+            account.resets_at_us = wall_us + resets_in_us  # nearer, if the clock was set back
             longer_us = max(wait_us, resets_in_us)
             return Denial(longer_us, Reason.BUDGET, remaining, resets_in_us, period)
         if wait_us > 0:
@@ -152,6 +153,8 @@ def take(
         if can_refresh and (due or account.refresh_owed):
             return Denial(0, Reason.RESET)
         if due:
+            if account.total <= reserve:
+                return Denial(account.period_us, Reason.BUDGET, account.total, 0, period)
             remaining, resets_at_us, period = account.total, None, period + 1
         remaining -= 1
         if resets_at_us is None:
@@ -180,12 +183,11 @@ def _longest_closure_us(account: Account) -> int:
     return max(LONGEST_CLOSURE_US, 2 * account.window_us)
 
 
-def _heed_clock_set_back(account: Account, bucket: Bucket, now_us: int, wall_us: int) -> None:
-    """Forget times farther ahead than they can be, so that a clock set back costs a window once."""
+def _wait_us(account: Account, bucket: Bucket, now_us: int) -> int:
+    """Return how long the bucket stays closed; a clock that was set back costs a window once."""
     bucket.last_us = min(bucket.last_us, now_us)
     bucket.closed_until_us = min(bucket.closed_until_us, now_us + _longest_closure_us(account))
-    if account.resets_at_us is not None:
-        account.resets_at_us = min(account.resets_at_us, wall_us + account.span_us)
+    return _closed_for_us(account, bucket, now_us)
 
 
 def _resets_in_us(account: Account, wall_us: int) -> int:
@@ -194,8 +196,7 @@ def _resets_in_us(account: Account, wall_us: int) -> int:
     return min(max(account.resets_at_us - wall_us, 0), account.span_us)
 
 
-# --- what holders report
-# ---------------------------------------------------------------------------
+# --- what holders report --------------------------------------------------------------------------
 
 
 def restamp(account: Account, grant: Grant, now_us: int) -> bool:
@@ -249,8 +250,7 @@ def _bucket_of(account: Account, grant: Grant) -> Bucket:
     return bucket
 
 
-# --- new limits
-# ------------------------------------------------------------------------------------
+# --- new limits -----------------------------------------------------------------------------------
 
 
 def adopt(account: Account, limit: SessionStartLimit, wall_us: int) -> None:
@@ -271,8 +271,7 @@ def adopt(account: Account, limit: SessionStartLimit, wall_us: int) -> None:
         account.max_concurrency = limit.max_concurrency
 
 
-# --- looking ahead
-# ---------------------------------------------------------------------------------
+# --- looking ahead --------------------------------------------------------------------------------
 
 
 def ready_in_us(account: Account, number: int, now_us: int) -> int:

@@ -20,17 +20,19 @@ class _FakeCondition(threading.Condition):
 
     def __init__(self, lock: Lock, clock: FakeClock) -> None:
         super().__init__(lock)
-        self.lock = lock
+        self.timed_out = False
         self._clock = clock
 
     def wait(self, timeout: float | None = None) -> bool:
         if timeout is not None and timeout <= 0:
             return super().wait(0)
+        self.timed_out = False
         self._clock._park(self, timeout)
         try:
-            return super().wait()
+            super().wait()
         finally:
             self._clock._woke(self)
+        return not self.timed_out
 
     def notify(self, n: int = 1) -> None:
         self._clock._unpark(self)
@@ -85,6 +87,7 @@ class FakeClock:
             due = [c for at, c in sorted(deadlines, key=lambda item: item[0]) if at <= self._now_us]
         for condition in due:
             with condition:
+                condition.timed_out = True
                 condition.notify()
 
     def set_wall(self, to: float) -> None:

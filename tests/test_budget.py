@@ -29,7 +29,7 @@ def spent(clock, *, total=10, remaining=0, reset_after=100.0, **settings):
     return LargeBotQueue(limit(total, remaining, reset_after), clock=clock, **settings)
 
 
-# --- charging --------------------------------------------------------------------------------------
+# --- charging -------------------------------------------------------------------------------------
 
 
 def test_each_permit_is_charged_and_tells_what_is_left(clock):
@@ -86,7 +86,7 @@ def test_the_reserve_is_never_used(clock, crew):
     assert call.now().remaining == 9
 
 
-# --- used up ---------------------------------------------------------------------------------------
+# --- used up --------------------------------------------------------------------------------------
 
 
 def test_one_warning_says_until_when(clock, crew, caplog, freezer):
@@ -154,7 +154,7 @@ def test_etas_include_the_wait_for_a_reset(clock, crew):
     queue.close()
 
 
-# --- update ----------------------------------------------------------------------------------------
+# --- update ---------------------------------------------------------------------------------------
 
 
 def test_an_update_releases_those_who_wait_for_the_budget_at_once(clock, crew):
@@ -227,7 +227,7 @@ def test_a_reserve_that_is_not_less_than_the_total_is_refused(clock):
     assert queue.snapshot().limit.total == 10
 
 
-# --- resets ----------------------------------------------------------------------------------------
+# --- resets ---------------------------------------------------------------------------------------
 
 
 def test_a_reset_that_is_due_shows_as_done_and_the_period_starts_at_the_next_grant(clock):
@@ -379,7 +379,7 @@ def test_a_future_cancelled_while_the_limit_is_read_changes_nothing_for_the_othe
     assert second.result(10).remaining == 9
 
 
-# --- what observers are told -----------------------------------------------------------------------
+# --- what observers are told ----------------------------------------------------------------------
 
 
 def test_observers_hear_of_the_end_and_of_new_limits(clock):

@@ -36,7 +36,7 @@ def text(error):
     return f"{type(error).__name__}: {error}"
 
 
-# --- the family ------------------------------------------------------------------------------------
+# --- the family -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_timeout_is_no_failed_system_call():
     assert (error.errno, error.strerror, error.filename) == (None, None, None)
 
 
-# --- figures and words -----------------------------------------------------------------------------
+# --- figures and words ----------------------------------------------------------------------------
 
 
 def test_a_timeout_says_who_waited_how_long_and_for_what():
@@ -117,7 +117,7 @@ def test_a_failed_reading_of_the_limit_has_the_status_that_came():
     assert str(GatewayBotError("the token is wrong", 401)) == "the token is wrong"
 
 
-# --- copies ----------------------------------------------------------------------------------------
+# --- copies ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

@@ -223,7 +223,7 @@ def test_ten_thousand_cancels_leave_nothing_behind(clock):
     wait_for_no_server()
 
 
-# --- asyncio ---------------------------------------------------------------------------------------
+# --- asyncio --------------------------------------------------------------------------------------
 
 
 def test_asyncio_awaits_without_a_thread_and_cancelling_leaves_the_line():

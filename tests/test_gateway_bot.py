@@ -33,7 +33,7 @@ LIMIT = {"total": 1000, "remaining": 998, "reset_after": 3_600_000, "max_concurr
 BODY = {"url": "wss://gateway.discord.gg", "shards": 9, "session_start_limit": LIMIT}
 
 
-# --- a server that answers as it is told -----------------------------------------------------------
+# --- a server that answers as it is told ----------------------------------------------------------
 
 
 def answer(body, status=200, *, reason=None, length=None, **headers):
@@ -141,7 +141,7 @@ def no_token_in_any_log(caplog):
         assert TOKEN not in logging.Formatter().format(record)
 
 
-# --- asking ----------------------------------------------------------------------------------------
+# --- asking ---------------------------------------------------------------------------------------
 
 
 def test_the_limit_is_read_from_the_body(server, bot):
@@ -201,7 +201,7 @@ def test_discord_is_asked_unless_told_otherwise():
     assert repr(GatewayBot(TOKEN)) == "GatewayBot(host='discord.com')"
 
 
-# --- refusals that no patience helps against -------------------------------------------------------
+# --- refusals that no patience helps against ------------------------------------------------------
 
 
 def test_a_wrong_token_is_called_that_at_once(server, bot, pauses):
@@ -235,7 +235,7 @@ def test_no_redirect_is_followed(server, bot, pauses, status):
     assert pauses == []
 
 
-# --- rate limits -----------------------------------------------------------------------------------
+# --- rate limits ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("asked", ["0", "1.5", "65", str(LONGEST_RETRY_AFTER)])
@@ -272,7 +272,7 @@ def test_a_rate_limit_without_end_is_given_up(server, bot, pauses):
     assert pauses == [2.0] * 4
 
 
-# --- failures that may pass ------------------------------------------------------------------------
+# --- failures that may pass -----------------------------------------------------------------------
 
 FULL = json.dumps(BODY).encode()
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n"
@@ -411,7 +411,7 @@ def test_a_server_that_falls_silent_is_not_waited_for(server, pauses, said):
     assert 0.1 <= time.monotonic() - began < 2
 
 
-# --- arguments -------------------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def test_settings_are_checked(name, wrong, error):
         GatewayBot(TOKEN, **{name: wrong})
 
 
-# --- the token stays inside ------------------------------------------------------------------------
+# --- the token stays inside -----------------------------------------------------------------------
 
 
 def shown_of(error):
@@ -551,7 +551,7 @@ def test_a_bot_does_not_show_its_token():
     assert TOKEN not in repr(bot.session_start_limit)
 
 
-# --- a queue from a token --------------------------------------------------------------------------
+# --- a queue from a token -------------------------------------------------------------------------
 
 
 def queue_from_token(server, clock, **settings):

@@ -36,7 +36,7 @@ class Seven:
         return 7
 
 
-# --- session start limits --------------------------------------------------------------------------
+# --- session start limits -------------------------------------------------------------------------
 
 
 def test_a_limit_keeps_its_figures():
@@ -124,7 +124,7 @@ def test_a_changed_copy_is_checked_anew():
         dataclasses.replace(SessionStartLimit(**GOOD), remaining=2000)
 
 
-# --- Discord's JSON --------------------------------------------------------------------------------
+# --- Discord's JSON -------------------------------------------------------------------------------
 
 
 def test_the_limit_object_is_read_with_its_milliseconds_as_seconds():
@@ -202,7 +202,7 @@ def test_a_limit_in_the_body_that_is_no_object_is_named():
         SessionStartLimit.from_payload({"session_start_limit": [1000, 999, 0, 16]})
 
 
-# --- seconds ---------------------------------------------------------------------------------------
+# --- seconds --------------------------------------------------------------------------------------
 
 
 def test_seconds_can_be_as_long_as_a_lock_can_wait():
@@ -222,7 +222,7 @@ def test_the_figures_are_discords():
     assert 0 < DEFAULT_MARGIN < IDENTIFY_INTERVAL
 
 
-# --- permits ---------------------------------------------------------------------------------------
+# --- permits --------------------------------------------------------------------------------------
 
 
 class Desk:
@@ -308,7 +308,7 @@ def test_a_permit_shows_its_report():
     assert repr(permit) == "<Permit shard_id=3 bucket=0 waited=0.000 rejected>"
 
 
-# --- snapshots -------------------------------------------------------------------------------------
+# --- snapshots ------------------------------------------------------------------------------------
 
 SHARD = WaitingShard(shard_id=3, waited=1.0, eta=None)
 BUCKET = BucketSnapshot(bucket=0, ready_in=4.25, shards=(SHARD,))

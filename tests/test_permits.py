@@ -37,7 +37,7 @@ def warnings_in(caplog):
     return [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
-# --- sent ------------------------------------------------------------------------------------------
+# --- sent -----------------------------------------------------------------------------------------
 
 
 def test_leaving_the_with_moves_the_window_to_now(queue, clock):
@@ -96,7 +96,7 @@ def test_a_repeated_report_changes_nothing(queue, clock, caplog):
     assert not warnings_in(caplog)
 
 
-# --- unused ----------------------------------------------------------------------------------------
+# --- unused ---------------------------------------------------------------------------------------
 
 
 def test_an_unused_permit_costs_nothing(queue, clock):
@@ -143,7 +143,7 @@ def test_unused_in_a_with_is_not_contradicted_by_leaving_it(queue, caplog):
     assert not warnings_in(caplog)
 
 
-# --- rejected --------------------------------------------------------------------------------------
+# --- rejected -------------------------------------------------------------------------------------
 
 
 def test_rejections_in_a_row_close_the_bucket_for_longer_and_longer(clock):
@@ -223,7 +223,7 @@ def test_reports_reach_the_bucket_the_shard_is_in_now(clock):
     assert queue.snapshot().buckets[5].ready_in == 2 * WINDOW
 
 
-# --- late permits ----------------------------------------------------------------------------------
+# --- late permits ---------------------------------------------------------------------------------
 
 
 def test_a_permit_that_came_back_too_late_is_given_back_and_asked_for_again(clock, monkeypatch):
@@ -277,7 +277,7 @@ def test_without_a_margin_the_promise_is_made_at_the_stamp(clock, monkeypatch):
     assert ready_in(queue) == 4.0
 
 
-# --- observers -------------------------------------------------------------------------------------
+# --- observers ------------------------------------------------------------------------------------
 
 
 def test_an_observer_hears_all_of_a_shards_story(clock, crew):

@@ -33,7 +33,7 @@ def python(code, timeout=30):
     )
 
 
-# --- re-entry --------------------------------------------------------------------------------------
+# --- re-entry -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_nothing_sees_a_half_done_state(call):
         call(queue, permit)
 
 
-# --- forks -----------------------------------------------------------------------------------------
+# --- forks ----------------------------------------------------------------------------------------
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 
@@ -180,7 +180,7 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on():
     assert (outcome.stdout.strip(), outcome.stderr) == ("7 2", "")
 
 
-# --- the end of the interpreter --------------------------------------------------------------------
+# --- the end of the interpreter -------------------------------------------------------------------
 
 
 def test_the_interpreter_ends_while_daemon_threads_and_futures_wait():
@@ -222,7 +222,7 @@ def test_close_lets_the_interpreter_end():
     assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "let go\n", "")
 
 
-# --- frozen time -----------------------------------------------------------------------------------
+# --- frozen time ----------------------------------------------------------------------------------
 
 
 def test_waiting_stays_real_when_a_test_freezes_time():

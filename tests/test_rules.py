@@ -56,7 +56,7 @@ def wait(kept, now_us, shard_id=0, **settings):
     return 0 if isinstance(answer, Grant) else answer.wait_us
 
 
-# --- microseconds ----------------------------------------------------------------------------------
+# --- microseconds ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_microseconds_survive_being_seconds(in_us):
     assert rules.to_us(in_us / S) == in_us
 
 
-# --- windows ---------------------------------------------------------------------------------------
+# --- windows --------------------------------------------------------------------------------------
 
 
 def test_a_bucket_that_never_granted_grants():
@@ -148,7 +148,7 @@ def test_without_a_window_every_call_grants():
     assert [granted(kept, 0).serial for _ in range(3)] == [1, 2, 3]
 
 
-# --- the budget ------------------------------------------------------------------------------------
+# --- the budget -----------------------------------------------------------------------------------
 
 
 def test_a_permit_is_charged_when_it_is_granted_and_a_denial_never():
@@ -234,7 +234,7 @@ def test_the_budget_runs_on_the_wall_clock_and_windows_do_not():
     assert take(kept, W, wall_us=DAY + 99 * S).wait_us == S
 
 
-# --- limits that reset at once ---------------------------------------------------------------------
+# --- limits that reset at once --------------------------------------------------------------------
 
 
 def test_an_untouched_limit_that_resets_at_once_has_not_begun_its_period():
@@ -257,7 +257,7 @@ def test_an_untouched_limit_keeps_the_reset_that_it_comes_with():
     assert rules.budget(kept, 0) == rules.Budget(5, 4, 100 * S)
 
 
-# --- reading the limit anew ------------------------------------------------------------------------
+# --- reading the limit anew -----------------------------------------------------------------------
 
 
 def test_whoever_can_read_the_limit_anew_is_told_to_at_a_reset():
@@ -304,7 +304,7 @@ def test_a_limit_that_was_read_is_owed_no_more():
     assert granted(kept, 100 * S, can_refresh=True).remaining == 8
 
 
-# --- giving a permit back --------------------------------------------------------------------------
+# --- giving a permit back -------------------------------------------------------------------------
 
 
 def test_a_permit_that_is_given_back_frees_its_window_and_refunds_its_budget():
@@ -394,7 +394,7 @@ def test_the_period_goes_on_when_its_first_permit_is_given_back():
     assert rules.budget(kept, S) == rules.Budget(5, 5, DAY - S)
 
 
-# --- reporting it sent, stamping it anew -----------------------------------------------------------
+# --- reporting it sent, stamping it anew ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(("sent_at", "left_then"), [(0, W), (S, W), (W - 1, W), (W, W), (3 * W, W)])
@@ -477,7 +477,7 @@ def test_a_stamp_that_was_moved_is_undone_with_its_permit():
     assert wait(kept, S) == 0
 
 
-# --- rejections ------------------------------------------------------------------------------------
+# --- rejections -----------------------------------------------------------------------------------
 
 
 def row_of_rejections(kept, count, start=0):
@@ -590,7 +590,7 @@ def test_a_rejected_permit_still_counts_in_the_budget():
     assert rules.budget(kept, 0).remaining == 4
 
 
-# --- other buckets ---------------------------------------------------------------------------------
+# --- other buckets --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("old", "new"), [(1, 4), (4, 1), (4, 2), (2, 3), (16, 15)])
@@ -659,7 +659,7 @@ def test_a_limit_is_taken_as_it_is_given():
     assert rules.budget(kept, S) == rules.Budget(2000, 7, MINUTE)
 
 
-# --- clocks that are set ---------------------------------------------------------------------------
+# --- clocks that are set --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("back_us", [1, S, W, DAY, 1000 * DAY])
@@ -708,7 +708,7 @@ def test_a_clock_set_back_shows_no_bucket_closed_for_longer_than_it_is():
     assert shown_us == wait(kept, -DAY) == W
 
 
-# --- looking ahead ---------------------------------------------------------------------------------
+# --- looking ahead --------------------------------------------------------------------------------
 
 
 def outlook(ready_in_us, budget=None, reserve=0, window_us=W, period_us=DAY):
@@ -783,7 +783,7 @@ def test_a_place_behind_the_end_of_the_line_has_no_eta_where_permits_are_counted
     assert forecast.eta_us(ahead, 0, 5, {0: 2}) is None
 
 
-# --- whatever happens ------------------------------------------------------------------------------
+# --- whatever happens -----------------------------------------------------------------------------
 #
 # Small figures make many coincidences: windows of 1 or 10 µs, and resets about as far away.
 
@@ -1069,7 +1069,7 @@ def test_no_clock_set_back_denies_for_longer_than_a_window_or_a_closure(life, sh
         assert 0 < answer.wait_us <= longest_us
 
 
-# --- purity ----------------------------------------------------------------------------------------
+# --- purity ---------------------------------------------------------------------------------------
 
 
 def imports_of(module):

@@ -56,7 +56,7 @@ def wake(call):
     call.now()
 
 
-# --- a clock to read -------------------------------------------------------------------------------
+# --- a clock to read ------------------------------------------------------------------------------
 
 
 def test_a_clock_shows_what_it_was_started_with():
@@ -95,7 +95,7 @@ def test_a_clock_is_advanced_by_seconds(clock, wrong):
         clock.advance(wrong)
 
 
-# --- a clock to wait by ----------------------------------------------------------------------------
+# --- a clock to wait by ---------------------------------------------------------------------------
 
 
 def test_only_those_are_woken_whose_wait_is_over(clock, sleepers):
@@ -216,7 +216,7 @@ def test_a_clock_tells_how_many_are_parked_and_when_the_first_is_due(clock, slee
     wake(never)
 
 
-# --- settling --------------------------------------------------------------------------------------
+# --- settling -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrong", [0, 2])
@@ -310,7 +310,7 @@ def test_a_queues_threads_are_driven_as_the_clock_describes(clock, crew):
     assert {call.now().shard_id for call in calls} == {1, 2}
 
 
-# --- a judge: spacing ------------------------------------------------------------------------------
+# --- a judge: spacing -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -376,7 +376,7 @@ def test_of_those_that_arrive_together_one_is_accepted(clock, crew):
     assert (referee.accepted, referee.refused) == (1, 7)
 
 
-# --- a judge: the limit ----------------------------------------------------------------------------
+# --- a judge: the limit ---------------------------------------------------------------------------
 
 
 def test_going_past_the_total_resets_the_token_for_good(clock):
@@ -426,7 +426,7 @@ def test_without_a_total_any_number_is_accepted(clock):
         clock.advance(5)
 
 
-# --- a judge: figures ------------------------------------------------------------------------------
+# --- a judge: figures -----------------------------------------------------------------------------
 
 
 def test_there_is_no_gap_before_the_second_identify(clock):

@@ -43,7 +43,7 @@ def order(snapshot, bucket=0):
     return [shard.shard_id for shard in snapshot.buckets[bucket].shards]
 
 
-# --- spacing ---------------------------------------------------------------------------------------
+# --- spacing --------------------------------------------------------------------------------------
 
 
 def test_a_free_bucket_grants_at_once(clock):
@@ -97,7 +97,7 @@ def test_a_bucket_that_is_asked_between_the_grants_of_another_grants_at_once(clo
     assert queue.acquire(1).waited == 0.0
 
 
-# --- order -----------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 def test_first_come_first_served(clock, crew):
@@ -167,7 +167,7 @@ def test_a_shard_may_stand_in_line_twice(clock, crew):
         clock.settle(left)
 
 
-# --- time-outs -------------------------------------------------------------------------------------
+# --- time-outs ------------------------------------------------------------------------------------
 
 
 def test_a_timeout_says_when_the_permit_would_have_come(clock, crew):
@@ -260,7 +260,7 @@ def test_a_window_of_centuries_does_not_overflow(clock, crew):
     queue.close()
 
 
-# --- idle is free ----------------------------------------------------------------------------------
+# --- idle is free ---------------------------------------------------------------------------------
 
 
 def test_only_the_first_of_each_line_sleeps_with_a_timeout(clock, crew):
@@ -283,7 +283,7 @@ def test_acquire_starts_no_thread(clock, crew):
     queue.close()
 
 
-# --- looking ---------------------------------------------------------------------------------------
+# --- looking --------------------------------------------------------------------------------------
 
 
 def test_a_snapshot_shows_every_bucket_and_everybodys_eta(clock, crew):
@@ -313,7 +313,7 @@ def test_a_repr_shows_the_state(clock, crew):
     assert "LocalQueue waiting=0 granted=0>" in repr(LocalQueue())
 
 
-# --- closing ---------------------------------------------------------------------------------------
+# --- closing --------------------------------------------------------------------------------------
 
 
 def test_close_lets_everybody_go(clock, crew):
@@ -343,7 +343,7 @@ def test_a_closed_queue_refuses_and_closes_again(clock):
     assert queue.snapshot().granted == 1
 
 
-# --- what every queue is ---------------------------------------------------------------------------
+# --- what every queue is --------------------------------------------------------------------------
 
 
 def test_a_no_op_queue_always_grants_and_ignores_limits():

@@ -1,0 +1,111 @@
+"""The shards: each is a thread that connects, acquires a permit and identifies."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+
+from gateway_queue_sync.demo.gateway import Op, encode
+from gateway_queue_sync.models import IDENTIFY_INTERVAL
+
+if TYPE_CHECKING:
+    from gateway_queue_sync.queue import GatewayQueue
+
+PATIENCE = 10.0  # s a shard waits for an answer of the gateway
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a shard: READY, so many seconds after the start, or the failure if there is one.
+
+    ``waited`` is how long the permit took to come, ``refused`` how often the gateway said no before.
+    """
+
+    shard_id: int
+    at: float
+    waited: float = 0.0
+    refused: int = 0
+    failure: str | None = None
+
+
+class Fleet:
+    """All shards. Leaving the ``with`` waits for their threads; close the queue before."""
+
+    def __init__(
+        self, queue: GatewayQueue, address: tuple[str, int], shards: int, interval: float
+    ) -> None:
+        self.outcomes: list[Outcome] = []  # in the order in which the shards ended
+        self.finished = threading.Event()
+        self._queue = queue
+        self._address = address
+        self._shards = shards
+        self._interval = interval
+        self._began = 0.0
+        self._leaving = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start all shards."""
+        self._began = time.monotonic()
+        for shard_id in range(self._shards):
+            thread = threading.Thread(
+                target=self._run, args=(shard_id,), name=f"demo-shard-{shard_id}", daemon=True
+            )
+            thread.start()
+            self._threads.append(thread)
+
+    def _run(self, shard_id: int) -> None:
+        try:
+            waited, refused = self._start_session(shard_id)
+            outcome = Outcome(shard_id, self._elapsed(), waited, refused)
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for this shard
+            failure = f"{type(error).__name__}: {error}"
+            outcome = Outcome(shard_id, self._elapsed(), failure=failure)
+        self.outcomes.append(outcome)
+        if len(self.outcomes) == self._shards:
+            self.finished.set()
+
+    def _start_session(self, shard_id: int) -> tuple[float, int]:
+        """Identify when the queue says so, and again after a pause if the gateway refuses.
+
+        The answer is awaited within the ``with``, so that the bucket's window starts when the gateway
+        has surely judged: on a busy machine a thread may be late by more than a margin this small.
+        """
+        connection = socket.create_connection(self._address, timeout=PATIENCE)
+        with connection, connection.makefile("rb") as lines:
+            _receive(lines)  # HELLO
+            refused = 0
+            while True:
+                with self._queue.acquire(shard_id) as permit:
+                    identify = {"token": "demo", "shard": [shard_id, self._shards]}
+                    connection.sendall(encode(Op.IDENTIFY, identify))
+                    if _receive(lines)["op"] != Op.INVALID_SESSION:
+                        return permit.waited, refused
+                    permit.rejected()
+                refused += 1
+                # Discord wants 1 to 5 random seconds here, of its interval.
+                self._leaving.wait(random.uniform(1, 5) * self._interval / IDENTIFY_INTERVAL)
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._leaving.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def _receive(lines: BinaryIO) -> dict[str, Any]:
+    line = lines.readline()
+    if not line:
+        raise ConnectionError("the gateway closed the connection")
+    payload: dict[str, Any] = json.loads(line)
+    return payload

@@ -1,7 +1,9 @@
 """What an observer is told: one frozen value for each thing that happens in a queue.
 
-An observer is one callable that takes an event. It is called without any lock held, in the thread
-in which the thing happened, so it should be quick. One that raises is logged and survived.
+An observer is one callable that takes an event. It is called without any lock held, in the thread in
+which the thing happened, so it should be quick; it must not wait for a permit itself. One that raises
+is logged and survived. A permit that is granted while the buckets are laid out anew is given back and
+granted again, and told twice.
 """
 
 from __future__ import annotations

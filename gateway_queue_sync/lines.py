@@ -38,13 +38,13 @@ class Ticket:
     __slots__ = (
         "announced",
         "arrived_us",
-        "claimed",
         "condition",
+        "finished",
         "future",
         "grant",
         "place",
-        "refresh_failed",
         "shard_id",
+        "trusted_period",
         "waiting",
     )
 
@@ -62,16 +62,9 @@ class Ticket:
         self.condition: threading.Condition | None = None  # a thread's, made when it has to wait
         self.waiting = False
         self.grant: Grant | None = None  # granted, but not handed over yet
-        self.claimed = False  # its future can't be cancelled any more
+        self.finished = False  # somebody completes its future
         self.announced = False  # an observer knows that it waits
-        self.refresh_failed = False  # it tried to read the limit anew, in vain
-
-    def claim(self) -> bool:
-        """Return whether the permit still has a taker; a future can't be cancelled after that."""
-        if self.future is not None and not self.claimed:
-            self.claimed = self.future.set_running_or_notify_cancel()
-            return self.claimed
-        return True
+        self.trusted_period: int | None = None  # whose limit it tried to read, in vain
 
 
 class Line:
@@ -80,11 +73,12 @@ class Line:
     So joining, leaving and taking the front cost the same (or a logarithm) at any length.
     """
 
-    __slots__ = ("_gone", "_heap")
+    __slots__ = ("_gone", "_heap", "_last")
 
     def __init__(self) -> None:
         self._heap: list[tuple[tuple[int, int], Ticket]] = []
-        self._gone = 0
+        self._gone = 0  # how many in the heap have left
+        self._last: tuple[int, int] | None = None  # the last place that anybody took
 
     @property
     def first(self) -> Ticket | None:
@@ -99,6 +93,8 @@ class Line:
         """Stand in line, at the ticket's place."""
         ticket.waiting = True
         heapq.heappush(self._heap, (ticket.place, ticket))
+        if self._last is None or ticket.place > self._last:
+            self._last = ticket.place
 
     def leave(self, ticket: Ticket) -> None:
         """Stand in line no longer."""
@@ -116,8 +112,13 @@ class Line:
         return (ticket for _, ticket in self._heap if ticket.waiting)
 
     def before(self, ticket: Ticket) -> int:
-        """Return how many wait in front of this place."""
+        """Return how many wait in front of this place, which stands in line."""
+        if ticket.place == self._last:
+            return len(self) - 1
         return sum(other.place < ticket.place for other in self)
+
+    def __len__(self) -> int:
+        return len(self._heap) - self._gone
 
 
 class Lines:
@@ -166,7 +167,7 @@ class Lines:
 
     def lengths(self) -> dict[int, int]:
         """Return how many wait in each bucket that has a line."""
-        return {number: sum(1 for _ in line) for number, line in self.by_bucket.items()}
+        return {number: len(line) for number, line in self.by_bucket.items()}
 
     def firsts(self) -> list[Ticket]:
         """Return who comes next, of each line."""

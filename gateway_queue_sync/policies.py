@@ -14,8 +14,9 @@ from gateway_queue_sync.models import (
     SessionStartLimit,
     seconds,
 )
-from gateway_queue_sync.queue import GatewayQueue, Refresh, WhenExhausted
+from gateway_queue_sync.queue import GatewayQueue, WhenExhausted
 from gateway_queue_sync.rules import to_us
+from gateway_queue_sync.waiting import Refresh
 
 
 def _in_memory(interval: float, margin: float, period: float, clock: Clock) -> MemoryLedger:
@@ -24,7 +25,7 @@ def _in_memory(interval: float, margin: float, period: float, clock: Clock) -> M
     return MemoryLedger(
         window_us=max(1, to_us(interval)) + to_us(margin),
         margin_us=to_us(margin),
-        period_us=to_us(seconds("period", period, above=0)),
+        period_us=max(1, to_us(seconds("period", period, above=0))),
         clock=clock,
     )
 

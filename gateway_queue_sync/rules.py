@@ -138,34 +138,37 @@ def take(
     if account.total is None:
         if wait_us > 0:
             return Denial(wait_us, Reason.WINDOW)
-        remaining, resets_at_us, period = 0, None, account.period
-        grant = Grant(account.granted + 1, shard_id, number, now_us, None, period)
+        remaining, left, resets_at_us, period = None, 0, None, account.period
     else:
-        remaining, resets_at_us, period = account.remaining, account.resets_at_us, account.period
-        due = resets_at_us is not None and wall_us >= resets_at_us
-        if remaining <= reserve and not due:
-            resets_in_us = _resets_in_us(account, wall_us)
-            account.resets_at_us = wall_us + resets_in_us  # nearer, if the clock was set back
-            longer_us = max(wait_us, resets_in_us)
-            return Denial(longer_us, Reason.BUDGET, remaining, resets_in_us, period)
+        due = account.resets_at_us is not None and wall_us >= account.resets_at_us
+        if (account.total if due else account.remaining) <= reserve:
+            return _used_up(account, wait_us, wall_us)
         if wait_us > 0:
             return Denial(wait_us, Reason.WINDOW)
         if can_refresh and (due or account.refresh_owed):
             return Denial(0, Reason.RESET)
         if due:
-            if account.total <= reserve:
-                return Denial(account.period_us, Reason.BUDGET, account.total, 0, period)
-            remaining, resets_at_us, period = account.total, None, period + 1
-        remaining -= 1
+            left, resets_at_us, period = account.total - 1, None, account.period + 1
+        else:
+            left, resets_at_us, period = account.remaining - 1, account.resets_at_us, account.period
         if resets_at_us is None:
             resets_at_us, account.span_us = wall_us + account.period_us, account.period_us
-        grant = Grant(account.granted + 1, shard_id, number, now_us, remaining, period)
+        remaining = left
+    grant = Grant(account.granted + 1, shard_id, number, now_us, remaining, period)
     # From here on there are only assignments: no interrupt can come between them.
-    account.remaining, account.resets_at_us, account.period = remaining, resets_at_us, period
+    account.remaining, account.resets_at_us, account.period = left, resets_at_us, period
     account.granted = grant.serial
     bucket.before_us, bucket.before_serial = bucket.last_us, bucket.serial
     bucket.last_us, bucket.serial = now_us, grant.serial
     return grant
+
+
+def _used_up(account: Account, wait_us: int, wall_us: int) -> Denial:
+    resets_in_us = _resets_in_us(account, wall_us) or account.period_us  # no reset will help
+    account.resets_at_us = wall_us + resets_in_us  # nearer, if the clock was set back
+    return Denial(
+        max(wait_us, resets_in_us), Reason.BUDGET, account.remaining, resets_in_us, account.period
+    )
 
 
 def _copy(bucket: Bucket) -> Bucket:
@@ -255,20 +258,20 @@ def _bucket_of(account: Account, grant: Grant) -> Bucket:
 
 def adopt(account: Account, limit: SessionStartLimit, wall_us: int) -> None:
     """Take a limit as it is given; if it has other buckets, start each from the latest grant of all."""
-    account.period += 1
-    account.total, account.remaining = limit.total, limit.remaining
-    account.refresh_owed = False
-    account.span_us = to_us(limit.reset_after)
-    untouched = limit.remaining == limit.total and account.span_us == 0
-    account.resets_at_us = None if untouched else wall_us + account.span_us
+    span_us = to_us(limit.reset_after)
+    untouched = limit.remaining == limit.total and span_us == 0
+    resets_at_us = None if untouched else wall_us + span_us
+    buckets, fresh = account.buckets, account.fresh
     if limit.max_concurrency != account.max_concurrency:
-        known = [account.fresh, *account.buckets.values()]
-        account.fresh = Bucket(
-            last_us=max(bucket.last_us for bucket in known),
-            closed_until_us=max(bucket.closed_until_us for bucket in known),
-        )
-        account.buckets = {}
-        account.max_concurrency = limit.max_concurrency
+        known = [fresh, *buckets.values()]
+        last_us = max(bucket.last_us for bucket in known)
+        buckets, fresh = {}, Bucket(last_us, closed_until_us=max(b.closed_until_us for b in known))
+    # From here on there are only assignments: no interrupt can come between them.
+    account.buckets, account.fresh, account.max_concurrency = buckets, fresh, limit.max_concurrency
+    account.total, account.remaining = limit.total, limit.remaining
+    account.resets_at_us, account.span_us = resets_at_us, span_us
+    account.period += 1
+    account.refresh_owed = False
 
 
 # --- looking ahead --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ class _FakeCondition(threading.Condition):
         if timeout is not None and timeout <= 0:
             return super().wait(0)
         self.timed_out = False
-        self._clock._park(self, timeout)
         try:
+            self._clock._park(self, timeout)
             super().wait()
         finally:
             self._clock._woke(self)
@@ -59,7 +60,8 @@ class FakeClock:
     def __init__(self, start: float = 1_000.0, wall: float = 1_700_000_000.0) -> None:
         self._now_us = to_us(start)
         self._wall_us = to_us(wall)
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._parked: dict[_FakeCondition, int | None] = {}
         self._waking: set[_FakeCondition] = set()
         self._locks: set[Lock] = set()
@@ -80,9 +82,12 @@ class FakeClock:
     def advance(self, by: float) -> None:
         """Move both clocks on by so many seconds, in one step, and wake whose wait is over."""
         by_us = to_us(seconds("by", by))
-        with self._changed:
+        with contextlib.ExitStack() as held:
+            for lock in list(self._locks):  # nobody is between reading the time and parking
+                held.enter_context(lock)
             self._now_us += by_us
             self._wall_us += by_us
+        with self._lock:
             deadlines = [(at, c) for c, at in self._parked.items() if at is not None]
             due = [c for at, c in sorted(deadlines, key=lambda item: item[0]) if at <= self._now_us]
         for condition in due:
@@ -102,7 +107,7 @@ class FakeClock:
         """
         give_up_us = SYSTEM_CLOCK.now_us() + to_us(timeout)
         while True:
-            with self._changed:
+            with self._lock:
                 while len(self._parked) != parked or self._waking:
                     left_us = give_up_us - SYSTEM_CLOCK.now_us()
                     if left_us <= 0:
@@ -113,7 +118,7 @@ class FakeClock:
             for lock in list(self._locks):
                 with lock:  # whoever woke and holds it makes its move before it lets go
                     pass
-            with self._changed:
+            with self._lock:
                 if len(self._parked) == parked and not self._waking:
                     return
 
@@ -125,25 +130,25 @@ class FakeClock:
     @property
     def next_in(self) -> float | None:
         """Seconds until the next timed wait ends, ``None`` if there is none."""
-        with self._changed:
+        with self._lock:
             deadlines = [at for at in self._parked.values() if at is not None]
         return (min(deadlines) - self._now_us) / MICROSECOND if deadlines else None
 
     def _park(self, condition: _FakeCondition, timeout: float | None) -> None:
-        with self._changed:
+        with self._lock:
             deadline_us = None if timeout is None else self._now_us + to_us(timeout)
             self._parked[condition] = deadline_us
             self._changed.notify_all()
 
     def _unpark(self, condition: _FakeCondition) -> None:
-        with self._changed:
+        with self._lock:
             if condition in self._parked:
                 del self._parked[condition]
                 self._waking.add(condition)
                 self._changed.notify_all()
 
     def _woke(self, condition: _FakeCondition) -> None:
-        with self._changed:
+        with self._lock:
             self._parked.pop(condition, None)
             self._waking.discard(condition)
             self._changed.notify_all()
@@ -185,7 +190,7 @@ class Referee:
         self.max_concurrency = whole_number("max_concurrency", max_concurrency, least=1)
         self._interval_us = to_us(seconds("interval", interval, above=0))
         self._period_us = to_us(seconds("period", period, above=0))
-        self._total = total
+        self._total = None if total is None else whole_number("total", total)
         self._clock = clock
         self._lock = threading.Lock()
         self._accepted_us: dict[int, int] = {}
@@ -198,6 +203,7 @@ class Referee:
 
     def identify(self, shard_id: int) -> bool:
         """Judge an IDENTIFY that arrives now: true is READY, false is Invalid Session."""
+        shard_id = whole_number("shard_id", shard_id)
         with self._lock:
             now_us = self._clock.now_us()
             bucket = shard_id % self.max_concurrency

@@ -219,10 +219,10 @@ def test_an_update_with_something_else_is_refused(clock, nonsense):
 
 
 def test_a_reserve_that_is_not_less_than_the_total_is_refused(clock):
-    with pytest.raises(ValueError, match=r"reserve \(10\) must be less than total \(10\)"):
+    with pytest.raises(ValueError, match=r"total \(10\) must be more than the reserve \(10\)"):
         LargeBotQueue(limit(10, 10), reserve=10)
     queue = LargeBotQueue(limit(10, 10), reserve=5, clock=clock)
-    with pytest.raises(ValueError, match=r"reserve \(5\)"):
+    with pytest.raises(ValueError, match=r"the reserve \(5\)"):
         queue.update(limit(5, 5))
     assert queue.snapshot().limit.total == 10
 
@@ -333,6 +333,69 @@ def test_one_thread_reads_the_limit_and_the_others_wait_for_it(clock, crew):
         call.now()
 
 
+def test_an_update_is_newer_than_an_answer_that_is_on_its_way(clock, crew):
+    """The late answer, taken as it was, would grant the same budget twice."""
+    entered, leave = Gate(), Gate()
+
+    def refresh():
+        entered.open()
+        leave.wait()
+        return limit(10, 10, DAY, max_concurrency=16)
+
+    queue = LargeBotQueue(
+        limit(10, 0, 100.0, max_concurrency=16),
+        refresh=refresh,
+        clock=clock,
+        when_exhausted="raise",
+    )
+    clock.advance(100)
+    asking = crew(queue.acquire, 0)
+    entered.wait()
+    queue.update(limit(10, 10, DAY, max_concurrency=16))
+    permits = [queue.acquire(shard) for shard in range(1, 10)]
+    leave.open()
+    assert asking.now().remaining == 0
+    assert [permit.remaining for permit in permits] == list(range(9, 0, -1))
+
+
+def test_each_reset_is_asked_about_even_by_a_ticket_that_asked_in_vain_before(clock, crew):
+    refresh = Answers(OSError("down"), limit(10, 3, DAY))
+    queue = LargeBotQueue(limit(1, 0, 100.0), refresh=refresh, clock=clock, period=1000.0)
+    first, second = in_line(queue, crew, clock, [0, 1])
+    clock.advance(100)
+    assert first.now().remaining == 0
+    clock.settle(1)
+    clock.advance(WINDOW)
+    clock.settle(1)
+    clock.advance(1000 - WINDOW)
+    assert second.now().remaining == 2
+    assert refresh.asked == 2
+
+
+def test_no_eta_is_told_while_the_limit_is_read(clock, crew):
+    entered, leave = Gate(), Gate()
+
+    def refresh():
+        entered.open()
+        leave.wait()
+        return limit(10, 10, DAY)
+
+    queue = spent(clock, refresh=refresh)
+    clock.advance(100)
+    asking = crew(queue.acquire, 0)
+    entered.wait()
+    with pytest.raises(AcquireTimeout) as caught:
+        queue.acquire(1, timeout=0)
+    assert caught.value.eta is None
+    leave.open()
+    asking.now()
+
+
+def test_the_tiniest_period_still_is_one(clock):
+    queue = LargeBotQueue(limit(2, 2, 60.0, max_concurrency=16), period=1e-9, clock=clock)
+    assert [queue.try_acquire(shard) is not None for shard in range(3)] == [True, True, False]
+
+
 def test_a_thread_that_is_interrupted_while_it_reads_leaves_that_to_the_next(clock, crew):
     asked = []
 
@@ -389,6 +452,16 @@ def test_observers_hear_of_the_end_and_of_new_limits(clock):
     new = limit(5, 5, 60.0)
     queue.update(new)
     assert heard == [BudgetExhausted(0, 100.0), LimitUpdated(new)]
+
+
+def test_observers_hear_of_the_end_once_where_it_raises_too(clock, caplog):
+    heard = []
+    queue = spent(clock, observer=heard.append, when_exhausted="raise")
+    for _ in range(3):
+        with pytest.raises(SessionLimitExhausted):
+            queue.acquire(0)
+    assert heard == [BudgetExhausted(0, 100.0)]
+    assert not warnings_in(caplog)
 
 
 class Gate:

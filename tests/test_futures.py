@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import FIRST_COMPLETED, CancelledError, as_completed, wait
 
 import pytest
 from test_waiting import in_line, limit, order
@@ -77,6 +77,77 @@ def test_a_cancelled_future_leaves_the_line_at_once_and_costs_nothing(clock):
     assert futures[2].result(10).remaining == 8
     with pytest.raises(CancelledError):
         futures[0].result(0)
+
+
+def test_who_waits_for_a_cancelled_future_is_told(clock):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    futures = [queue.enqueue(shard) for shard in range(3)]
+    futures[1].cancel()
+    done, _ = wait(futures, timeout=10, return_when=FIRST_COMPLETED)
+    assert done == {futures[1]}
+    queue.close()
+    assert set(as_completed(futures, timeout=10)) == set(futures)
+
+
+def test_two_who_end_a_future_at_once_end_it_once(clock):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    future = queue.enqueue(0)
+    clock.settle(1)
+    (ticket,) = queue._futures
+    assert queue._finish(ticket)  # the futures' thread, just before it completes it
+    queue.close()
+    assert not future.done()
+    assert not future.cancel()
+    future.set_result(None)
+
+
+def test_a_close_that_was_interrupted_is_finished_by_the_next(clock, monkeypatch):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    futures = [queue.enqueue(shard) for shard in range(6)]
+
+    def interrupted(ticket, error):
+        raise KeyboardInterrupt
+
+    with queue._mutex:
+        monkeypatch.setattr(queue, "_serve_futures", lambda: None)
+    monkeypatch.setattr(queue, "_fail", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        queue.close()
+    monkeypatch.undo()
+    queue.close()
+    for future in futures:
+        assert isinstance(future.exception(10), QueueClosed)
+
+
+def test_a_future_cancelled_in_the_midst_of_a_call_leaves_right_after_it(clock):
+    """As a signal handler does that interrupts the queue."""
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    future = queue.enqueue(0)
+    clock.settle(1)
+    with queue._mutex:
+        assert future.cancel()
+        assert queue.snapshot is not None
+    for thread in threading.enumerate():
+        if thread.name == "gateway-queue-cancel":
+            thread.join(10)
+    assert queue.snapshot().waiting == 0
+    wait_for_no_server()
+
+
+def test_a_callback_may_try(clock):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    tried = []
+    future = queue.enqueue(0)
+    future.add_done_callback(lambda future: tried.append(queue.try_acquire(1)))
+    clock.settle(1)
+    clock.advance(WINDOW)
+    wait_for_no_server()
+    assert tried == [None]
 
 
 def test_cancelling_the_last_future_ends_its_thread(clock):

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import wait
 
 import pytest
 from test_waiting import in_line, limit
@@ -172,6 +173,37 @@ def test_an_interrupt_at_any_point_of_a_wait():
     points = run_interrupted_everywhere(lambda: queue.acquire(0), check, prepare)
     assert points > 30
     assert len(served) == points
+
+
+def test_an_interrupt_at_any_point_of_reading_the_limit_anew(crew):
+    """The others wait for the one who reads: somebody must always wake them."""
+
+    def prepare():
+        nonlocal queue, waiter
+        old, new = limit(10, 0, 0.0, max_concurrency=2), limit(10, 10, 60.0, max_concurrency=4)
+        queue = LargeBotQueue(old, refresh=lambda: new, interval=0.001, margin=0)
+        queue._refresher = "somebody"
+        waiter = crew(queue.acquire, 1)
+        while not sleeps(queue, 1):
+            time.sleep(0)
+        queue._refresher = None
+
+    def check(outcome, injector):
+        if outcome is None:
+            queue.try_acquire(
+                0
+            )  # reads the limit if the one who was interrupted did not come to it
+        assert wait([waiter], 5).done, injector.where
+
+    queue = waiter = None
+    assert run_interrupted_everywhere(lambda: queue.acquire(0), check, prepare) > 30
+
+
+def sleeps(queue, bucket):
+    """Whether the first in this bucket's line is asleep."""
+    with queue._mutex:
+        ticket = queue._lines.first(bucket)
+        return ticket is not None and ticket.condition is not None and ticket.condition._waiters
 
 
 def test_signals_at_random_points_lose_nothing():

@@ -8,6 +8,7 @@ import pytest
 from test_waiting import in_line, limit
 
 from gateway_queue_sync import (
+    AcquireTimeout,
     LargeBotQueue,
     LocalQueue,
     PermitReported,
@@ -226,22 +227,24 @@ def test_reports_reach_the_bucket_the_shard_is_in_now(clock):
 # --- late permits ---------------------------------------------------------------------------------
 
 
+def stopped(queue, clock, monkeypatch, *stops):
+    """Stop the process for so many seconds between each stamp and its return; then no more."""
+    is_in_time, left = queue._is_in_time, list(stops)
+
+    def after_the_stop(grant):
+        clock.advance(left.pop(0) if left else 0)
+        return is_in_time(grant)
+
+    monkeypatch.setattr(queue, "_is_in_time", after_the_stop)
+
+
 def test_a_permit_that_came_back_too_late_is_given_back_and_asked_for_again(clock, monkeypatch):
     """Between the stamp and the return a process can be stopped for as long as it likes."""
     queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
-    deliver, stamps = queue._deliver, []
-
-    def stopped_once(grant, waited):
-        stamps.append(grant.stamp_us)
-        if len(stamps) == 1:
-            clock.advance(30)
-        return deliver(grant, waited)
-
-    monkeypatch.setattr(queue, "_deliver", stopped_once)
+    stopped(queue, clock, monkeypatch, 30, 30)
     permit = queue.acquire(0)
-    assert stamps[1] - stamps[0] == 30_000_000
-    assert permit.waited == 0.0
-    assert (ready_in(queue), remaining(queue)) == (WINDOW, 9)
+    assert permit.waited == 60.0
+    assert (ready_in(queue), remaining(queue), queue.snapshot().granted) == (WINDOW, 9, 3)
 
 
 def test_a_permit_that_is_given_back_keeps_its_place(clock, crew, monkeypatch):
@@ -250,29 +253,60 @@ def test_a_permit_that_is_given_back_keeps_its_place(clock, crew, monkeypatch):
     calls = in_line(queue, crew, clock, [1, 2])
     future = queue.enqueue(3)
     clock.settle(3)
-    deliver, late = queue._deliver, [True, False, False, True, False]
-
-    def sometimes_stopped(grant, waited):
-        if late.pop(0):
-            clock.advance(1)
-        return deliver(grant, waited)
-
-    monkeypatch.setattr(queue, "_deliver", sometimes_stopped)
-    clock.advance(WINDOW)
-    assert calls[0].now().shard_id == 1
-    clock.settle(2)
-    clock.advance(WINDOW)
-    assert calls[1].now().shard_id == 2
-    clock.settle(1)
+    stopped(queue, clock, monkeypatch, 1, 0, 0, 1, 0)
+    for outcome, parked in ((calls[0], 2), (calls[1], 1)):
+        clock.advance(WINDOW)
+        outcome.now()
+        clock.settle(parked)
     clock.advance(WINDOW)
     assert future.result(10).shard_id == 3
+    assert [permit.shard_id for permit in crew.returned] == [1, 2]
     assert remaining(queue) == 6
+
+
+def test_a_permit_that_is_given_back_on_the_fast_path_keeps_its_place_too(clock, crew, monkeypatch):
+    queue = LocalQueue(clock=clock)
+    others = []
+
+    def while_stopped(grant):
+        if not others:
+            monkeypatch.undo()
+            clock.advance(0.001)
+            others.append(crew(queue.acquire, 2))
+            clock.settle(1)
+            clock.advance(1)
+        return bool(clock.now_us() - grant.stamp_us <= 250_000)
+
+    monkeypatch.setattr(queue, "_is_in_time", while_stopped)
+    assert queue.acquire(1).waited == 1.001
+    clock.settle(1)
+    clock.advance(WINDOW)
+    assert others[0].now().shard_id == 2
+
+
+def test_a_deadline_counts_when_permits_come_too_late(clock, monkeypatch):
+    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+    stopped(queue, clock, monkeypatch, *[3] * 50)
+    with pytest.raises(AcquireTimeout):
+        queue.acquire(0, timeout=10)
+    assert (ready_in(queue), remaining(queue)) == (0.0, 10)
+
+
+def test_a_future_whose_permit_came_too_late_can_still_be_cancelled(clock, monkeypatch):
+    queue = LargeBotQueue(limit(10, 1, 600.0), clock=clock)
+    permit = queue.acquire(9)
+    future = queue.enqueue(0)
+    clock.settle(1)
+    stopped(queue, clock, monkeypatch, 700)
+    permit.unused()
+    assert future.result(10).remaining == 9  # asked for again after the reset
+    later = queue.enqueue(1)
+    assert later.cancel()
 
 
 def test_without_a_margin_the_promise_is_made_at_the_stamp(clock, monkeypatch):
     queue = LocalQueue(margin=0, clock=clock)
-    deliver = queue._deliver
-    monkeypatch.setattr(queue, "_deliver", lambda *args: (clock.advance(1), deliver(*args))[1])
+    stopped(queue, clock, monkeypatch, 1)
     queue.acquire(0)
     assert ready_in(queue) == 4.0
 
@@ -315,7 +349,41 @@ def test_a_slow_observer_costs_nobody_spacing(clock):
     assert ready_in(queue) == WINDOW
 
 
-def test_an_observer_may_use_the_queue(clock):
+def test_an_observer_slower_than_the_window_holds_up_its_line_and_nobody_for_ever(clock, crew):
+    told = []
+
+    def observer(event):
+        if isinstance(event, ShardGranted):
+            told.append(event.shard_id)
+            clock.advance(2 * WINDOW)
+
+    queue = LocalQueue(clock=clock, observer=observer)
+    queue.acquire(0)
+    calls = in_line(queue, crew, clock, [1, 2, 3])
+    for left, call in zip((2, 1, 0), calls, strict=True):
+        clock.settle(left + 1)
+        clock.advance(WINDOW)
+        call.now()
+    assert told == [0, 1, 2, 3]
+    assert queue.snapshot().granted == 4
+
+
+def test_new_buckets_laid_out_while_an_observer_is_told_void_the_permit(clock):
+    told = []
+
+    def observer(event):
+        if isinstance(event, ShardGranted) and not told:
+            queue.update(limit(max_concurrency=4))
+            clock.advance(WINDOW)
+        told.append(event)
+
+    queue = LocalQueue(clock=clock, observer=observer)
+    permit = queue.acquire(5)
+    assert permit.bucket == 1
+    assert queue.snapshot().granted == 2
+
+
+def test_an_observer_may_look_at_the_queue(clock):
     queue = LocalQueue(clock=clock, observer=lambda event: queue.snapshot())
     queue.acquire(0)
     assert queue.snapshot().granted == 1

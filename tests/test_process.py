@@ -68,7 +68,7 @@ def test_a_signal_handler_in_a_waiting_thread_is_refused(on_signal, method):
     assert queue.acquire(2).shard_id == 2
     timer.join()
     assert len(errors) == 1
-    assert "signal handler or finalizer" in errors[0]
+    assert "signal handler" in errors[0]
     assert queue.snapshot().granted == 2
 
 
@@ -86,11 +86,11 @@ def test_a_signal_handler_may_close_the_queue_even_in_the_midst_of_a_call():
     queue = LocalQueue(interval=30)
     with queue._mutex:
         queue.close()
-        assert not queue.closed
+        assert queue.closed
     for thread in threading.enumerate():
         if thread.name == "gateway-queue-close":
             thread.join(10)
-    assert queue.closed
+            assert not thread.is_alive()
 
 
 def test_a_finalizer_in_the_midst_of_a_call_is_refused(monkeypatch):

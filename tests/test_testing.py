@@ -490,3 +490,15 @@ def test_a_referee_checks_its_settings(settings, error):
     (name,) = settings
     with pytest.raises(error, match=rf"^{name} must "):
         Referee(**settings)
+
+
+@pytest.mark.parametrize("shard_id", [-1, True, 1.5, "1"])
+def test_a_referee_judges_shard_ids_only(shard_id):
+    with pytest.raises((TypeError, ValueError), match="shard_id must be"):
+        Referee().identify(shard_id)
+
+
+@pytest.mark.parametrize("total", [-1, True, "3"])
+def test_a_referee_counts_to_whole_numbers_only(total):
+    with pytest.raises((TypeError, ValueError), match="total must be"):
+        Referee(total=total)

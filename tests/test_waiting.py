@@ -16,6 +16,7 @@ from gateway_queue_sync import (
     QueueClosed,
     SessionStartLimit,
 )
+from gateway_queue_sync.lines import Line
 from gateway_queue_sync.testing import FakeClock
 
 WINDOW = 5.25
@@ -138,15 +139,19 @@ def test_nobody_barges_past_a_line(clock, crew):
     queue = LocalQueue(clock=clock)
     queue.acquire(0)
     (first,) = in_line(queue, crew, clock, [1])
-    with queue._mutex:  # the one in line is woken, and cannot have moved yet
-        waker = threading.Thread(target=clock.advance, args=(WINDOW,), daemon=True)
-        waker.start()
-        while clock.now_us() < 1_000_000_000 + 5_250_000:
-            pass
-        grabber = crew(queue.try_acquire, 2)
-    waker.join()
+    condition, seen = queue._lines.first(0).condition, []
+    wake = condition.notify
+
+    def notify():
+        wake()
+        seen.append(queue._has_line(2))  # it is woken, and has not moved yet
+
+    condition.notify = notify
+    assert queue.try_acquire(2) is None
+    clock.advance(WINDOW)
     assert first.now().shard_id == 1
-    assert grabber.now() is None
+    assert seen
+    assert all(seen)
 
 
 def test_try_acquire_stands_in_no_line(clock):
@@ -258,6 +263,21 @@ def test_a_window_of_centuries_does_not_overflow(clock, crew):
     in_line(queue, crew, clock, [1, 2])
     assert queue.snapshot().buckets[0].shards[1].eta > threading.TIMEOUT_MAX
     queue.close()
+
+
+def test_a_time_out_costs_no_more_for_those_who_wait_elsewhere(clock):
+    """Its place and ETA are known without looking through the line."""
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    futures = [queue.enqueue(shard) for shard in range(500)]
+    (line,) = queue._lines.by_bucket.values()
+    line.__class__ = type("Watched", (Line,), {"__slots__": (), "__iter__": None})
+    with pytest.raises(AcquireTimeout) as caught:
+        queue.acquire(7, timeout=0)
+    assert caught.value.eta == 501 * WINDOW
+    line.__class__ = Line
+    queue.close()
+    assert all(future.done() for future in futures)
 
 
 # --- idle is free ---------------------------------------------------------------------------------
@@ -382,3 +402,14 @@ def test_a_fleet_starts_in_the_least_time_there_is():
     for future in futures:
         future.result(10)
     assert clock.now_us() - begun == (1024 // 16 - 1) * 5_250_000
+
+
+def test_buckets_that_changed_behind_the_lines_back_are_noticed(clock, crew):
+    """As another process's update does, or an update that was interrupted half-way."""
+    queue = LargeBotQueue(limit(max_concurrency=1), clock=clock)
+    queue.acquire(0)
+    calls = in_line(queue, crew, clock, [2, 1, 3])
+    queue._ledger.adopt(limit(max_concurrency=4))
+    assert queue.try_acquire(0) is None
+    clock.advance(WINDOW)
+    assert [call.now().bucket for call in calls] == [2, 1, 3]

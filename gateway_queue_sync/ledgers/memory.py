@@ -19,7 +19,10 @@ class MemoryLedger:
         self._account = Account(window_us=window_us, period_us=period_us)
         self._now_us = clock.now_us
         self.margin_us = margin_us
-        self.max_concurrency = self._account.max_concurrency
+
+    @property
+    def max_concurrency(self) -> int:
+        return self._account.max_concurrency
 
     def take(self, shard_id: int, reserve: int, can_refresh: bool) -> Grant | Denial:
         now_us = self._now_us()
@@ -38,7 +41,6 @@ class MemoryLedger:
 
     def adopt(self, limit: SessionStartLimit) -> None:
         rules.adopt(self._account, limit, self._now_us())
-        self.max_concurrency = self._account.max_concurrency
 
     def refresh_failed(self) -> None:
         self._account.refresh_owed = True

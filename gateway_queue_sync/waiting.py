@@ -1,0 +1,527 @@
+"""How tickets wait: one mutex, lines, and whoever is first asks the ledger.
+
+- One mutex guards the lines. Each thread that waits has a condition of its own over that mutex.
+- A free bucket without a line grants at once (``_at_once``). Anybody else takes a ticket and joins a
+  line. Only the first of a line asks the ledger, and sleeps for as long as it is told; everybody else
+  sleeps until the front is handed to them. Whoever leaves, for whatever reason, wakes who is first then.
+- A permit is stamped by the thread that takes it, as the last thing before it returns: first the line
+  is left and the next one woken. If it still took longer than the margin to come back, the ticket
+  takes its old place again and the permit is given back.
+
+What must be done outside the mutex (reading the limit anew, logging, observers) is returned by the code
+inside it as an *errand*, and run by the thread that got it. Methods say where they are called: those
+between the two rulers with the mutex held, all others without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import datetime, timedelta
+from functools import partial
+from threading import get_ident
+from typing import TYPE_CHECKING
+
+from gateway_queue_sync import forecast, rules
+from gateway_queue_sync.clock import MICROSECOND, Clock
+from gateway_queue_sync.errors import AcquireTimeout, QueueClosed, SessionLimitExhausted
+from gateway_queue_sync.events import (
+    BudgetExhausted,
+    Event,
+    LeaveReason,
+    LimitUpdated,
+    Observer,
+    PermitReported,
+    ShardGranted,
+    ShardLeft,
+    ShardWaiting,
+)
+from gateway_queue_sync.ledgers import Ledger
+from gateway_queue_sync.lines import Agenda, Lines, Ticket
+from gateway_queue_sync.models import Permit, Report, SessionStartLimit
+from gateway_queue_sync.rules import Denial, Grant, Reason, to_us
+
+if TYPE_CHECKING:
+    from gateway_queue_sync.clock import Lock
+
+log = logging.getLogger("gateway_queue_sync")
+
+Refresh = Callable[[], SessionStartLimit]
+Errand = Callable[[], object]
+
+_LONGEST_SLEEP_US = int(threading.TIMEOUT_MAX) * MICROSECOND
+_PATIENCE_WITH_INTERRUPTS = 100
+
+_forks = 0  # how often this process was forked off
+
+
+def _count_fork() -> None:
+    global _forks  # noqa: PLW0603 - one fact about the process
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)
+
+
+class Waiting:
+    """The lines of one queue, and all that waits in them."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        clock: Clock,
+        observer: Observer | None,
+        refresh: Refresh | None,
+        reserve: int,
+        raises: bool,
+    ) -> None:
+        self._ledger = ledger
+        self._now_us = clock.now_us
+        self._condition = clock.condition
+        self._observer = observer
+        self._refresh = refresh
+        self._reserve = reserve
+        self._raises = raises
+        # Reentrant, though nothing here re-enters it: Ctrl-C while a Condition over a plain Lock
+        # takes it back leaves wait() without it and breaks exclusion (CPython #118433). What would
+        # re-enter (a signal handler, a finalizer) is detected, and refused before it sees a
+        # half-done state.
+        self._mutex: Lock = threading.RLock()
+        self._inside: Callable[[], bool] = self._mutex._is_owned  # type: ignore[attr-defined,unused-ignore]
+        self._forks = _forks
+        self._closed = False
+        self._lines = Lines(ledger.max_concurrency)
+        self._threads: set[int] = set()  # the threads that stand in lines
+        self._futures: set[Ticket] = set()  # the futures that stand in lines
+        self._agenda = Agenda()  # when the futures' thread looks at which bucket
+        self._bell = clock.condition(self._mutex)  # wakes the futures' thread
+        self._refresher: Ticket | None = None  # who reads the limit anew just now
+        self._told_end_of: int | None = None  # the period whose end was told
+
+    def _check_thread(self) -> None:
+        """Refuse a forked child, and whoever would see a half-done state."""
+        if self._is_forked():
+            raise RuntimeError(
+                f"this {type(self).__name__} was made before the process forked: its account "
+                "stayed with the parent; to share one over processes use SqliteQueue"
+            )
+        if self._inside():
+            raise _reentered()
+
+    def _is_forked(self) -> bool:
+        return self._forks != _forks
+
+    # --- at once ----------------------------------------------------------------------------------
+
+    def _at_once(self, shard_id: int) -> Permit | Grant | None:
+        """Take a permit if the bucket is free and nobody waits for it.
+
+        A bare ``Grant`` is one that came too late; the ticket that it is put on gives it back.
+        """
+        if self._forks != _forks or self._inside():
+            self._check_thread()
+        grant: Grant | Denial | None = None
+        try:
+            with self._mutex:
+                if self._closed:
+                    raise QueueClosed
+                if self._threads and get_ident() in self._threads:
+                    raise _reentered()
+                if self._observer is not None or self._has_line(shard_id):
+                    return None
+                grant = self._ledger.take(shard_id, self._reserve, self._refresh is not None)
+            if isinstance(grant, Grant):
+                return self._permit(grant, 0.0) if self._is_in_time(grant) else grant
+        except BaseException:
+            if isinstance(grant, Grant):
+                with self._mutex:
+                    self._return_grant(grant)
+            raise
+        return None
+
+    def _permit(self, grant: Grant, waited: float) -> Permit:
+        return Permit(
+            grant.shard_id, grant.bucket, waited, grant.remaining, self._book_report, grant
+        )
+
+    def _is_in_time(self, grant: Grant) -> bool:
+        """Return whether the permit took no longer than the margin to come back."""
+        margin_us = self._ledger.margin_us
+        return not margin_us or self._now_us() - grant.stamp_us <= margin_us
+
+    # --- waiting for a turn -----------------------------------------------------------------------
+
+    def _wait_for_turn(self, ticket: Ticket, timeout: float | None) -> Permit:
+        """Stand in line with this thread.
+
+        Every way out without a permit ends in ``_step_out``. It is there twice, for an exception
+        that is raised into this thread (Ctrl-C) at the very doorstep of the first.
+        """
+        try:
+            try:
+                return self._take_turns(ticket, timeout)
+            except BaseException as error:
+                self._step_out(ticket, reason_for(error))
+                raise
+        except BaseException as error:
+            self._step_out(ticket, reason_for(error))
+            raise
+
+    def _take_turns(self, ticket: Ticket, timeout: float | None) -> Permit:
+        while True:
+            turn = self._sleep_until_turn(ticket, timeout)
+            if not isinstance(turn, Grant):
+                turn()
+                continue
+            permit = self._deliver(ticket, turn)
+            if permit is not None:
+                return permit
+
+    def _sleep_until_turn(self, ticket: Ticket, timeout: float | None) -> Grant | Errand:
+        """Sleep until there is a permit, or something to do outside the mutex."""
+        with self._mutex:
+            try:
+                if (
+                    self._join(ticket)
+                    and timeout is not None
+                    and self._left_us(ticket, timeout) < 0
+                ):
+                    raise AcquireTimeout(ticket.shard_id, timeout, self._eta(ticket))
+                while True:
+                    answer = self._ask(ticket)
+                    if isinstance(answer, Grant):
+                        return answer
+                    errand = self._errand_before_sleep(ticket, answer)
+                    if errand is not None:
+                        return errand
+                    sleep_us = longest_sleep_us(answer)
+                    if timeout is not None:
+                        left_us = self._left_us(ticket, timeout)
+                        if left_us <= 0:
+                            raise AcquireTimeout(ticket.shard_id, timeout, self._eta(ticket))
+                        sleep_us = left_us if sleep_us is None else min(sleep_us, left_us)
+                    announcement = self._announcement(ticket)
+                    if announcement is not None:
+                        return announcement
+                    if ticket.condition is None:
+                        ticket.condition = self._condition(self._mutex)
+                    ticket.condition.wait(as_timeout(sleep_us))
+            finally:
+                # wait(), interrupted right after it has let go of the mutex, ends without it.
+                if not self._inside():
+                    self._mutex.acquire()
+
+    def _deliver(self, ticket: Ticket, grant: Grant) -> Permit | None:
+        """Return the permit to hand over, or ``None`` if it came too late.
+
+        While an observer is told, the ticket stays first in its line, and the permit is stamped
+        after that: what an observer takes is nobody's gap.
+        """
+        waited = max(0, grant.stamp_us - ticket.arrived_us) / MICROSECOND
+        permit = self._permit(grant, waited)
+        if self._observer is not None:
+            self._tell(ShardGranted(grant.shard_id, grant.bucket, waited, grant.remaining))
+            with self._mutex:
+                if not self._hand_on(ticket, grant):
+                    return None
+        return permit if self._is_in_time(grant) else None
+
+    # ----------------------------------------------------------------------------------------------
+    # Lines: with the mutex held
+
+    def _has_line(self, shard_id: int) -> bool:
+        """Return whether somebody waits for the shard's bucket (or the lines are out of date)."""
+        by_bucket, count = self._lines.by_bucket, self._ledger.max_concurrency
+        return bool(by_bucket) and (
+            shard_id % count in by_bucket or count != self._lines.max_concurrency
+        )
+
+    def _join(self, ticket: Ticket) -> bool:
+        """Take the ticket's place in its line; return whether it came back with a late permit."""
+        if self._closed:
+            raise QueueClosed
+        if ticket.future is None:
+            self._threads.add(get_ident())
+        else:
+            self._futures.add(ticket)
+        if not ticket.waiting:
+            self._lines.join(ticket)
+        if ticket.grant is None:
+            return False
+        grant, ticket.grant = ticket.grant, None
+        self._return_grant(grant)  # its own place is taken before: nobody passes it by this
+        return True
+
+    def _leave(self, ticket: Ticket) -> None:
+        """Leave the line and hand its front on; harmless when repeated."""
+        if ticket.future is None:
+            self._threads.discard(get_ident())
+        else:
+            self._futures.discard(ticket)
+            if not self._futures:
+                self._bell.notify()  # their thread may go
+        self._lines.leave(ticket)
+        self._wake(self._lines.first(self._lines.bucket(ticket)))
+
+    def _wake(self, ticket: Ticket | None) -> None:
+        """Let the first of a line look whether it may go."""
+        if ticket is None:
+            return
+        if ticket.future is not None:
+            self._agenda.set(self._lines.bucket(ticket), rules.NEVER)
+            self._bell.notify()
+        elif ticket.condition is not None:
+            ticket.condition.notify()
+
+    def _wake_all_firsts(self) -> None:
+        for ticket in self._lines.firsts():
+            self._wake(ticket)
+
+    def _ask(self, ticket: Ticket) -> Grant | Denial | None:
+        """Ask the ledger for the ticket's permit if it is the first of its line, else ``None``."""
+        if self._closed:
+            raise QueueClosed
+        if self._lines.max_concurrency != self._ledger.max_concurrency:
+            self._reline()
+        if self._lines.first(self._lines.bucket(ticket)) is not ticket:
+            return None
+        account = self._ledger.account()[0]
+        can_refresh = self._refresh is not None and ticket.trusted_period != account.period
+        answer = self._ledger.take(ticket.shard_id, self._reserve, can_refresh)
+        if isinstance(answer, Grant):
+            ticket.grant = answer
+            if self._observer is None:
+                self._hand_on(ticket, answer)
+        return answer
+
+    def _hand_on(self, ticket: Ticket, grant: Grant) -> bool:
+        """Leave the line with a permit, wake the next one, and stamp the permit last.
+
+        Return whether the permit is still good: new buckets may have been laid out meanwhile.
+        """
+        self._leave(ticket)
+        return self._ledger.restamp(grant)
+
+    def _errand_before_sleep(self, ticket: Ticket, denial: Denial | None) -> Errand | None:
+        """Return what a denial makes the first of a line do outside the mutex, if anything."""
+        if denial is None or denial.reason is Reason.WINDOW:
+            return None
+        if denial.reason is Reason.BUDGET:
+            if self._told_end_of != denial.period:
+                self._told_end_of = denial.period
+                return partial(self._tell_end, denial)
+            if self._raises:
+                raise SessionLimitExhausted(denial.remaining, denial.resets_in_us / MICROSECOND)
+            return None
+        if self._refresher is not None and self._refresher is not ticket:
+            return None  # somebody reads the limit anew already, and wakes all firsts afterwards
+        self._refresher = ticket
+        account = self._ledger.account()[0]
+        return partial(self._renew_limit, ticket, account.period, account.granted)
+
+    def _announcement(self, ticket: Ticket) -> Errand | None:
+        """Return the telling of an observer, once, that this ticket has to wait."""
+        if self._observer is None or ticket.announced:
+            return None
+        ticket.announced = True
+        number, before = self._lines.bucket(ticket), self._lines.before(ticket)
+        return partial(self._tell, ShardWaiting(ticket.shard_id, number, before, self._eta(ticket)))
+
+    def _reline(self) -> None:
+        """Give everybody, in their order, the line of the bucket that is theirs now."""
+        self._lines = Lines(self._ledger.max_concurrency, self._lines)
+        self._wake_all_firsts()
+
+    def _adopt(self, limit: SessionStartLimit) -> None:
+        try:
+            self._ledger.adopt(limit)
+        finally:
+            self._reline()
+
+    def _return_grant(self, grant: Grant) -> None:
+        """Refund a permit and wake whom that helps."""
+        self._ledger.report(grant, Report.UNUSED)
+        account = self._ledger.account()[0]
+        if account.total is not None and account.remaining == self._reserve + 1:
+            self._wake_all_firsts()  # there was nothing left to grant
+        else:
+            self._wake(self._lines.first(grant.shard_id % self._lines.max_concurrency))
+
+    def _outlook(self, numbers: Iterable[int]) -> forecast.Outlook:
+        account, now_us, wall_us = self._ledger.account()
+        return forecast.Outlook(
+            window_us=account.window_us,
+            period_us=account.period_us,
+            reserve=self._reserve,
+            ready_in_us={number: rules.ready_in_us(account, number, now_us) for number in numbers},
+            budget=rules.budget(account, wall_us),
+        )
+
+    def _eta(self, ticket: Ticket) -> float | None:
+        """Return in how many seconds the ticket, which stands in its line, should get its permit."""
+        if self._refresher is not None:
+            return None  # the limit that is being read decides
+        lengths = self._lines.lengths()
+        before = self._lines.before(ticket)
+        in_us = forecast.eta_us(self._outlook(lengths), self._lines.bucket(ticket), before, lengths)
+        return None if in_us is None else in_us / MICROSECOND
+
+    def _left_us(self, ticket: Ticket, timeout: float) -> int:
+        """Return how much of its timeout a ticket has left; negative once that has passed."""
+        return ticket.arrived_us + to_us(timeout) - self._now_us()
+
+    # ----------------------------------------------------------------------------------------------
+    # Errands and ways out: without the mutex
+
+    def _step_out(self, ticket: Ticket, reason: LeaveReason) -> None:
+        """Leave without a permit: give back what was granted, hand the front on, whoever interrupts.
+
+        Repeating it changes nothing; an exception raised into the midst of it makes it start over,
+        and goes on its way when all is done.
+        """
+        told = interrupt = None
+        for _ in range(_PATIENCE_WITH_INTERRUPTS):
+            try:
+                with self._mutex:
+                    was_in = ticket.waiting or ticket.grant is not None
+                    told = told or (was_in and ticket.announced)
+                    if self._refresher is ticket and reason != "cancelled":
+                        self._wake_all_firsts()
+                        self._refresher = None
+                    if ticket.grant is not None:
+                        self._return_grant(ticket.grant)
+                        ticket.grant = None
+                    self._leave(ticket)
+                break
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+        if told:
+            waited_us = max(0, self._now_us() - ticket.arrived_us)
+            self._tell(ShardLeft(ticket.shard_id, waited_us / MICROSECOND, reason))
+
+    def _renew_limit(self, ticket: Ticket, period: int, granted: int) -> None:
+        """Read the limit anew at a reset; if that fails the last known total counts.
+
+        An answer that an ``update`` has overtaken is dropped.
+        """
+        limit = None
+        try:
+            assert self._refresh is not None
+            limit = self._refresh()
+            self._check_limit(limit)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the queue goes on
+            limit = None
+            log.warning(
+                "could not read the session start limit at its reset (%s: %s); the last known total "
+                "counts, and the next permit asks again",
+                type(error).__name__,
+                error,
+            )
+        with self._mutex:
+            account = self._ledger.account()[0]
+            if limit is None:
+                ticket.trusted_period = account.period
+                self._ledger.refresh_failed()
+            elif account.period != period:
+                limit = None
+            else:
+                limit = _careful(limit, account.granted - granted)
+                self._adopt(limit)
+            self._wake_all_firsts()
+            if self._refresher is ticket:
+                self._refresher = None
+        if limit is not None:
+            self._tell(LimitUpdated(limit))
+
+    def _check_limit(self, limit: object) -> None:
+        if not isinstance(limit, SessionStartLimit):
+            raise TypeError(f"a limit must be a SessionStartLimit, not {type(limit).__name__}")
+        if limit.total <= self._reserve:
+            raise ValueError(
+                f"total ({limit.total}) must be more than the reserve ({self._reserve})"
+            )
+
+    def _book_report(self, permit: Permit, report: Report) -> None:
+        """Book what the holder of a permit says became of it, unless it says so twice."""
+        if self._is_forked():
+            return  # the account in this child is a copy that grants nothing
+        self._check_thread()
+        with self._mutex:
+            before = permit.reported
+            news = before is None or (before is Report.SENT and report is Report.REJECTED)
+            if news:
+                permit.reported = report
+                if report is Report.UNUSED:
+                    self._return_grant(permit._grant)
+                else:
+                    self._ledger.report(permit._grant, report)
+        if news:
+            self._tell(PermitReported(permit.shard_id, permit.bucket, report))
+        elif Report.UNUSED in (before, report) and before is not report:
+            log.warning("%r was reported %s: that changes nothing now", permit, report.value)
+
+    def _tell_end(self, denial: Denial) -> None:
+        resets_in = denial.resets_in_us / MICROSECOND
+        if not self._raises:
+            until = datetime.now().astimezone() + timedelta(seconds=resets_in)
+            log.warning(
+                "the session start limit is used up (%d left, reserve %d): no shard may identify "
+                "until %s (in %.0f s)",
+                denial.remaining,
+                self._reserve,
+                until.strftime("%Y-%m-%d %H:%M:%S %Z"),
+                resets_in,
+            )
+        self._tell(BudgetExhausted(denial.remaining, resets_in))
+
+    def _tell(self, event: Event) -> None:
+        if self._observer is None:
+            return
+        try:
+            self._observer(event)
+        except Exception:
+            log.exception("an observer raised on %r; the queue goes on", event)
+
+
+def _reentered() -> RuntimeError:
+    return RuntimeError(
+        "the queue was called in a thread that is in the midst of a call to it (by a signal handler, a "
+        "finalizer, an observer or refresh); let that set a flag, or use another thread"
+    )
+
+
+def _careful(limit: SessionStartLimit, granted_since: int) -> SessionStartLimit:
+    """Return a limit less what was granted while it was read, not to be read again before a second."""
+    if granted_since:
+        limit = replace(limit, remaining=max(0, limit.remaining - granted_since))
+    if limit.remaining < limit.total:
+        soonest = rules.SOONEST_REASK_US / MICROSECOND
+        limit = replace(limit, reset_after=max(limit.reset_after, soonest))
+    return limit
+
+
+def longest_sleep_us(denial: Denial | None) -> int | None:
+    """Return how long a denial lets its ticket sleep; ``None``: until it is woken."""
+    return None if denial is None or denial.reason is Reason.RESET else denial.wait_us
+
+
+def as_timeout(sleep_us: int | None) -> float | None:
+    """Return what a condition may be asked to sleep, in seconds."""
+    return None if sleep_us is None else min(sleep_us, _LONGEST_SLEEP_US) / MICROSECOND
+
+
+def reason_for(error: BaseException) -> LeaveReason:
+    """Return in an observer's words why somebody left with this error."""
+    if isinstance(error, AcquireTimeout):
+        return "timeout"
+    if isinstance(error, QueueClosed):
+        return "closed"
+    if isinstance(error, SessionLimitExhausted):
+        return "exhausted"
+    return "error" if isinstance(error, Exception) else "interrupted"

@@ -52,9 +52,8 @@ class LocalQueue(GatewayQueue):
     Args:
         interval: seconds between two permits of a bucket: Discord's 5.
         margin: seconds added for what happens between the grant and the IDENTIFY's arrival. A
-        permit
-            that took longer than that to come back to its caller is given back and asked for again.
-            With 0 the spacing is promised at the grant, not at the caller.
+            permit that took longer than that to come back to its caller is given back and asked for
+            again. With 0 the spacing is promised at the grant, not at the caller.
         clock: what tells the time; ``testing.FakeClock`` in tests.
         observer: called with each event (``gateway_queue_sync.events``).
 
@@ -80,8 +79,7 @@ class LargeBotQueue(GatewayQueue):
     Args:
         limit: the session start limit to begin with, as Discord gives it now.
         refresh: called without arguments when the limit is due to reset, to read it anew. It runs
-        in
-            the thread of whoever is first in line, once per reset; if it raises, the last known
+            in the thread of whoever is first in line, once per reset; if it raises, the last known
             total counts, with a WARNING, and the next permit asks again.
         reserve: session starts never to use up: at ``remaining <= reserve`` the queue is exhausted.
         when_exhausted: ``"wait"`` for the reset, or ``"raise"`` ``SessionLimitExhausted``.

@@ -99,8 +99,7 @@ class GatewayQueue(Waiting):
             QueueClosed: the queue is closed, or was while waiting.
             TypeError, ValueError: an argument is no shard id, no timeout or no priority.
             RuntimeError: called from a signal handler or finalizer that interrupted this queue, or
-            in
-                a forked child.
+                in a forked child.
         """
         if type(shard_id) is not int or shard_id < 0:
             shard_id = whole_number("shard_id", shard_id)
@@ -163,7 +162,7 @@ class GatewayQueue(Waiting):
         ticket = self._ticket(shard_id, priority_us, permit, future)
         future.on_cancel = partial(self._leave_cancelled, ticket)
         try:
-            self._join_as_future(ticket)
+            self._fulfil(ticket, self._join_as_future(ticket))
         except BaseException:
             future.cancel()
             raise
@@ -258,10 +257,14 @@ class GatewayQueue(Waiting):
 
     # --- futures ----------------------------------------------------------------------------------
 
-    def _join_as_future(self, ticket: Ticket) -> None:
+    def _join_as_future(self, ticket: Ticket) -> Grant | None:
+        """Stand in line for a future; return its grant if it need not wait there."""
         with self._mutex:
             self._join(ticket)
-            if self._lines.first(self._lines.bucket(ticket)) is ticket:
+            answer = self._ask(ticket)
+            if isinstance(answer, Grant):
+                return answer
+            if answer is not None:
                 self._wake(ticket)
             announcement = self._announcement(ticket)
             if self._server is None or not self._server.is_alive():
@@ -271,6 +274,7 @@ class GatewayQueue(Waiting):
                 self._server.start()
         if announcement is not None:
             announcement()
+        return None
 
     def _serve_futures(self) -> None:
         """Ask for the futures that are first of their lines, until no future stands in any."""
@@ -311,17 +315,20 @@ class GatewayQueue(Waiting):
             self._server = None
             return None
 
-    def _fulfil(self, ticket: Ticket, grant: Grant) -> None:
-        """Hand a permit to its future, unless that was cancelled."""
+    def _fulfil(self, ticket: Ticket, grant: Grant | None) -> None:
+        """Hand a permit to its future, unless that was cancelled; one that comes too late rejoins."""
         assert ticket.future is not None
-        permit = self._deliver(ticket, grant)
-        if permit is None and not ticket.future.cancelled():
-            self._join_as_future(ticket)
-        elif permit is not None and self._finish(ticket):
-            ticket.grant = ticket.future.on_cancel = None
-            ticket.future.set_result(permit)
-        else:
-            self._step_out(ticket, "cancelled")
+        while grant is not None:
+            permit = self._deliver(ticket, grant)
+            if permit is None and not ticket.future.cancelled():
+                grant = self._join_as_future(ticket)
+                continue
+            if permit is not None and self._finish(ticket):
+                ticket.grant = ticket.future.on_cancel = None
+                ticket.future.set_result(permit)
+            else:
+                self._step_out(ticket, "cancelled")
+            return
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
         """Give a future an error instead of a permit."""

@@ -282,12 +282,15 @@ class Waiting:
             self._wake(ticket)
 
     def _ask(self, ticket: Ticket) -> Grant | Denial | None:
-        """Ask the ledger for the ticket's permit if it is the first of its line, else ``None``."""
+        """Ask the ledger for the ticket's permit if it is the first of its line, else ``None``.
+
+        With a permit, a ticket leaves its line; in an observed queue when the observer was told.
+        """
         if self._closed:
             raise QueueClosed
         if self._lines.max_concurrency != self._ledger.max_concurrency:
             self._reline()
-        if self._lines.first(self._lines.bucket(ticket)) is not ticket:
+        if self._lines.first(self._lines.bucket(ticket)) is not ticket or ticket.grant is not None:
             return None
         account = self._ledger.account()[0]
         can_refresh = self._refresh is not None and ticket.trusted_period != account.period

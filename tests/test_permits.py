@@ -349,6 +349,14 @@ def test_a_slow_observer_costs_nobody_spacing(clock):
     assert ready_in(queue) == WINDOW
 
 
+def test_a_free_bucket_makes_a_finished_future_where_somebody_observes_too(clock):
+    told = []
+    queue = LocalQueue(clock=clock, observer=told.append)
+    assert queue.enqueue(3).done()
+    assert told == [ShardGranted(3, 0, 0.0, None)]
+    assert queue.snapshot().waiting == 0
+
+
 def test_an_observer_slower_than_the_window_holds_up_its_line_and_nobody_for_ever(clock, crew):
     told = []
 

@@ -107,7 +107,9 @@ class GatewayQueue(Waiting):
             timeout = _patience(timeout)
         priority_us = 0 if priority == 0.0 and type(priority) is float else _head_start(priority)
         permit = self._at_once(shard_id)
-        if isinstance(permit, Permit):
+        if (
+            permit.__class__ is Permit
+        ):  # not isinstance: interrupts come after calls, and would lose it
             return permit
         if timeout != 0 and threading.current_thread() is self._server:
             raise RuntimeError("a future's callback must not block on the queue that serves it")
@@ -124,7 +126,7 @@ class GatewayQueue(Waiting):
         """
         shard_id = whole_number("shard_id", shard_id)
         permit = self._at_once(shard_id)
-        if isinstance(permit, Permit):
+        if permit.__class__ is Permit:
             return permit
         with contextlib.suppress(AcquireTimeout):
             return self._wait_for_turn(self._ticket(shard_id, 0, permit), 0.0)
@@ -155,9 +157,13 @@ class GatewayQueue(Waiting):
         priority_us = _head_start(priority)
         future = PermitFuture()
         permit = self._at_once(shard_id)
-        if isinstance(permit, Permit):
-            future.set_running_or_notify_cancel()
-            future.set_result(permit)
+        if permit.__class__ is Permit:
+            try:
+                future.set_running_or_notify_cancel()
+                future.set_result(permit)
+            except BaseException:
+                permit.unused()
+                raise
             return future
         ticket = self._ticket(shard_id, priority_us, permit, future)
         future.on_cancel = partial(self._leave_cancelled, ticket)
@@ -172,10 +178,11 @@ class GatewayQueue(Waiting):
         self,
         shard_id: int,
         priority_us: int,
-        late: Grant | None,
+        answer: Permit | Grant | None,
         future: PermitFuture | None = None,
     ) -> Ticket:
         """Return a place in line, that of a permit which came too late if there is one."""
+        late = answer if isinstance(answer, Grant) else None
         arrived_us = self._now_us() if late is None else late.stamp_us
         ticket = Ticket(shard_id, arrived_us, priority_us, future)
         ticket.grant = late

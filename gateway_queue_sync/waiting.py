@@ -131,7 +131,9 @@ class Waiting:
                     raise QueueClosed
                 if self._threads and get_ident() in self._threads:
                     raise _reentered()
-                if self._observer is not None or self._has_line(shard_id):
+                if self._observer is not None or (
+                    self._lines.by_bucket and self._has_line(shard_id)
+                ):
                     return None
                 grant = self._ledger.take(shard_id, self._reserve, self._refresh is not None)
             if isinstance(grant, Grant):
@@ -235,10 +237,8 @@ class Waiting:
 
     def _has_line(self, shard_id: int) -> bool:
         """Return whether somebody waits for the shard's bucket (or the lines are out of date)."""
-        by_bucket, count = self._lines.by_bucket, self._ledger.max_concurrency
-        return bool(by_bucket) and (
-            shard_id % count in by_bucket or count != self._lines.max_concurrency
-        )
+        count = self._ledger.max_concurrency
+        return shard_id % count in self._lines.by_bucket or count != self._lines.max_concurrency
 
     def _join(self, ticket: Ticket) -> bool:
         """Take the ticket's place in its line; return whether it came back with a late permit."""

@@ -42,6 +42,7 @@ class Ticket:
         "finished",
         "future",
         "grant",
+        "left",
         "place",
         "shard_id",
         "trusted_period",
@@ -61,6 +62,7 @@ class Ticket:
         self.future = future
         self.condition: threading.Condition | None = None  # a thread's, made when it has to wait
         self.waiting = False
+        self.left = False  # it stood in a line before
         self.grant: Grant | None = None  # granted, but not handed over yet
         self.finished = False  # somebody completes its future
         self.announced = False  # an observer knows that it waits
@@ -91,6 +93,8 @@ class Line:
 
     def join(self, ticket: Ticket) -> None:
         """Stand in line, at the ticket's place."""
+        if ticket.left:  # it stood here before: what is left of that must not come to life again
+            self._forget_the_gone()
         ticket.waiting = True
         heapq.heappush(self._heap, (ticket.place, ticket))
         if self._last is None or ticket.place > self._last:
@@ -98,27 +102,35 @@ class Line:
 
     def leave(self, ticket: Ticket) -> None:
         """Stand in line no longer."""
-        ticket.waiting = False
+        ticket.waiting, ticket.left = False, True
         self._gone += 1
-        if (
-            self._gone > 16 and self._gone > len(self._heap) // 2
-        ):  # else a blocked line would only grow
-            heap = [entry for entry in self._heap if entry[1].waiting]
-            heapq.heapify(heap)
-            self._heap, self._gone = heap, 0
+        if self._gone > max(16, len(self._heap) // 2):
+            self._forget_the_gone()  # else a line that is blocked would only grow
+
+    def _forget_the_gone(self) -> None:
+        heap = [entry for entry in self._heap if entry[1].waiting]
+        heapq.heapify(heap)
+        self._heap, self._gone = heap, 0
 
     def __iter__(self) -> Iterator[Ticket]:
-        """Yield those who wait, in no order."""
+        """Yield those who stand here, in no order."""
         return (ticket for _, ticket in self._heap if ticket.waiting)
+
+    def waiting(self) -> list[Ticket]:
+        """Return those who wait, in no order: not the first if its permit is just handed over."""
+        return [ticket for ticket in self if ticket.grant is None]
 
     def before(self, ticket: Ticket) -> int:
         """Return how many wait in front of this place, which stands in line."""
         if ticket.place == self._last:
             return len(self) - 1
-        return sum(other.place < ticket.place for other in self)
+        return sum(other.place < ticket.place for other in self.waiting())
 
     def __len__(self) -> int:
-        return len(self._heap) - self._gone
+        """Return how many wait."""
+        first = self.first
+        served = first is not None and first.grant is not None
+        return len(self._heap) - self._gone - served
 
 
 class Lines:

@@ -218,7 +218,7 @@ class GatewayQueue(Waiting):
         with self._mutex:  # only copying in here: the arithmetic may take long
             now_us = self._now_us()
             outlook = self._outlook(range(self._ledger.max_concurrency))
-            tickets = {number: list(line) for number, line in self._lines.by_bucket.items()}
+            tickets = {number: line.waiting() for number, line in self._lines.by_bucket.items()}
             granted = self._ledger.account()[0].granted
         return forecast.snapshot(outlook, tickets, now_us, granted)
 
@@ -267,6 +267,8 @@ class GatewayQueue(Waiting):
     def _join_as_future(self, ticket: Ticket) -> Grant | None:
         """Stand in line for a future; return its grant if it need not wait there."""
         with self._mutex:
+            if ticket.finished:
+                return None  # cancelled, or failed by close, while its permit came too late
             self._join(ticket)
             answer = self._ask(ticket)
             if isinstance(answer, Grant):
@@ -314,6 +316,7 @@ class GatewayQueue(Waiting):
                 except Exception as error:  # noqa: BLE001 - the future's holder gets it
                     return ticket, partial(self._fail, ticket, error)
                 sleep_us = longest_sleep_us(answer)
+                number = self._lines.bucket(ticket)  # asking may have shown that it is another one
                 if errand is not None:
                     self._agenda.set(number, rules.NEVER)
                     return ticket, errand
@@ -330,26 +333,41 @@ class GatewayQueue(Waiting):
             if permit is None and not ticket.future.cancelled():
                 grant = self._join_as_future(ticket)
                 continue
-            if permit is not None and self._finish(ticket):
-                ticket.grant = ticket.future.on_cancel = None
-                ticket.future.set_result(permit)
-            else:
+            with self._mutex:
+                mine = permit is not None and self._claim(ticket)
+                if mine:
+                    ticket.grant = None
+            if permit is None or not mine:
                 self._step_out(ticket, "cancelled")
+            elif ticket.future.set_running_or_notify_cancel():
+                ticket.future.on_cancel = None
+                ticket.future.set_result(permit)
+            else:  # cancelled at this very instant
+                with self._mutex:
+                    self._return_grant(grant)
             return
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
         """Give a future an error instead of a permit."""
-        self._step_out(ticket, reason_for(error))
-        if ticket.future is not None and self._finish(ticket):
-            ticket.future.on_cancel = None
-            ticket.future.set_exception(error)
-
-    def _finish(self, ticket: Ticket) -> bool:
-        """Return whether the ticket's future is the caller's to complete: once, and not cancelled."""
         assert ticket.future is not None
         with self._mutex:
-            finished, ticket.finished = ticket.finished, True
-        return not finished and ticket.future.set_running_or_notify_cancel()
+            mine = self._claim(ticket)
+        try:
+            self._step_out(ticket, reason_for(error))
+            if mine and ticket.future.set_running_or_notify_cancel():
+                ticket.future.on_cancel = None
+                ticket.future.set_exception(error)
+        finally:
+            if mine and not ticket.future.done():  # interrupted: the next close does it
+                with self._mutex:
+                    ticket.finished = False
+                    self._futures.add(ticket)
+
+    def _claim(self, ticket: Ticket) -> bool:
+        """Return whether the ticket's future is the caller's to complete; with the mutex held."""
+        mine = not ticket.finished
+        ticket.finished = True
+        return mine
 
     def _leave_cancelled(self, ticket: Ticket) -> None:
         """Leave the line for a future that was cancelled, and tell those who wait for it."""
@@ -360,8 +378,11 @@ class GatewayQueue(Waiting):
                 target=self._leave_cancelled, args=(ticket,), name="gateway-queue-cancel"
             ).start()
             return
+        with self._mutex:
+            mine = self._claim(ticket)
         self._step_out(ticket, "cancelled")
-        self._finish(ticket)
+        if mine and ticket.future is not None:
+            ticket.future.set_running_or_notify_cancel()
 
 
 def _patience(timeout: object) -> float | None:

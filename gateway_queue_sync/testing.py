@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gateway_queue_sync.clock import MICROSECOND, SYSTEM_CLOCK, Clock
@@ -14,6 +16,8 @@ from gateway_queue_sync.rules import to_us
 
 if TYPE_CHECKING:
     from gateway_queue_sync.clock import Lock
+
+_PACKAGE = str(Path(__file__).parent)
 
 
 class _FakeCondition(threading.Condition):
@@ -64,6 +68,7 @@ class FakeClock:
         self._changed = threading.Condition(self._lock)
         self._parked: dict[_FakeCondition, int | None] = {}
         self._waking: set[_FakeCondition] = set()
+        self._awake: set[int] = set()  # threads that woke and have not parked again
         self._locks: set[Lock] = set()
 
     def now_us(self) -> int:
@@ -119,8 +124,29 @@ class FakeClock:
                 with lock:  # whoever woke and holds it makes its move before it lets go
                     pass
             with self._lock:
-                if len(self._parked) == parked and not self._waking:
+                if self._is_on_its_way():
+                    self._changed.wait(0.000_2)
+                elif len(self._parked) == parked and not self._waking:
                     return
+            if SYSTEM_CLOCK.now_us() > give_up_us:
+                raise AssertionError(f"a thread is still inside its queue after {timeout:g} s")
+
+    def _is_on_its_way(self) -> bool:
+        """Return whether a thread that woke is still on its way out of the queue.
+
+        One that reads the limit anew is not waited for: that takes as long as it takes.
+        """
+        frames = sys._current_frames()
+        for thread in list(self._awake):
+            frame, names = frames.get(thread), set()
+            while frame is not None:
+                if frame.f_code.co_filename.startswith(_PACKAGE):
+                    names.add(frame.f_code.co_name)
+                frame = frame.f_back
+            if names & {"_take_turns", "_fulfil"} and "_renew_limit" not in names:
+                return True
+            self._awake.discard(thread)
+        return False
 
     @property
     def parked(self) -> int:
@@ -138,6 +164,7 @@ class FakeClock:
         with self._lock:
             deadline_us = None if timeout is None else self._now_us + to_us(timeout)
             self._parked[condition] = deadline_us
+            self._awake.discard(threading.get_ident())
             self._changed.notify_all()
 
     def _unpark(self, condition: _FakeCondition) -> None:
@@ -151,6 +178,7 @@ class FakeClock:
         with self._lock:
             self._parked.pop(condition, None)
             self._waking.discard(condition)
+            self._awake.add(threading.get_ident())
             self._changed.notify_all()
 
 

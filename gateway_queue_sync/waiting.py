@@ -343,7 +343,9 @@ class Waiting:
         try:
             self._ledger.adopt(limit)
         finally:
-            self._reline()
+            if self._lines.max_concurrency != self._ledger.max_concurrency:
+                self._reline()
+            self._wake_all_firsts()
 
     def _return_grant(self, grant: Grant) -> None:
         """Refund a permit and wake whom that helps."""
@@ -413,33 +415,35 @@ class Waiting:
 
         An answer that an ``update`` has overtaken is dropped.
         """
-        limit = None
+        limit = failure = None
         try:
             assert self._refresh is not None
             limit = self._refresh()
             self._check_limit(limit)
         except Exception as error:  # noqa: BLE001 - whatever it is, the queue goes on
-            limit = None
-            log.warning(
-                "could not read the session start limit at its reset (%s: %s); the last known total "
-                "counts, and the next permit asks again",
-                type(error).__name__,
-                error,
-            )
+            failure = error
         with self._mutex:
             account = self._ledger.account()[0]
-            if limit is None:
-                ticket.trusted_period = account.period
+            overtaken = account.period != period
+            if failure is not None and not overtaken:
+                ticket.trusted_period = period
                 self._ledger.refresh_failed()
-            elif account.period != period:
-                limit = None
-            else:
+            elif limit is not None and not overtaken:
                 limit = _careful(limit, account.granted - granted)
                 self._adopt(limit)
             self._wake_all_firsts()
             if self._refresher is ticket:
                 self._refresher = None
-        if limit is not None:
+        if overtaken:
+            return
+        if failure is not None:
+            log.warning(
+                "could not read the session start limit at its reset (%s: %s); the last known total "
+                "counts, and the next permit asks again",
+                type(failure).__name__,
+                failure,
+            )
+        elif limit is not None:
             self._tell(LimitUpdated(limit))
 
     def _check_limit(self, limit: object) -> None:

@@ -137,7 +137,7 @@ class FakeClock:
         One that reads the limit anew is not waited for: that takes as long as it takes.
         """
         frames = sys._current_frames()
-        for thread in list(self._awake):
+        for thread in self._awake - {threading.get_ident()}:
             frame, names = frames.get(thread), set()
             while frame is not None:
                 if frame.f_code.co_filename.startswith(_PACKAGE):

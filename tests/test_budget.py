@@ -358,6 +358,23 @@ def test_an_update_is_newer_than_an_answer_that_is_on_its_way(clock, crew):
     assert [permit.remaining for permit in permits] == list(range(9, 0, -1))
 
 
+def test_a_refresh_that_fails_after_an_update_changes_nothing(clock, caplog):
+    asked = []
+
+    def refresh():
+        asked.append(1)
+        queue.update(limit(100, 50, 3600.0))
+        raise OSError("too late anyway")
+
+    queue = spent(clock, refresh=refresh)
+    clock.advance(100)
+    assert queue.acquire(0).remaining == 49
+    clock.advance(WINDOW)
+    assert queue.acquire(0).remaining == 48
+    assert asked == [1]
+    assert not any("could not read" in record.getMessage() for record in warnings_in(caplog))
+
+
 def test_each_reset_is_asked_about_even_by_a_ticket_that_asked_in_vain_before(clock, crew):
     refresh = Answers(OSError("down"), limit(10, 3, DAY))
     queue = LargeBotQueue(limit(1, 0, 100.0), refresh=refresh, clock=clock, period=1000.0)

@@ -10,7 +10,14 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, as_completed, wa
 import pytest
 from test_waiting import in_line, limit, order
 
-from gateway_queue_sync import LargeBotQueue, LocalQueue, QueueClosed, ShardLeft, ShardWaiting
+from gateway_queue_sync import (
+    LargeBotQueue,
+    LocalQueue,
+    QueueClosed,
+    ShardGranted,
+    ShardLeft,
+    ShardWaiting,
+)
 
 WINDOW = 5.25
 
@@ -101,6 +108,54 @@ def test_two_who_end_a_future_at_once_end_it_once(clock):
     queue.close()
     assert not future.done()
     wait_for_no_server()
+
+
+def test_a_future_that_is_closed_while_its_permit_is_told_of_gets_the_error_alone(clock):
+    def observer(event):
+        if isinstance(event, ShardGranted) and event.shard_id == 0:
+            queue.close()
+
+    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock, observer=observer)
+    queue.acquire(9)
+    future = queue.enqueue(0)
+    clock.settle(1)
+    clock.advance(WINDOW)
+    assert isinstance(future.exception(10), QueueClosed)
+    wait_for_no_server()
+    assert queue.snapshot().limit.remaining == 9
+
+
+def test_a_future_that_is_cancelled_while_its_permit_is_told_of_costs_nothing(clock):
+    def observer(event):
+        if isinstance(event, ShardGranted) and event.shard_id == 0:
+            assert future.cancel()
+
+    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock, observer=observer)
+    queue.acquire(9)
+    future = queue.enqueue(0)
+    clock.settle(1)
+    clock.advance(WINDOW)
+    wait_for_no_server()
+    assert (queue.snapshot().limit.remaining, queue.snapshot().waiting) == (9, 0)
+
+
+def test_a_future_cancelled_before_its_late_permit_rejoins_stays_out(clock, monkeypatch):
+    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+    queue.acquire(9)
+    future = queue.enqueue(0)
+    clock.settle(1)
+    join = queue._join_as_future
+
+    def cancelled_first(ticket):
+        future.cancel()
+        return join(ticket)
+
+    monkeypatch.setattr(queue, "_join_as_future", cancelled_first)
+    monkeypatch.setattr(queue, "_is_in_time", lambda grant: False)
+    clock.advance(WINDOW)
+    wait_for_no_server()
+    assert future.cancelled()
+    assert (queue.snapshot().limit.remaining, queue.snapshot().waiting) == (9, 0)
 
 
 def test_a_close_that_was_interrupted_is_finished_by_the_next(clock, monkeypatch):

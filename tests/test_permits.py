@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 from test_waiting import in_line, limit
@@ -355,6 +356,65 @@ def test_a_free_bucket_makes_a_finished_future_where_somebody_observes_too(clock
     assert queue.enqueue(3).done()
     assert told == [ShardGranted(3, 0, 0.0, None)]
     assert queue.snapshot().waiting == 0
+
+
+def test_whose_permit_is_being_told_of_waits_no_more(clock, crew):
+    seen = []
+
+    def observer(event):
+        if isinstance(event, ShardGranted):
+            seen.append(queue.snapshot())
+
+    queue = LocalQueue(clock=clock, observer=observer)
+    queue.acquire(0)
+    assert (seen[0].waiting, seen[0].granted) == (0, 1)
+    (call,) = in_line(queue, crew, clock, [1])
+    in_line(queue, crew, clock, [2])
+    clock.advance(WINDOW)
+    call.now()
+    assert [shard.shard_id for shard in seen[1].buckets[0].shards] == [2]
+    assert seen[1].buckets[0].shards[0].eta == WINDOW
+    queue.close()
+
+
+def test_a_ticket_whose_permit_was_voided_stands_in_its_line_once(clock, crew):
+    told = []
+
+    def observer(event):
+        if isinstance(event, ShardGranted) and event.shard_id == 2 and not told:
+            told.append(event)
+            in_line(queue, crew, clock, [4], priority=100.0)
+            queue.update(limit(max_concurrency=2))
+
+    queue = LocalQueue(clock=clock, observer=observer)
+    queue.acquire(0)
+    calls = in_line(queue, crew, clock, [2])
+    clock.advance(WINDOW)
+    clock.settle(2)
+    assert queue.snapshot().waiting == 2
+    assert [shard.shard_id for shard in queue.snapshot().buckets[0].shards] == [4, 2]
+    clock.advance(WINDOW)
+    clock.settle(1)
+    clock.advance(WINDOW)
+    assert calls[0].now().shard_id == 2
+    assert queue.snapshot().waiting == 0
+    assert not queue._lines.by_bucket
+
+
+def test_settling_waits_for_those_who_tell_their_observer(clock, crew):
+    """Else the clock could be moved between a grant and its stamp."""
+
+    def observer(event):
+        time.sleep(0.02)
+
+    queue = LocalQueue(clock=clock, observer=observer)
+    queue.acquire(0)
+    calls = in_line(queue, crew, clock, [1, 2, 3])
+    for left, call in zip((2, 1, 0), calls, strict=True):
+        clock.advance(WINDOW)
+        clock.settle(left)
+        assert call.now()
+    assert [call.now().waited for call in calls] == [WINDOW, 2 * WINDOW, 3 * WINDOW]
 
 
 def test_an_observer_slower_than_the_window_holds_up_its_line_and_nobody_for_ever(clock, crew):

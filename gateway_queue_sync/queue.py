@@ -286,7 +286,7 @@ class GatewayQueue(Waiting):
         return None
 
     def _serve_futures(self) -> None:
-        """Ask for the futures that are first of their lines, until no future stands in any."""
+        """Ask for the futures that are first of their lines, while there are any."""
         while (turn := self._sleep_until_future_turn()) is not None:
             ticket, answer = turn
             try:
@@ -299,7 +299,7 @@ class GatewayQueue(Waiting):
 
     def _sleep_until_future_turn(self) -> tuple[Ticket, Grant | Errand] | None:
         with self._mutex:
-            while self._futures:
+            while self._futures and not self._closed:  # close() fails those that are left
                 now_us, at_us = self._now_us(), self._agenda.next_us
                 if at_us is None or at_us > now_us:
                     self._bell.wait(as_timeout(None if at_us is None else at_us - now_us))

@@ -1,0 +1,97 @@
+"""The README's code is run as it stands there, so that none of it can rot."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shlex
+import threading
+from pathlib import Path
+
+import pytest
+
+from gateway_queue_sync import LargeBotQueue, LocalQueue, QueueClosed, SessionStartLimit
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def block(language, containing):
+    """Return the one code block with this text in it."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    (found,) = [code for code in blocks if containing in code]
+    return found
+
+
+def test_the_bot_in_ten_lines_starts_its_shards(monkeypatch):
+    sent, ran = [], threading.Semaphore(0)
+
+    class WebSocket:
+        def send(self, payload):
+            sent.append(payload)
+
+        def run(self):
+            ran.release()
+
+    code = block("python", "def run_shard").replace(
+        "LocalQueue()", "LocalQueue(interval=0.01, margin=0.01)"
+    )
+    exec(code, {"connect": lambda shard_id: WebSocket(), "identify": lambda shard_id: shard_id})
+    for _ in range(4):
+        assert ran.acquire(timeout=20)
+    assert sorted(sent) == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def wait_to_identify():
+    names = {"asyncio": asyncio}
+    exec(block("python", "async def"), names)
+    return names["wait_to_identify"]
+
+
+def test_the_recipe_for_asyncio_gets_a_permit(wait_to_identify):
+    permit = asyncio.run(wait_to_identify(LocalQueue(), 3))
+    assert permit.shard_id == 3
+
+
+def test_the_recipe_for_asyncio_strands_no_permit(wait_to_identify):
+    """Cancelled at the very instant at which its permit has come."""
+    queue = LargeBotQueue(SessionStartLimit(10, 10, 600.0, 1), interval=0.01, margin=0.0)
+
+    async def main():
+        queue.acquire(0)
+        task = asyncio.ensure_future(wait_to_identify(queue, 1))
+        await asyncio.sleep(0)
+        while queue.snapshot().granted < 2:  # the loop does not run: the permit cannot be delivered
+            pass
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert queue.snapshot().limit.remaining == 9
+
+
+def test_the_recipe_for_asyncio_stays_cancelled_when_the_queue_is_closed(wait_to_identify):
+    queue = LocalQueue(interval=30)
+
+    async def main():
+        queue.acquire(0)
+        task = asyncio.ensure_future(wait_to_identify(queue, 1))
+        await asyncio.sleep(0)
+        queue.close()
+        task.cancel()
+        with pytest.raises((asyncio.CancelledError, QueueClosed)):
+            await task
+        return task
+
+    assert asyncio.run(main()).done()
+
+
+def test_the_commands_are_there():
+    commands = [
+        line
+        for code in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+        for line in code.splitlines()
+    ]
+    assert commands[0] == "python3 -m gateway_queue_sync demo"
+    assert shlex.split(commands[1])[:4] == ["python3", "-m", "venv", ".venv"]

@@ -354,7 +354,8 @@ class GatewayQueue(Waiting):
             mine = self._claim(ticket)
         try:
             self._step_out(ticket, reason_for(error))
-            if mine and ticket.future.set_running_or_notify_cancel():
+            begun = ticket.future.running()  # by a call of this that was interrupted
+            if mine and (begun or ticket.future.set_running_or_notify_cancel()):
                 ticket.future.on_cancel = None
                 ticket.future.set_exception(error)
         finally:

@@ -18,6 +18,7 @@ from gateway_queue_sync import (
     ShardLeft,
     ShardWaiting,
 )
+from gateway_queue_sync.lines import PermitFuture
 
 WINDOW = 5.25
 
@@ -175,6 +176,41 @@ def test_a_close_that_was_interrupted_is_finished_by_the_next(clock, monkeypatch
     queue.close()
     for future in futures:
         assert isinstance(future.exception(10), QueueClosed)
+
+
+def test_a_future_whose_closing_was_interrupted_is_finished_by_the_next(clock, monkeypatch):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(9)
+    futures = [queue.enqueue(shard) for shard in range(3)]
+
+    set_exception, blows = PermitFuture.set_exception, [KeyboardInterrupt] * 3
+
+    def interrupted(future, error):
+        if blows:
+            raise blows.pop()
+        set_exception(future, error)
+
+    monkeypatch.setattr(PermitFuture, "set_exception", interrupted)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            queue.close()
+    queue.close()
+    for future in futures:
+        assert isinstance(future.exception(10), QueueClosed)
+    assert queue.snapshot().waiting == 0
+
+
+def test_an_interrupt_that_comes_with_a_finished_future_costs_nothing(clock, monkeypatch):
+    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+
+    def interrupted(future, permit):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PermitFuture, "set_result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        queue.enqueue(0)
+    seen = queue.snapshot()
+    assert (seen.limit.remaining, seen.buckets[0].ready_in) == (10, 0.0)
 
 
 def test_a_future_cancelled_in_the_midst_of_a_call_leaves_right_after_it(clock):

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     Lock = threading._RLock | threading.RLock
 
-MICROSECOND = 1_000_000  # µs in a second
-
 
 class Clock(Protocol):
     """What a queue asks of a clock."""

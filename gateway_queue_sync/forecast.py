@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from gateway_queue_sync.clock import MICROSECOND
 from gateway_queue_sync.lines import Ticket
 from gateway_queue_sync.models import BucketSnapshot, LimitSnapshot, QueueSnapshot, WaitingShard
-from gateway_queue_sync.rules import Budget
+from gateway_queue_sync.rules import MICROSECOND, Budget
 
 
 @dataclass(frozen=True, slots=True)

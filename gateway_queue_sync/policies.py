@@ -6,6 +6,7 @@ from typing import Self
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.events import Observer
+from gateway_queue_sync.in_memory import InMemoryQueue
 from gateway_queue_sync.ledgers.memory import MemoryLedger
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
@@ -14,7 +15,7 @@ from gateway_queue_sync.models import (
     SessionStartLimit,
     seconds,
 )
-from gateway_queue_sync.queue import GatewayQueue, WhenExhausted
+from gateway_queue_sync.queue import WhenExhausted
 from gateway_queue_sync.rules import to_us
 from gateway_queue_sync.waiting import Refresh
 
@@ -30,7 +31,7 @@ def _in_memory(interval: float, margin: float, period: float, clock: Clock) -> M
     )
 
 
-class NoOpQueue(GatewayQueue):
+class NoOpQueue(InMemoryQueue):
     """Grants at once, always: for a bot whose gateway proxy does the queueing.
 
     It keeps no window and no budget, and ``update`` is ignored.
@@ -44,7 +45,7 @@ class NoOpQueue(GatewayQueue):
         """Ignore the limit."""
 
 
-class LocalQueue(GatewayQueue):
+class LocalQueue(InMemoryQueue):
     """One process, one bucket: for a bot whose ``max_concurrency`` is 1.
 
     It keeps no budget until ``update`` gives it one; then it also has that limit's buckets.
@@ -73,7 +74,7 @@ class LocalQueue(GatewayQueue):
         super().__init__(ledger, clock=clock, observer=observer)
 
 
-class LargeBotQueue(GatewayQueue):
+class LargeBotQueue(InMemoryQueue):
     """One process, a bucket for each of ``max_concurrency``, and the day's budget.
 
     Args:

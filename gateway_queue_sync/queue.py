@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from abc import abstractmethod
 from concurrent.futures import Future
 from functools import partial
-from typing import Literal, NoReturn, Protocol, Self, runtime_checkable
+from typing import Literal, Protocol, Self, runtime_checkable
 
-from gateway_queue_sync import forecast, rules
+from gateway_queue_sync import rules
 from gateway_queue_sync.clock import Clock
 from gateway_queue_sync.errors import AcquireTimeout, QueueClosed
 from gateway_queue_sync.events import LimitUpdated, Observer
@@ -70,12 +71,6 @@ class GatewayQueue(Waiting):
         reserve = whole_number("reserve", reserve)
         super().__init__(ledger, clock, observer, refresh, reserve, when_exhausted == "raise")
         self._server: threading.Thread | None = None  # the futures' thread
-
-    def _start_with(self, limit: SessionStartLimit) -> None:
-        """Adopt the limit that a policy was made with, before anybody can wait."""
-        self._check_limit(limit)
-        with self._mutex:
-            self._adopt(limit)
 
     # --- what users call --------------------------------------------------------------------------
 
@@ -202,25 +197,20 @@ class GatewayQueue(Waiting):
         """
         self._check_limit(limit)
         self._check_thread()
-        with self._mutex:
-            if self._closed:
-                raise QueueClosed
-            self._adopt(limit)
+        self._adopt(limit)
         self._tell(LimitUpdated(limit))
 
+    @abstractmethod
+    def _adopt(self, limit: SessionStartLimit) -> None:
+        """Have the ledger take a limit as it is given, and let those who wait know."""
+
+    @abstractmethod
     def snapshot(self) -> QueueSnapshot:
         """Return who waits where, until when, and what is left of the budget; works when closed, too.
 
         Raises:
             RuntimeError: as ``acquire`` does.
         """
-        self._check_thread()
-        with self._mutex:  # only copying in here: the arithmetic may take long
-            now_us = self._now_us()
-            outlook = self._outlook(range(self._ledger.max_concurrency))
-            tickets = {number: line.waiting() for number, line in self._lines.by_bucket.items()}
-            granted = self._ledger.account()[0].granted
-        return forecast.snapshot(outlook, tickets, now_us, granted)
 
     def close(self) -> None:
         """Grant no more permits: whoever waits gets ``QueueClosed``. Closing again changes nothing."""
@@ -248,19 +238,12 @@ class GatewayQueue(Waiting):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        account, _, wall_us = self._ledger.account()
-        left = rules.budget(account, wall_us)
+    def _describe(self, granted: int, left: rules.Budget | None) -> str:
+        """Return the repr of a queue with this many permits granted and this budget left."""
         budget = "" if left is None else f" remaining={left.remaining}/{left.total}"
         state = " closed" if self._closed else ""
         waiting = len(self._threads) + len(self._futures)
-        return f"<{type(self).__name__} waiting={waiting} granted={account.granted}{budget}{state}>"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            f"a {type(self).__name__} cannot be pickled or copied: its lines and its account live in "
-            f"this process; to share one account over processes use SqliteQueue or RedisQueue"
-        )
+        return f"<{type(self).__name__} waiting={waiting} granted={granted}{budget}{state}>"
 
     # --- futures ----------------------------------------------------------------------------------
 

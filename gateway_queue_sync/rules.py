@@ -12,11 +12,12 @@ IDENTIFY of its bucket, and an IDENTIFY that was refused still counts in the bud
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gateway_queue_sync.models import SessionStartLimit
 
 NEVER = -(1 << 62)
+MICROSECOND = 1_000_000  # µs in a second
 LONGEST_CLOSURE_US = 60_000_000
 SOONEST_REASK_US = 1_000_000
 
@@ -24,7 +25,7 @@ SOONEST_REASK_US = 1_000_000
 def to_us(seconds: float) -> int:
     """Return seconds as whole microseconds; exact where a product of floats would overflow."""
     whole = int(seconds)
-    return whole * 1_000_000 + round((seconds - whole) * 1_000_000)
+    return whole * MICROSECOND + round((seconds - whole) * MICROSECOND)
 
 
 @dataclass(slots=True)
@@ -102,7 +103,8 @@ class Reason(enum.Enum):
 class Denial:
     """No permit for ``wait_us`` from now, and one then unless the account changes before.
 
-    When it is for the budget, the other fields tell of that.
+    When it is for the budget or its reset, the other fields tell of that. ``period`` and ``granted``
+    are the account's then: they show whether it has changed while the limit was read anew.
     """
 
     wait_us: int
@@ -110,6 +112,7 @@ class Denial:
     remaining: int = 0
     resets_in_us: int = 0
     period: int = 0
+    granted: int = 0
 
 
 # --- the token bucket and the budget --------------------------------------------------------------
@@ -122,19 +125,21 @@ def take(
     wall_us: int,
     reserve: int = 0,
     can_refresh: bool = False,
+    not_before_us: int = NEVER,
 ) -> Grant | Denial:
     """Grant a permit now if the bucket's window is over and the budget allows it.
 
     ``can_refresh`` says that the caller would read the limit anew at a reset; it is then told when
-    one is due. A caller that tried in vain passes ``False``, and the last known total counts.
+    one is due. A caller that tried in vain passes ``False``, and the last known total counts. One
+    whose turn has not come passes when it will (``not_before_us``).
     """
     number = shard_id % account.max_concurrency
     bucket = account.buckets.get(number)
     if bucket is None:
         bucket = account.buckets[number] = _copy(account.fresh)
     wait_us = bucket.last_us + account.window_us - now_us
-    if wait_us > 0 or bucket.closed_until_us > now_us:
-        wait_us = _wait_us(account, bucket, now_us)
+    if wait_us > 0 or bucket.closed_until_us > now_us or not_before_us > now_us:
+        wait_us = max(_wait_us(account, bucket, now_us), not_before_us - now_us)
     if account.total is None:
         if wait_us > 0:
             return Denial(wait_us, Reason.WINDOW)
@@ -146,7 +151,7 @@ def take(
         if wait_us > 0:
             return Denial(wait_us, Reason.WINDOW)
         if can_refresh and (due or account.refresh_owed):
-            return Denial(0, Reason.RESET)
+            return Denial(0, Reason.RESET, period=account.period, granted=account.granted)
         if due:
             left, resets_at_us, period = account.total - 1, None, account.period + 1
         else:
@@ -272,6 +277,34 @@ def adopt(account: Account, limit: SessionStartLimit, wall_us: int) -> None:
     account.resets_at_us, account.span_us = resets_at_us, span_us
     account.period += 1
     account.refresh_owed = False
+
+
+def renew(
+    account: Account, limit: SessionStartLimit, period: int, granted: int, wall_us: int
+) -> SessionStartLimit | None:
+    """Adopt a limit that was read at the reset of ``period``; ``None`` if an update has overtaken it.
+
+    What was granted since (``granted`` permits had been when the reading began) is taken off, and it
+    is not to be read again before a second. Returns what was adopted.
+    """
+    if account.period != period:
+        return None
+    since = account.granted - granted
+    if since:
+        limit = replace(limit, remaining=max(0, limit.remaining - since))
+    if limit.remaining < limit.total:
+        limit = replace(limit, reset_after=max(limit.reset_after, SOONEST_REASK_US / MICROSECOND))
+    adopt(account, limit, wall_us)
+    return limit
+
+
+def trust(account: Account, period: int) -> bool:
+    """Note that the limit could not be read at the reset of ``period``; false if that is overtaken.
+
+    The last known total counts then, and the next grant asks for the limit again.
+    """
+    account.refresh_owed = account.refresh_owed or account.period == period
+    return account.period == period
 
 
 # --- looking ahead --------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gateway_queue_sync.clock import MICROSECOND, SYSTEM_CLOCK, Clock
+from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.models import IDENTIFY_INTERVAL, SESSION_PERIOD, seconds, whole_number
-from gateway_queue_sync.rules import to_us
+from gateway_queue_sync.rules import MICROSECOND, to_us
 
 if TYPE_CHECKING:
     from gateway_queue_sync.clock import Lock

@@ -8,6 +8,9 @@
   is left and the next one woken. If it still took longer than the margin to come back, the ticket
   takes its old place again and the permit is given back.
 
+How a ledger is asked is left to two kinds of queue: ``in_memory.py`` asks with the mutex held,
+``shared.py`` lets go of it meanwhile. The methods they fill in are abstract here.
+
 What must be done outside the mutex (reading the limit anew, logging, observers) is returned by the code
 inside it as an *errand*, and run by the thread that got it. Methods say where they are called: those
 between the two rulers with the mutex held, all others without it.
@@ -18,15 +21,15 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING
 
-from gateway_queue_sync import forecast, rules
-from gateway_queue_sync.clock import MICROSECOND, Clock
+from gateway_queue_sync import rules
+from gateway_queue_sync.clock import Clock
 from gateway_queue_sync.errors import AcquireTimeout, QueueClosed, SessionLimitExhausted
 from gateway_queue_sync.events import (
     BudgetExhausted,
@@ -42,7 +45,7 @@ from gateway_queue_sync.events import (
 from gateway_queue_sync.ledgers import Ledger
 from gateway_queue_sync.lines import Agenda, Lines, Ticket
 from gateway_queue_sync.models import Permit, Report, SessionStartLimit
-from gateway_queue_sync.rules import Denial, Grant, Reason, to_us
+from gateway_queue_sync.rules import MICROSECOND, Denial, Grant, Reason, to_us
 
 if TYPE_CHECKING:
     from gateway_queue_sync.clock import Lock
@@ -55,19 +58,19 @@ Errand = Callable[[], object]
 _LONGEST_SLEEP_US = int(threading.TIMEOUT_MAX) * MICROSECOND
 _PATIENCE_WITH_INTERRUPTS = 100
 
-_forks = 0  # how often this process was forked off
+forks = 0  # how often this process was forked off
 
 
 def _count_fork() -> None:
-    global _forks  # noqa: PLW0603 - one fact about the process
-    _forks += 1
+    global forks  # noqa: PLW0603 - one fact about the process
+    forks += 1
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_count_fork)
 
 
-class Waiting:
+class Waiting(ABC):
     """The lines of one queue, and all that waits in them."""
 
     def __init__(
@@ -92,7 +95,7 @@ class Waiting:
         # half-done state.
         self._mutex: Lock = threading.RLock()
         self._inside: Callable[[], bool] = self._mutex._is_owned  # type: ignore[attr-defined,unused-ignore]
-        self._forks = _forks
+        self._forks = forks
         self._closed = False
         self._lines = Lines(ledger.max_concurrency)
         self._threads: set[int] = set()  # the threads that stand in lines
@@ -103,47 +106,21 @@ class Waiting:
         self._told_end_of: int | None = None  # the period whose end was told
 
     def _check_thread(self) -> None:
-        """Refuse a forked child, and whoever would see a half-done state."""
-        if self._is_forked():
-            raise RuntimeError(
-                f"this {type(self).__name__} was made before the process forked: its account "
-                "stayed with the parent; to share one over processes use SqliteQueue"
-            )
+        """Refuse whoever would see a half-done state."""
         if self._inside():
-            raise _reentered()
+            raise reentered()
 
     def _is_forked(self) -> bool:
-        return self._forks != _forks
+        return self._forks != forks
 
     # --- at once ----------------------------------------------------------------------------------
 
+    @abstractmethod
     def _at_once(self, shard_id: int) -> Permit | Grant | None:
-        """Take a permit if the bucket is free and nobody waits for it.
+        """Take a permit if the bucket is free and nobody waits for it, and if no ticket is needed.
 
         A bare ``Grant`` is one that came too late; the ticket that it is put on gives it back.
         """
-        if self._forks != _forks or self._inside():
-            self._check_thread()
-        grant: Grant | Denial | None = None
-        try:
-            with self._mutex:
-                if self._closed:
-                    raise QueueClosed
-                if self._threads and get_ident() in self._threads:
-                    raise _reentered()
-                if self._observer is not None or (
-                    self._lines.by_bucket and self._has_line(shard_id)
-                ):
-                    return None
-                grant = self._ledger.take(shard_id, self._reserve, self._refresh is not None)
-            if isinstance(grant, Grant):
-                return self._permit(grant, 0.0) if self._is_in_time(grant) else grant
-        except BaseException:
-            if isinstance(grant, Grant):
-                with self._mutex:
-                    self._return_grant(grant)
-            raise
-        return None
 
     def _permit(self, grant: Grant, waited: float) -> Permit:
         return Permit(
@@ -192,7 +169,7 @@ class Waiting:
                     and timeout is not None
                     and self._left_us(ticket, timeout) < 0
                 ):
-                    raise AcquireTimeout(ticket.shard_id, timeout, self._eta(ticket))
+                    raise self._timed_out(ticket, timeout)
                 while True:
                     answer = self._ask(ticket)
                     if isinstance(answer, Grant):
@@ -204,7 +181,7 @@ class Waiting:
                     if timeout is not None:
                         left_us = self._left_us(ticket, timeout)
                         if left_us <= 0:
-                            raise AcquireTimeout(ticket.shard_id, timeout, self._eta(ticket))
+                            raise self._timed_out(ticket, timeout)
                         sleep_us = left_us if sleep_us is None else min(sleep_us, left_us)
                     announcement = self._announcement(ticket)
                     if announcement is not None:
@@ -234,11 +211,6 @@ class Waiting:
 
     # ----------------------------------------------------------------------------------------------
     # Lines: with the mutex held
-
-    def _has_line(self, shard_id: int) -> bool:
-        """Return whether somebody waits for the shard's bucket (or the lines are out of date)."""
-        count = self._ledger.max_concurrency
-        return shard_id % count in self._lines.by_bucket or count != self._lines.max_concurrency
 
     def _join(self, ticket: Ticket) -> bool:
         """Take the ticket's place in its line; return whether it came back with a late permit."""
@@ -281,33 +253,34 @@ class Waiting:
         for ticket in self._lines.firsts():
             self._wake(ticket)
 
+    @abstractmethod
     def _ask(self, ticket: Ticket) -> Grant | Denial | None:
         """Ask the ledger for the ticket's permit if it is the first of its line, else ``None``.
 
-        With a permit, a ticket leaves its line; in an observed queue when the observer was told.
+        May let go of the mutex meanwhile. With a permit, a ticket leaves its line; in an observed
+        queue when the observer was told.
         """
+
+    def _is_its_turn(self, ticket: Ticket) -> bool:
+        """Return whether the ticket is the first of its line, and has nothing yet."""
         if self._closed:
             raise QueueClosed
-        if self._lines.max_concurrency != self._ledger.max_concurrency:
-            self._reline()
-        if self._lines.first(self._lines.bucket(ticket)) is not ticket or ticket.grant is not None:
-            return None
-        account = self._ledger.account()[0]
-        can_refresh = self._refresh is not None and ticket.trusted_period != account.period
-        answer = self._ledger.take(ticket.shard_id, self._reserve, can_refresh)
-        if isinstance(answer, Grant):
-            ticket.grant = answer
-            if self._observer is None:
-                self._hand_on(ticket, answer)
-        return answer
+        self._reline_if_changed()
+        first = self._lines.first(self._lines.bucket(ticket))
+        return first is ticket and ticket.grant is None
 
+    def _accept(self, ticket: Ticket, grant: Grant) -> None:
+        """Put a permit on the ticket that asked for it."""
+        ticket.grant = grant
+        if self._observer is None:
+            self._hand_on(ticket, grant)
+
+    @abstractmethod
     def _hand_on(self, ticket: Ticket, grant: Grant) -> bool:
-        """Leave the line with a permit, wake the next one, and stamp the permit last.
+        """Leave the line with a permit, wake the next one, and stamp the permit last if need be.
 
         Return whether the permit is still good: new buckets may have been laid out meanwhile.
         """
-        self._leave(ticket)
-        return self._ledger.restamp(grant)
 
     def _errand_before_sleep(self, ticket: Ticket, denial: Denial | None) -> Errand | None:
         """Return what a denial makes the first of a line do outside the mutex, if anything."""
@@ -323,8 +296,7 @@ class Waiting:
         if self._refresher is not None and self._refresher is not ticket:
             return None  # somebody reads the limit anew already, and wakes all firsts afterwards
         self._refresher = ticket
-        account = self._ledger.account()[0]
-        return partial(self._renew_limit, ticket, account.period, account.granted)
+        return partial(self._renew_limit, ticket, denial)
 
     def _announcement(self, ticket: Ticket) -> Errand | None:
         """Return the telling of an observer, once, that this ticket has to wait."""
@@ -334,46 +306,23 @@ class Waiting:
         number, before = self._lines.bucket(ticket), self._lines.before(ticket)
         return partial(self._tell, ShardWaiting(ticket.shard_id, number, before, self._eta(ticket)))
 
-    def _reline(self) -> None:
+    def _reline_if_changed(self) -> None:
         """Give everybody, in their order, the line of the bucket that is theirs now."""
-        self._lines = Lines(self._ledger.max_concurrency, self._lines)
-        self._wake_all_firsts()
-
-    def _adopt(self, limit: SessionStartLimit) -> None:
-        try:
-            self._ledger.adopt(limit)
-        finally:
-            if self._lines.max_concurrency != self._ledger.max_concurrency:
-                self._reline()
+        if self._lines.max_concurrency != self._ledger.max_concurrency:
+            self._lines = Lines(self._ledger.max_concurrency, self._lines)
             self._wake_all_firsts()
 
+    @abstractmethod
     def _return_grant(self, grant: Grant) -> None:
         """Refund a permit and wake whom that helps."""
-        self._ledger.report(grant, Report.UNUSED)
-        account = self._ledger.account()[0]
-        if account.total is not None and account.remaining == self._reserve + 1:
-            self._wake_all_firsts()  # there was nothing left to grant
-        else:
-            self._wake(self._lines.first(grant.shard_id % self._lines.max_concurrency))
 
-    def _outlook(self, numbers: Iterable[int]) -> forecast.Outlook:
-        account, now_us, wall_us = self._ledger.account()
-        return forecast.Outlook(
-            window_us=account.window_us,
-            period_us=account.period_us,
-            reserve=self._reserve,
-            ready_in_us={number: rules.ready_in_us(account, number, now_us) for number in numbers},
-            budget=rules.budget(account, wall_us),
-        )
-
+    @abstractmethod
     def _eta(self, ticket: Ticket) -> float | None:
         """Return in how many seconds the ticket, which stands in its line, should get its permit."""
-        if self._refresher is not None:
-            return None  # the limit that is being read decides
-        lengths = self._lines.lengths()
-        before = self._lines.before(ticket)
-        in_us = forecast.eta_us(self._outlook(lengths), self._lines.bucket(ticket), before, lengths)
-        return None if in_us is None else in_us / MICROSECOND
+
+    def _timed_out(self, ticket: Ticket, timeout: float) -> Exception:
+        """Return what to raise for a ticket whose timeout has passed."""
+        return AcquireTimeout(ticket.shard_id, timeout, self._eta(ticket))
 
     def _left_us(self, ticket: Ticket, timeout: float) -> int:
         """Return how much of its timeout a ticket has left; negative once that has passed."""
@@ -410,7 +359,7 @@ class Waiting:
             waited_us = max(0, self._now_us() - ticket.arrived_us)
             self._tell(ShardLeft(ticket.shard_id, waited_us / MICROSECOND, reason))
 
-    def _renew_limit(self, ticket: Ticket, period: int, granted: int) -> None:
+    def _renew_limit(self, ticket: Ticket, denial: Denial) -> None:
         """Read the limit anew at a reset; if that fails the last known total counts.
 
         An answer that an ``update`` has overtaken is dropped.
@@ -422,29 +371,31 @@ class Waiting:
             self._check_limit(limit)
         except Exception as error:  # noqa: BLE001 - whatever it is, the queue goes on
             failure = error
+            ticket.trusted_period = denial.period
+            counts = self._trust(denial)
+        else:
+            limit = self._renew(limit, denial)
         with self._mutex:
-            account = self._ledger.account()[0]
-            overtaken = account.period != period
-            if failure is not None and not overtaken:
-                ticket.trusted_period = period
-                self._ledger.refresh_failed()
-            elif limit is not None and not overtaken:
-                limit = _careful(limit, account.granted - granted)
-                self._adopt(limit)
             self._wake_all_firsts()
             if self._refresher is ticket:
                 self._refresher = None
-        if overtaken:
-            return
-        if failure is not None:
+        if failure is None and limit is not None:
+            self._tell(LimitUpdated(limit))
+        elif failure is not None and counts:
             log.warning(
                 "could not read the session start limit at its reset (%s: %s); the last known total "
                 "counts, and the next permit asks again",
                 type(failure).__name__,
                 failure,
             )
-        elif limit is not None:
-            self._tell(LimitUpdated(limit))
+
+    @abstractmethod
+    def _renew(self, limit: SessionStartLimit, denial: Denial) -> SessionStartLimit | None:
+        """Adopt what was read at the reset that a denial told of; ``None`` if that is overtaken."""
+
+    @abstractmethod
+    def _trust(self, denial: Denial) -> bool:
+        """Let the last known total count at the reset that a denial told of, unless overtaken."""
 
     def _check_limit(self, limit: object) -> None:
         if not isinstance(limit, SessionStartLimit):
@@ -496,21 +447,12 @@ class Waiting:
             log.exception("an observer raised on %r; the queue goes on", event)
 
 
-def _reentered() -> RuntimeError:
+def reentered() -> RuntimeError:
+    """Return the error for whoever calls a queue in the midst of a call to it."""
     return RuntimeError(
         "the queue was called in a thread that is in the midst of a call to it (by a signal handler, a "
         "finalizer, an observer or refresh); let that set a flag, or use another thread"
     )
-
-
-def _careful(limit: SessionStartLimit, granted_since: int) -> SessionStartLimit:
-    """Return a limit less what was granted while it was read, not to be read again before a second."""
-    if granted_since:
-        limit = replace(limit, remaining=max(0, limit.remaining - granted_since))
-    if limit.remaining < limit.total:
-        soonest = rules.SOONEST_REASK_US / MICROSECOND
-        limit = replace(limit, reset_after=max(limit.reset_after, soonest))
-    return limit
 
 
 def longest_sleep_us(denial: Denial | None) -> int | None:

@@ -247,7 +247,7 @@ def test_an_untouched_limit_that_resets_at_once_has_not_begun_its_period():
 def test_a_spent_limit_that_resets_at_once_is_due():
     kept = with_budget(total=5, remaining=0, reset_after=0.0)
     assert rules.budget(kept, 0) == rules.Budget(5, 5, 0)
-    assert take(kept, 0, can_refresh=True) == Denial(0, Reason.RESET)
+    assert take(kept, 0, can_refresh=True) == Denial(0, Reason.RESET, period=1)
     assert granted(kept, 0).remaining == 4
 
 
@@ -263,7 +263,7 @@ def test_an_untouched_limit_keeps_the_reset_that_it_comes_with():
 def test_whoever_can_read_the_limit_anew_is_told_to_at_a_reset():
     kept = with_budget(remaining=5, reset_after=100.0)
     assert isinstance(take(kept, 0, can_refresh=True), Grant)
-    assert take(kept, 100 * S, can_refresh=True) == Denial(0, Reason.RESET)
+    assert take(kept, 100 * S, can_refresh=True) == Denial(0, Reason.RESET, period=1, granted=1)
 
 
 def test_being_told_of_a_reset_changes_nothing():
@@ -292,7 +292,7 @@ def test_a_reading_that_is_owed_is_asked_for_at_the_next_permit_and_after_its_wi
     kept.refresh_owed = True
     granted(kept, 100 * S, can_refresh=False)
     assert take(kept, 100 * S, can_refresh=True) == Denial(W, Reason.WINDOW)
-    assert take(kept, 100 * S + W, can_refresh=True) == Denial(0, Reason.RESET)
+    assert take(kept, 100 * S + W, can_refresh=True) == Denial(0, Reason.RESET, period=2, granted=1)
     granted(kept, 100 * S + W, can_refresh=False)
     assert kept.refresh_owed
 
@@ -1004,7 +1004,7 @@ def test_a_reset_is_told_of_instead_of_the_permit_that_would_come(life, shard_id
     without = rules.take(copy.deepcopy(kept), shard_id, life.now_us, life.now_us, life.reserve)
     told = rules.take(kept, shard_id, life.now_us, life.now_us, life.reserve, can_refresh=True)
     if isinstance(without, Grant) and kept.total is not None and (due or kept.refresh_owed):
-        assert told == Denial(0, Reason.RESET)
+        assert told == Denial(0, Reason.RESET, period=kept.period, granted=kept.granted)
     else:
         assert told == without
 

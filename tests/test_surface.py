@@ -32,6 +32,7 @@ FLOORS = [
     ["ledgers.memory"],
     ["waiting"],
     ["queue"],
+    ["in_memory"],
     ["policies"],
     ["__init__", "testing"],
     ["demo.gateway"],

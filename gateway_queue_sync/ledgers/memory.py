@@ -25,10 +25,12 @@ class MemoryLedger:
         return self._account.max_concurrency
 
     def take(self, shard_id: int, reserve: int, can_refresh: bool) -> Grant | Denial:
+        """Grant a permit now, or say for how long there is none."""
         now_us = self._now_us()
         return rules.take(self._account, shard_id, now_us, now_us, reserve, can_refresh)
 
     def restamp(self, grant: Grant) -> bool:
+        """Move the window of a permit that is about to be handed over; false if it is too late."""
         return rules.restamp(self._account, grant, self._now_us())
 
     def report(self, grant: Grant, report: Report) -> None:
@@ -40,11 +42,20 @@ class MemoryLedger:
             rules.rejected(self._account, grant, self._now_us())
 
     def adopt(self, limit: SessionStartLimit) -> None:
+        """Take a limit as it is given."""
         rules.adopt(self._account, limit, self._now_us())
 
-    def refresh_failed(self) -> None:
-        self._account.refresh_owed = True
+    def renew(
+        self, limit: SessionStartLimit, period: int, granted: int
+    ) -> SessionStartLimit | None:
+        """Adopt what was read at the reset of ``period``, or return ``None``: that is overtaken."""
+        return rules.renew(self._account, limit, period, granted, self._now_us())
 
-    def account(self) -> tuple[Account, int, int]:
+    def trust(self, period: int) -> bool:
+        """Let the last known total count at the reset of ``period``; false: that is overtaken."""
+        return rules.trust(self._account, period)
+
+    def state(self) -> tuple[Account, int, int]:
+        """Return the account to look at, not to change, with this instant's now and wall time."""
         now_us = self._now_us()
         return self._account, now_us, now_us

@@ -1,0 +1,181 @@
+"""Queues whose account is in this process: the ledger is asked with the mutex held.
+
+That is pure arithmetic, so nobody waits for it, and a permit can be stamped as the very last thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from threading import get_ident
+from typing import NoReturn
+
+from gateway_queue_sync import forecast, rules, waiting
+from gateway_queue_sync.clock import Clock
+from gateway_queue_sync.errors import QueueClosed
+from gateway_queue_sync.events import Observer
+from gateway_queue_sync.ledgers.memory import MemoryLedger
+from gateway_queue_sync.lines import Ticket
+from gateway_queue_sync.models import Permit, QueueSnapshot, Report, SessionStartLimit
+from gateway_queue_sync.queue import GatewayQueue, WhenExhausted
+from gateway_queue_sync.rules import MICROSECOND, Denial, Grant
+from gateway_queue_sync.waiting import Refresh, reentered
+
+
+class InMemoryQueue(GatewayQueue):
+    """What the queues of one process are."""
+
+    def __init__(
+        self,
+        ledger: MemoryLedger,
+        *,
+        clock: Clock,
+        observer: Observer | None = None,
+        refresh: Refresh | None = None,
+        reserve: int = 0,
+        when_exhausted: WhenExhausted = "wait",
+    ) -> None:
+        super().__init__(
+            ledger,
+            clock=clock,
+            observer=observer,
+            refresh=refresh,
+            reserve=reserve,
+            when_exhausted=when_exhausted,
+        )
+        self._account = ledger
+
+    def snapshot(self) -> QueueSnapshot:
+        """Return who waits where, until when, and what is left of the budget; works when closed, too.
+
+        Raises:
+            RuntimeError: as ``acquire`` does.
+        """
+        self._check_thread()
+        with self._mutex:  # only copying in here: the arithmetic may take long
+            now_us = self._now_us()
+            outlook = self._outlook(range(self._ledger.max_concurrency))
+            tickets = {number: line.waiting() for number, line in self._lines.by_bucket.items()}
+            granted = self._account.state()[0].granted
+        return forecast.snapshot(outlook, tickets, now_us, granted)
+
+    def __repr__(self) -> str:
+        account, _, wall_us = self._account.state()
+        return self._describe(account.granted, rules.budget(account, wall_us))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled or copied: its lines and its account live in "
+            f"this process; to share one account over processes use SqliteQueue or RedisQueue"
+        )
+
+    def _check_thread(self) -> None:
+        if self._is_forked():
+            raise RuntimeError(
+                f"this {type(self).__name__} was made before the process forked: its account "
+                "stayed with the parent; to share one over processes use SqliteQueue"
+            )
+        super()._check_thread()
+
+    def _at_once(self, shard_id: int) -> Permit | Grant | None:
+        if self._forks != waiting.forks or self._inside():
+            self._check_thread()
+        grant: Grant | Denial | None = None
+        try:
+            with self._mutex:
+                if self._closed:
+                    raise QueueClosed
+                if self._threads and get_ident() in self._threads:
+                    raise reentered()
+                if self._observer is not None or (
+                    self._lines.by_bucket and self._has_line(shard_id)
+                ):
+                    return None
+                grant = self._account.take(shard_id, self._reserve, self._refresh is not None)
+            if isinstance(grant, Grant):
+                return self._permit(grant, 0.0) if self._is_in_time(grant) else grant
+        except BaseException:
+            if isinstance(grant, Grant):
+                with self._mutex:
+                    self._return_grant(grant)
+            raise
+        return None
+
+    # ----------------------------------------------------------------------------------------------
+    # With the mutex held
+
+    def _has_line(self, shard_id: int) -> bool:
+        """Return whether somebody waits for the shard's bucket (or the lines are out of date)."""
+        count = self._ledger.max_concurrency
+        return shard_id % count in self._lines.by_bucket or count != self._lines.max_concurrency
+
+    def _ask(self, ticket: Ticket) -> Grant | Denial | None:
+        if not self._is_its_turn(ticket):
+            return None
+        period = self._account.state()[0].period
+        can_refresh = self._refresh is not None and ticket.trusted_period != period
+        answer = self._account.take(ticket.shard_id, self._reserve, can_refresh)
+        if isinstance(answer, Grant):
+            self._accept(ticket, answer)
+        return answer
+
+    def _hand_on(self, ticket: Ticket, grant: Grant) -> bool:
+        self._leave(ticket)
+        return self._account.restamp(grant)
+
+    def _return_grant(self, grant: Grant) -> None:
+        self._account.report(grant, Report.UNUSED)
+        account = self._account.state()[0]
+        if account.total is not None and account.remaining == self._reserve + 1:
+            self._wake_all_firsts()  # there was nothing left to grant
+        else:
+            self._wake(self._lines.first(grant.shard_id % self._lines.max_concurrency))
+
+    def _outlook(self, numbers: Iterable[int]) -> forecast.Outlook:
+        account, now_us, wall_us = self._account.state()
+        return forecast.Outlook(
+            window_us=account.window_us,
+            period_us=account.period_us,
+            reserve=self._reserve,
+            ready_in_us={number: rules.ready_in_us(account, number, now_us) for number in numbers},
+            budget=rules.budget(account, wall_us),
+        )
+
+    def _eta(self, ticket: Ticket) -> float | None:
+        if self._refresher is not None:
+            return None  # the limit that is being read decides
+        lengths = self._lines.lengths()
+        before = self._lines.before(ticket)
+        in_us = forecast.eta_us(self._outlook(lengths), self._lines.bucket(ticket), before, lengths)
+        return None if in_us is None else in_us / MICROSECOND
+
+    def _let_know(self) -> None:
+        self._reline_if_changed()
+        self._wake_all_firsts()
+
+    # ----------------------------------------------------------------------------------------------
+    # Without the mutex
+
+    def _start_with(self, limit: SessionStartLimit) -> None:
+        """Adopt the limit that a policy was made with, before anybody can wait."""
+        self._check_limit(limit)
+        self._adopt(limit)
+
+    def _adopt(self, limit: SessionStartLimit) -> None:
+        with self._mutex:
+            if self._closed:
+                raise QueueClosed
+            try:
+                self._account.adopt(limit)
+            finally:
+                self._let_know()
+
+    def _renew(self, limit: SessionStartLimit, denial: Denial) -> SessionStartLimit | None:
+        with self._mutex:
+            try:
+                return self._account.renew(limit, denial.period, denial.granted)
+            finally:
+                self._let_know()
+
+    def _trust(self, denial: Denial) -> bool:
+        with self._mutex:
+            return self._account.trust(denial.period)

@@ -35,7 +35,13 @@ from gateway_queue_sync.models import (
     SessionStartLimit,
     WaitingShard,
 )
-from gateway_queue_sync.policies import LargeBotQueue, LocalQueue, NoOpQueue
+from gateway_queue_sync.policies import (
+    LargeBotQueue,
+    LocalQueue,
+    NoOpQueue,
+    RedisQueue,
+    SqliteQueue,
+)
 from gateway_queue_sync.queue import GatewayQueue, Queue
 
 __version__ = "0.1.0"
@@ -47,6 +53,8 @@ __all__ = [
     "LocalQueue",
     "NoOpQueue",
     "Queue",
+    "RedisQueue",
+    "SqliteQueue",
     # values
     "BucketSnapshot",
     "LimitSnapshot",

@@ -52,5 +52,8 @@ class SystemClock:
     def __repr__(self) -> str:
         return "SystemClock()"
 
+    def __reduce__(self) -> str:
+        return "SYSTEM_CLOCK"  # there is one, which pickles by its name
+
 
 SYSTEM_CLOCK = SystemClock()

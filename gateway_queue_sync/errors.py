@@ -96,3 +96,11 @@ class BrokerError(GatewayQueueError):
 
     Always raised ``from`` its cause. No permit was granted.
     """
+
+
+def reentered() -> RuntimeError:
+    """Return the error for whoever calls a queue in the midst of a call to it."""
+    return RuntimeError(
+        "the queue was called in a thread that is in the midst of a call to it (by a signal handler, a "
+        "finalizer, an observer or refresh); let that set a flag, or use another thread"
+    )

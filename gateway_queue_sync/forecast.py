@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any, Protocol
 
-from gateway_queue_sync.lines import Ticket
 from gateway_queue_sync.models import BucketSnapshot, LimitSnapshot, QueueSnapshot, WaitingShard
 from gateway_queue_sync.rules import MICROSECOND, Budget
 
@@ -73,8 +73,24 @@ def eta_us(outlook: Outlook, number: int, before: int, lines: Mapping[int, int])
     return None
 
 
+class Waits(Protocol):
+    """Somebody who waits: anything with a shard, an arrival and a place that can be compared."""
+
+    @property
+    def shard_id(self) -> int:
+        """The shard."""
+
+    @property
+    def arrived_us(self) -> int:
+        """When it joined."""
+
+    @property
+    def place(self) -> Any:
+        """Where it stands."""
+
+
 def snapshot(
-    outlook: Outlook, lines: Mapping[int, list[Ticket]], now_us: int, granted: int
+    outlook: Outlook, lines: Mapping[int, Sequence[Waits]], now_us: int, granted: int
 ) -> QueueSnapshot:
     """Return the picture of a queue whose buckets are the outlook's and whose lines are these."""
     etas: dict[int, list[float]] = {number: [] for number in lines}

@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from email.message import Message
+from functools import partial
 from typing import IO
 
 from gateway_queue_sync.errors import GatewayBotError
@@ -94,6 +95,18 @@ class GatewayBot:
         self._attempts = whole_number("attempts", attempts, least=1)
         self._sleep = sleep
         self._open = urllib.request.build_opener(_NoRedirects).open
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle as what it was made with, the token too: so it goes to child processes alone."""
+        again = partial(
+            GatewayBot,
+            self._token,
+            base_url=self._url.removesuffix("/gateway/bot"),
+            timeout=self._timeout,
+            attempts=self._attempts,
+            sleep=self._sleep,
+        )
+        return again, ()
 
     def __repr__(self) -> str:
         return f"GatewayBot(host={self._host!r})"

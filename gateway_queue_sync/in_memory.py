@@ -11,14 +11,14 @@ from typing import NoReturn
 
 from gateway_queue_sync import forecast, rules, waiting
 from gateway_queue_sync.clock import Clock
-from gateway_queue_sync.errors import QueueClosed
+from gateway_queue_sync.errors import QueueClosed, reentered
 from gateway_queue_sync.events import Observer
 from gateway_queue_sync.ledgers.memory import MemoryLedger
 from gateway_queue_sync.lines import Ticket
 from gateway_queue_sync.models import Permit, QueueSnapshot, Report, SessionStartLimit
 from gateway_queue_sync.queue import GatewayQueue, WhenExhausted
 from gateway_queue_sync.rules import MICROSECOND, Denial, Grant
-from gateway_queue_sync.waiting import Refresh, reentered
+from gateway_queue_sync.waiting import Refresh
 
 
 class InMemoryQueue(GatewayQueue):

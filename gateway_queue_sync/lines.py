@@ -68,6 +68,15 @@ class Ticket:
         self.announced = False  # an observer knows that it waits
         self.trusted_period: int | None = None  # whose limit it tried to read, in vain
 
+    @property
+    def number(self) -> int:
+        """What tells the ticket from all others of this process."""
+        return self.place[1]
+
+    def hand_over(self) -> None:
+        """Let go of a permit that is somebody's from now on: whatever happens, it is not given back."""
+        self.grant = None
+
 
 class Line:
     """Those waiting for one bucket: a heap by place, in which whoever left stays until passed over.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Self
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Self, Unpack
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.events import Observer
@@ -17,7 +20,11 @@ from gateway_queue_sync.models import (
 )
 from gateway_queue_sync.queue import WhenExhausted
 from gateway_queue_sync.rules import to_us
+from gateway_queue_sync.shared import SharedQueue, SharedSettings
 from gateway_queue_sync.waiting import Refresh
+
+if TYPE_CHECKING:
+    import redis
 
 
 def _in_memory(interval: float, margin: float, period: float, clock: Clock) -> MemoryLedger:
@@ -29,6 +36,15 @@ def _in_memory(interval: float, margin: float, period: float, clock: Clock) -> M
         period_us=max(1, to_us(seconds("period", period, above=0))),
         clock=clock,
     )
+
+
+def _from_discord(token: str, base_url: str | None) -> tuple[SessionStartLimit, Refresh]:
+    """Return the limit of now, and what reads it anew."""
+    from gateway_queue_sync.gateway_bot import GatewayBot  # noqa: PLC0415 - loads urllib
+
+    limit = GatewayBot(token, base_url=base_url).session_start_limit()
+    # At a reset somebody waits: better go on with the known total than try for minutes.
+    return limit, GatewayBot(token, base_url=base_url, attempts=2).session_start_limit
 
 
 class NoOpQueue(InMemoryQueue):
@@ -152,12 +168,10 @@ class LargeBotQueue(InMemoryQueue):
             GatewayBotError: the token is wrong, or Discord could not be asked.
             TypeError, ValueError: as ``LargeBotQueue`` does; also for what cannot be a token.
         """
-        from gateway_queue_sync.gateway_bot import GatewayBot  # noqa: PLC0415 - loads urllib
-
+        limit, refresh = _from_discord(token, base_url)
         return cls(
-            GatewayBot(token, base_url=base_url).session_start_limit(),
-            # At a reset somebody waits: better go on with the known total than try for minutes.
-            refresh=GatewayBot(token, base_url=base_url, attempts=2).session_start_limit,
+            limit,
+            refresh=refresh,
             reserve=reserve,
             when_exhausted=when_exhausted,
             period=period,
@@ -166,3 +180,172 @@ class LargeBotQueue(InMemoryQueue):
             clock=clock,
             observer=observer,
         )
+
+
+# --- shared by processes --------------------------------------------------------------------------
+
+
+def _file(path: str | os.PathLike[str]) -> str:
+    path = os.fspath(path)
+    if not isinstance(path, str):
+        raise TypeError(f"path must be a str, not {type(path).__name__}")
+    if not path or path == ":memory:" or "\0" in path:
+        raise ValueError(f"path must name a file, not {path!r}")
+    return os.path.realpath(path)
+
+
+class SqliteQueue(SharedQueue):
+    """Every process of one machine, or one that a supervisor restarts: an account in an SQLite file.
+
+    No server and no dependency; what was granted survives crashes, ``kill -9`` and restarts, so that
+    a bot that crashes in a loop cannot burn its budget unseen. Spacing, order, budget and limits hold
+    over all queues on one file. It can be handed to ``multiprocessing`` (it pickles as its settings)
+    and works on in a forked child. A file that is new, or that was lost, grants nothing for one window.
+
+    Args:
+        path: the file, on a local disk; it is made if it is not there. Not in a folder that is
+            cleaned up by others, such as /tmp.
+        limit: the session start limit to begin with. Within the period that the file has stored, the
+            smaller ``remaining`` counts, so that a restart refills nothing. ``None`` takes what is
+            stored, or Discord's default (1000 a day, ``max_concurrency`` 1).
+        name: which account in the file: one for each bot.
+        refresh: called without arguments when the limit is due to reset, to read it anew; one process
+            does that for all. If it raises, the last known total counts, with a WARNING, and the
+            next permit asks again.
+        reserve: session starts never to use up: at ``remaining <= reserve`` the queue is exhausted.
+        when_exhausted: ``"wait"`` for the reset, or ``"raise"`` ``SessionLimitExhausted``.
+        period: seconds from the first grant after a reset to the next reset.
+        interval: seconds between two permits of a bucket: Discord's 5.
+        margin: seconds added to it, at least 0.02. A permit that took longer to come back to its
+            caller is given back and asked for again. If processes disagree on interval or margin,
+            the larger counts, with a WARNING.
+        lease: seconds for which a process counts that was not heard of; those that wait are heard of
+            three times as often. A process that dies costs the others 0.1 s, once.
+        clock: what tells the time; ``testing.FakeClock`` in tests, one for all queues of the file.
+        observer: called with each event (``gateway_queue_sync.events``).
+
+    Raises:
+        BrokerError: the file cannot be used; the message says why.
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        limit: SessionStartLimit | None = None,
+        **settings: Unpack[SharedSettings],
+    ) -> None:
+        from gateway_queue_sync.ledgers.sqlite import SqliteLedger  # noqa: PLC0415 - loads sqlite3
+
+        file = _file(path)
+        self._again = partial(type(self), file, **settings)
+        super().__init__(partial(SqliteLedger, file), limit, **settings)
+
+    @classmethod
+    def from_token(
+        cls,
+        token: str,
+        path: str | os.PathLike[str],
+        *,
+        base_url: str | None = None,
+        **settings: Unpack[SharedSettings],
+    ) -> Self:
+        """Read the limit from Discord now, and again whenever it resets; one process does for all.
+
+        Blocks while it reads. The token is kept for the re-reading; it shows in no log, repr or
+        error, but it goes along when the queue is pickled.
+
+        Args:
+            token: the bot's token, with or without ``Bot`` before it.
+            path: the file, as for ``SqliteQueue``.
+            base_url: where Discord's REST API is, if not at Discord.
+            settings: as for ``SqliteQueue``.
+
+        Raises:
+            GatewayBotError: the token is wrong, or Discord could not be asked.
+            BrokerError, TypeError, ValueError: as ``SqliteQueue`` does; also for what cannot be a token.
+        """
+        limit, refresh = _from_discord(token, base_url)
+        settings["refresh"] = refresh
+        return cls(path, limit, **settings)
+
+
+def _with_client(
+    queue: type[RedisQueue],
+    client: Callable[[], redis.Redis | redis.RedisCluster | str],
+    settings: SharedSettings,
+) -> RedisQueue:
+    """Make a queue on a client that is made here."""
+    return queue(client(), **settings)
+
+
+class RedisQueue(SharedQueue):
+    """Every process of any number of machines: an account in a Redis (or Valkey) server.
+
+    Needs redis-py: ``pip install gateway-queue-sync[redis]``. Spacing, order, budget and limits hold
+    over all queues of one ``name`` on one server. While its primary is the same, two permits of a
+    bucket are never too close; when it fails over or loses its data, at most one permit of a bucket may
+    come early. An account that is new, or that was lost, grants nothing for one window. It pickles as
+    its settings, a URL's password included, and works on in a forked child.
+
+    Args:
+        client_or_url: ``redis://...``, ``rediss://...`` (TLS) or ``unix://...``, or a client of
+            redis-py's, which is used as it is: its pool, retries, TLS, Sentinel or Cluster. A call takes
+            as long as the client's ``socket_timeout`` and retries let it; one made for a URL, 1 s.
+        limit: as for ``SqliteQueue``.
+        name: which account on the server: one for each bot. All its keys are in one hash slot.
+        refresh: as for ``SqliteQueue``, and so are the others.
+        reserve: session starts.
+        when_exhausted: ``"wait"`` or ``"raise"``.
+        period: seconds.
+        interval: seconds.
+        margin: seconds, at least 0.02; longer than a round trip to the server.
+        lease: seconds.
+        clock: what tells the time; given another than the system's, the server goes by it, too.
+        observer: called with each event.
+
+    Raises:
+        ImportError: redis-py is not installed.
+        BrokerError: the server cannot be reached, or refuses.
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+    """
+
+    def __init__(
+        self,
+        client_or_url: redis.Redis | redis.RedisCluster | str,
+        limit: SessionStartLimit | None = None,
+        **settings: Unpack[SharedSettings],
+    ) -> None:
+        from gateway_queue_sync.ledgers import redis as ledgers  # noqa: PLC0415 - an extra
+
+        client = ledgers.checked(client_or_url)
+        self._again = partial(_with_client, type(self), ledgers.Remake(client), settings)
+        super().__init__(partial(ledgers.RedisLedger, client), limit, **settings)
+
+    @classmethod
+    def from_token(
+        cls,
+        token: str,
+        client_or_url: redis.Redis | redis.RedisCluster | str,
+        *,
+        base_url: str | None = None,
+        **settings: Unpack[SharedSettings],
+    ) -> Self:
+        """Read the limit from Discord now, and again whenever it resets; one process does for all.
+
+        Blocks while it reads. The token is kept for the re-reading; it shows in no log, repr or
+        error, but it goes along when the queue is pickled.
+
+        Args:
+            token: the bot's token, with or without ``Bot`` before it.
+            client_or_url: the server, as for ``RedisQueue``.
+            base_url: where Discord's REST API is, if not at Discord.
+            settings: as for ``RedisQueue``.
+
+        Raises:
+            GatewayBotError: the token is wrong, or Discord could not be asked.
+            BrokerError, TypeError, ValueError: as ``RedisQueue`` does; also for what cannot be a token.
+        """
+        limit, refresh = _from_discord(token, base_url)
+        settings["refresh"] = refresh
+        return cls(client_or_url, limit, **settings)

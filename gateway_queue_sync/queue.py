@@ -70,6 +70,9 @@ class GatewayQueue(Waiting):
                 raise TypeError(f"{name} must be callable, not {type(callback).__name__}")
         reserve = whole_number("reserve", reserve)
         super().__init__(ledger, clock, observer, refresh, reserve, when_exhausted == "raise")
+
+    def _begin(self) -> None:
+        super()._begin()
         self._server: threading.Thread | None = None  # the futures' thread
 
     # --- what users call --------------------------------------------------------------------------
@@ -108,7 +111,12 @@ class GatewayQueue(Waiting):
             return permit
         if timeout != 0 and threading.current_thread() is self._server:
             raise RuntimeError("a future's callback must not block on the queue that serves it")
-        return self._wait_for_turn(self._ticket(shard_id, priority_us, permit), timeout)
+        ticket = self._ticket(shard_id, priority_us, permit)
+        try:
+            return self._wait_for_turn(ticket, timeout)
+        except AcquireTimeout as error:
+            self._explain(error, ticket)
+            raise
 
     def try_acquire(self, shard_id: int) -> Permit | None:
         """Return a permit if the shard may identify now, else ``None``; nobody in line is passed.
@@ -153,12 +161,7 @@ class GatewayQueue(Waiting):
         future = PermitFuture()
         permit = self._at_once(shard_id)
         if permit.__class__ is Permit:
-            try:
-                future.set_running_or_notify_cancel()
-                future.set_result(permit)
-            except BaseException:
-                permit.unused()
-                raise
+            _complete(future, permit)
             return future
         ticket = self._ticket(shard_id, priority_us, permit, future)
         future.on_cancel = partial(self._leave_cancelled, ticket)
@@ -168,6 +171,9 @@ class GatewayQueue(Waiting):
             future.cancel()
             raise
         return future
+
+    def _explain(self, error: AcquireTimeout, ticket: Ticket) -> None:
+        """Say in the error of a ticket that timed out when its permit would have come."""
 
     def _ticket(
         self,
@@ -250,63 +256,76 @@ class GatewayQueue(Waiting):
     def _join_as_future(self, ticket: Ticket) -> Grant | None:
         """Stand in line for a future; return its grant if it need not wait there."""
         with self._mutex:
-            if ticket.finished:
-                return None  # cancelled, or failed by close, while its permit came too late
-            self._join(ticket)
-            answer = self._ask(ticket)
-            if isinstance(answer, Grant):
-                return answer
-            if answer is not None:
-                self._wake(ticket)
-            announcement = self._announcement(ticket)
-            if self._server is None or not self._server.is_alive():
-                self._server = threading.Thread(
-                    target=self._serve_futures, name="gateway-queue-futures", daemon=True
-                )
-                self._server.start()
+            try:
+                if ticket.finished:
+                    return None  # cancelled, or failed by close, while its permit came too late
+                self._join(ticket)
+                answer = self._ask(ticket)
+                if isinstance(answer, Grant):
+                    return answer
+                if answer is not None:
+                    self._look_at(ticket)
+                announcement = self._announcement(ticket)
+                if self._server is None or not self._server.is_alive():
+                    self._server = threading.Thread(
+                        target=self._serve_futures, name="gateway-queue-futures", daemon=True
+                    )
+                    self._server.start()
+            finally:
+                # Asking, interrupted right after it has let go of the mutex, ends without it.
+                if not self._inside():
+                    self._mutex.acquire()
         if announcement is not None:
             announcement()
         return None
 
     def _serve_futures(self) -> None:
         """Ask for the futures that are first of their lines, while there are any."""
-        while (turn := self._sleep_until_future_turn()) is not None:
-            ticket, answer = turn
-            try:
-                if isinstance(answer, Grant):
-                    self._fulfil(ticket, answer)
-                else:
-                    answer()
-            except BaseException as error:  # noqa: BLE001 - the future's holder gets it
-                self._fail(ticket, error)
+        while (errand := self._sleep_until_errand()) is not None:
+            errand()
 
-    def _sleep_until_future_turn(self) -> tuple[Ticket, Grant | Errand] | None:
+    def _sleep_until_errand(self) -> Errand | None:
         with self._mutex:
-            while self._futures and not self._closed:  # close() fails those that are left
+            while not self._closed:  # close() fails those that are left
+                chore = self._chore()
+                if chore is not None:
+                    return chore
+                if not self._futures:
+                    break
                 now_us, at_us = self._now_us(), self._agenda.next_us
                 if at_us is None or at_us > now_us:
                     self._bell.wait(as_timeout(None if at_us is None else at_us - now_us))
                     continue
-                number = self._agenda.pop()
-                ticket = self._lines.first(number)
+                ticket = self._lines.first(self._agenda.pop())
                 if ticket is None or ticket.future is None:
                     continue
                 try:
                     answer = self._ask(ticket)
                     if isinstance(answer, Grant):
-                        return ticket, answer
+                        return partial(self._serve, ticket, partial(self._fulfil, ticket, answer))
                     errand = self._errand_before_sleep(ticket, answer)
                 except Exception as error:  # noqa: BLE001 - the future's holder gets it
-                    return ticket, partial(self._fail, ticket, error)
+                    return partial(self._fail, ticket, error)
                 sleep_us = longest_sleep_us(answer)
                 number = self._lines.bucket(ticket)  # asking may have shown that it is another one
                 if errand is not None:
                     self._agenda.set(number, rules.NEVER)
-                    return ticket, errand
+                    return partial(self._serve, ticket, errand)
                 if sleep_us is not None:
-                    self._agenda.set(number, now_us + sleep_us)
+                    self._agenda.set(number, self._now_us() + sleep_us)
             self._server = None
             return None
+
+    def _chore(self) -> Errand | None:
+        """Return what else their thread has to do for the futures, if anything."""
+        return None
+
+    def _serve(self, ticket: Ticket, errand: Errand) -> None:
+        """Run an errand for a future, whose holder gets what goes wrong."""
+        try:
+            errand()
+        except BaseException as error:  # noqa: BLE001 - the future's holder gets it
+            self._fail(ticket, error)
 
     def _fulfil(self, ticket: Ticket, grant: Grant | None) -> None:
         """Hand a permit to its future, unless that was cancelled; one that comes too late rejoins."""
@@ -319,15 +338,11 @@ class GatewayQueue(Waiting):
             with self._mutex:
                 mine = permit is not None and self._claim(ticket)
                 if mine:
-                    ticket.grant = None
+                    ticket.hand_over()
             if permit is None or not mine:
                 self._step_out(ticket, "cancelled")
-            elif ticket.future.set_running_or_notify_cancel():
-                ticket.future.on_cancel = None
-                ticket.future.set_result(permit)
-            else:  # cancelled at this very instant
-                with self._mutex:
-                    self._return_grant(grant)
+            else:
+                _complete(ticket.future, permit)
             return
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
@@ -367,6 +382,17 @@ class GatewayQueue(Waiting):
         self._step_out(ticket, "cancelled")
         if mine and ticket.future is not None:
             ticket.future.set_running_or_notify_cancel()
+
+
+def _complete(future: PermitFuture, permit: Permit) -> None:
+    """Hand a permit to its future, or give it back if that is cancelled or interrupted just now."""
+    try:
+        if future.set_running_or_notify_cancel():
+            future.on_cancel = None
+            future.set_result(permit)
+    finally:
+        if future.cancelled() or not future.done():
+            permit.unused()
 
 
 def _patience(timeout: object) -> float | None:

@@ -180,8 +180,11 @@ def _copy(bucket: Bucket) -> Bucket:
     return Bucket(last_us=bucket.last_us, closed_until_us=bucket.closed_until_us)
 
 
-def _closed_for_us(account: Account, bucket: Bucket, now_us: int) -> int:
-    """Return how long the bucket stays closed; a clock that was set back never adds to that."""
+def closed_for_us(account: Account, bucket: Bucket, now_us: int) -> int:
+    """Return how long the bucket stays closed; negative: since when it is open.
+
+    A clock that was set back never adds to that.
+    """
     last_us = min(bucket.last_us, now_us)
     closed_until_us = min(bucket.closed_until_us, now_us + _longest_closure_us(account))
     return max(last_us + account.window_us, closed_until_us) - now_us
@@ -195,7 +198,7 @@ def _wait_us(account: Account, bucket: Bucket, now_us: int) -> int:
     """Return how long the bucket stays closed; a clock that was set back costs a window once."""
     bucket.last_us = min(bucket.last_us, now_us)
     bucket.closed_until_us = min(bucket.closed_until_us, now_us + _longest_closure_us(account))
-    return _closed_for_us(account, bucket, now_us)
+    return closed_for_us(account, bucket, now_us)
 
 
 def _resets_in_us(account: Account, wall_us: int) -> int:
@@ -218,7 +221,7 @@ def restamp(account: Account, grant: Grant, now_us: int) -> bool:
 
 def sent(account: Account, grant: Grant, now_us: int) -> None:
     """Start the window anew: the IDENTIFY went out only now."""
-    bucket = _bucket_of(account, grant)
+    bucket = bucket_of(account, grant.shard_id)
     bucket.last_us = max(bucket.last_us, now_us)
     if bucket.serial != grant.serial:  # what a later grant would give back to
         bucket.before_us = bucket.last_us
@@ -231,7 +234,7 @@ def unused(account: Account, grant: Grant) -> None:
     grant.returned = True
     if account.total is not None and account.period == grant.period:
         account.remaining = min(account.remaining + 1, account.total)
-    bucket = _bucket_of(account, grant)
+    bucket = bucket_of(account, grant.shard_id)
     if bucket.serial == grant.serial:
         bucket.last_us, bucket.serial = bucket.before_us, bucket.before_serial
 
@@ -241,7 +244,7 @@ def rejected(account: Account, grant: Grant, now_us: int) -> None:
 
     A row is ended by a permit that its bucket's next grant finds not rejected.
     """
-    bucket = _bucket_of(account, grant)
+    bucket = bucket_of(account, grant.shard_id)
     goes_on = bucket.rejected_serial in (bucket.serial, bucket.before_serial)
     bucket.row = min(bucket.row + 1, 32) if goes_on else 1
     bucket.rejected_serial = max(bucket.rejected_serial, grant.serial)
@@ -249,9 +252,9 @@ def rejected(account: Account, grant: Grant, now_us: int) -> None:
     bucket.closed_until_us = max(bucket.closed_until_us, now_us + closed_us)
 
 
-def _bucket_of(account: Account, grant: Grant) -> Bucket:
-    """Return the bucket that the grant's shard belongs to now (re-bucketing may have moved it)."""
-    number = grant.shard_id % account.max_concurrency
+def bucket_of(account: Account, shard_id: int) -> Bucket:
+    """Return the bucket that the shard belongs to now (re-bucketing may have moved it)."""
+    number = shard_id % account.max_concurrency
     bucket = account.buckets.get(number)
     if bucket is None:
         bucket = account.buckets[number] = _copy(account.fresh)
@@ -313,7 +316,7 @@ def trust(account: Account, period: int) -> bool:
 def ready_in_us(account: Account, number: int, now_us: int) -> int:
     """Return how long the bucket's window still lasts, 0 if it is over."""
     bucket = account.buckets.get(number, account.fresh)
-    return max(0, _closed_for_us(account, bucket, now_us))
+    return max(0, closed_for_us(account, bucket, now_us))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,12 @@ from typing import TYPE_CHECKING
 
 from gateway_queue_sync import rules
 from gateway_queue_sync.clock import Clock
-from gateway_queue_sync.errors import AcquireTimeout, QueueClosed, SessionLimitExhausted
+from gateway_queue_sync.errors import (
+    AcquireTimeout,
+    QueueClosed,
+    SessionLimitExhausted,
+    reentered,
+)
 from gateway_queue_sync.events import (
     BudgetExhausted,
     Event,
@@ -89,6 +94,11 @@ class Waiting(ABC):
         self._refresh = refresh
         self._reserve = reserve
         self._raises = raises
+        self._closed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Set up the mutex, and lines in which nobody waits."""
         # Reentrant, though nothing here re-enters it: Ctrl-C while a Condition over a plain Lock
         # takes it back leaves wait() without it and breaks exclusion (CPython #118433). What would
         # re-enter (a signal handler, a finalizer) is detected, and refused before it sees a
@@ -96,12 +106,11 @@ class Waiting(ABC):
         self._mutex: Lock = threading.RLock()
         self._inside: Callable[[], bool] = self._mutex._is_owned  # type: ignore[attr-defined,unused-ignore]
         self._forks = forks
-        self._closed = False
-        self._lines = Lines(ledger.max_concurrency)
+        self._lines = Lines(self._ledger.max_concurrency)
         self._threads: set[int] = set()  # the threads that stand in lines
         self._futures: set[Ticket] = set()  # the futures that stand in lines
         self._agenda = Agenda()  # when the futures' thread looks at which bucket
-        self._bell = clock.condition(self._mutex)  # wakes the futures' thread
+        self._bell = self._condition(self._mutex)  # wakes the futures' thread
         self._refresher: Ticket | None = None  # who reads the limit anew just now
         self._told_end_of: int | None = None  # the period whose end was told
 
@@ -203,11 +212,14 @@ class Waiting(ABC):
         waited = max(0, grant.stamp_us - ticket.arrived_us) / MICROSECOND
         permit = self._permit(grant, waited)
         if self._observer is not None:
-            self._tell(ShardGranted(grant.shard_id, grant.bucket, waited, grant.remaining))
+            self._tell_granted(ticket, grant, waited)
             with self._mutex:
                 if not self._hand_on(ticket, grant):
                     return None
         return permit if self._is_in_time(grant) else None
+
+    def _tell_granted(self, _: Ticket, grant: Grant, waited: float) -> None:
+        self._tell(ShardGranted(grant.shard_id, grant.bucket, waited, grant.remaining))
 
     # ----------------------------------------------------------------------------------------------
     # Lines: with the mutex held
@@ -244,10 +256,14 @@ class Waiting(ABC):
         if ticket is None:
             return
         if ticket.future is not None:
-            self._agenda.set(self._lines.bucket(ticket), rules.NEVER)
-            self._bell.notify()
+            self._look_at(ticket)
         elif ticket.condition is not None:
             ticket.condition.notify()
+
+    def _look_at(self, ticket: Ticket) -> None:
+        """Have the futures' thread look at a future that is the first of its line."""
+        self._agenda.set(self._lines.bucket(ticket), rules.NEVER)
+        self._bell.notify()
 
     def _wake_all_firsts(self) -> None:
         for ticket in self._lines.firsts():
@@ -445,14 +461,6 @@ class Waiting(ABC):
             self._observer(event)
         except Exception:
             log.exception("an observer raised on %r; the queue goes on", event)
-
-
-def reentered() -> RuntimeError:
-    """Return the error for whoever calls a queue in the midst of a call to it."""
-    return RuntimeError(
-        "the queue was called in a thread that is in the midst of a call to it (by a signal handler, a "
-        "finalizer, an observer or refresh); let that set a flag, or use another thread"
-    )
 
 
 def longest_sleep_us(denial: Denial | None) -> int | None:

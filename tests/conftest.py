@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
+import accounts
 import pytest
+import redis_servers
 from freezegun import freeze_time
 
 from gateway_queue_sync.testing import FakeClock
@@ -61,6 +64,31 @@ def crew() -> Iterator[Crew]:
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what asks for an account on every kind of it, or on those its marker names."""
+    if "account" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("accounts")
+        metafunc.parametrize("account", marker.args if marker else accounts.NAMES, indirect=True)
+
+
+@pytest.fixture
+def account(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Make queues that keep accounts of the kind that the test is run for."""
+    if request.param == "redis" and redis_servers.BINARY is None:
+        pytest.skip(redis_servers.WITHOUT)
+    return accounts.make(
+        request.param, tmp_path, lambda: request.getfixturevalue("redis_server").url
+    )
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One real Redis server for all tests that do nothing to it; each takes a name of its own."""
+    server = redis_servers.RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import pytest
 from test_waiting import in_line, limit, order
 
 from gateway_queue_sync import (
-    LargeBotQueue,
     LocalQueue,
     QueueClosed,
     ShardGranted,
@@ -33,14 +32,14 @@ def wait_for_no_server():
         assert not thread.is_alive()
 
 
-def test_a_free_bucket_makes_a_finished_future(clock):
-    queue = LocalQueue(clock=clock)
+def test_a_free_bucket_makes_a_finished_future(account, clock):
+    queue = account.local(clock=clock)
     assert queue.enqueue(4).result(0).shard_id == 4
     assert not server_threads()
 
 
-def test_futures_and_threads_stand_in_one_line(clock, crew):
-    queue = LocalQueue(clock=clock)
+def test_futures_and_threads_stand_in_one_line(account, clock, crew):
+    queue = account.local(clock=clock)
     queue.acquire(9)
     (first,) = in_line(queue, crew, clock, [1])
     second = queue.enqueue(2)
@@ -55,8 +54,8 @@ def test_futures_and_threads_stand_in_one_line(clock, crew):
         outcome.result(10)
 
 
-def test_one_thread_serves_all_and_is_gone_when_nobody_waits(clock):
-    queue = LargeBotQueue(limit(max_concurrency=4), clock=clock)
+def test_one_thread_serves_all_and_is_gone_when_nobody_waits(account, clock):
+    queue = account.large(limit(max_concurrency=4), clock=clock)
     for shard in range(4):
         queue.acquire(shard)
     futures = [queue.enqueue(shard) for shard in range(40)]
@@ -72,8 +71,8 @@ def test_one_thread_serves_all_and_is_gone_when_nobody_waits(clock):
     again.result(10)
 
 
-def test_a_cancelled_future_leaves_the_line_at_once_and_costs_nothing(clock):
-    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+def test_a_cancelled_future_leaves_the_line_at_once_and_costs_nothing(account, clock):
+    queue = account.large(limit(10, 10, 600.0), clock=clock)
     queue.acquire(9)
     futures = [queue.enqueue(shard) for shard in range(3)]
     assert futures[1].cancel()
@@ -87,8 +86,8 @@ def test_a_cancelled_future_leaves_the_line_at_once_and_costs_nothing(clock):
         futures[0].result(0)
 
 
-def test_who_waits_for_a_cancelled_future_is_told(clock):
-    queue = LocalQueue(clock=clock)
+def test_who_waits_for_a_cancelled_future_is_told(account, clock):
+    queue = account.local(clock=clock)
     queue.acquire(9)
     futures = [queue.enqueue(shard) for shard in range(3)]
     futures[1].cancel()
@@ -98,8 +97,8 @@ def test_who_waits_for_a_cancelled_future_is_told(clock):
     assert set(as_completed(futures, timeout=10)) == set(futures)
 
 
-def test_two_who_end_a_future_at_once_end_it_once(clock):
-    queue = LocalQueue(clock=clock)
+def test_two_who_end_a_future_at_once_end_it_once(account, clock):
+    queue = account.local(clock=clock)
     queue.acquire(9)
     future = queue.enqueue(0)
     clock.settle(1)
@@ -111,12 +110,12 @@ def test_two_who_end_a_future_at_once_end_it_once(clock):
     wait_for_no_server()
 
 
-def test_a_future_that_is_closed_while_its_permit_is_told_of_gets_the_error_alone(clock):
+def test_a_future_that_is_closed_while_its_permit_is_told_of_gets_the_error_alone(account, clock):
     def observer(event):
         if isinstance(event, ShardGranted) and event.shard_id == 0:
             queue.close()
 
-    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock, observer=observer)
+    queue = account.large(limit(10, 10, 600.0), clock=clock, observer=observer)
     queue.acquire(9)
     future = queue.enqueue(0)
     clock.settle(1)
@@ -126,12 +125,12 @@ def test_a_future_that_is_closed_while_its_permit_is_told_of_gets_the_error_alon
     assert queue.snapshot().limit.remaining == 9
 
 
-def test_a_future_that_is_cancelled_while_its_permit_is_told_of_costs_nothing(clock):
+def test_a_future_that_is_cancelled_while_its_permit_is_told_of_costs_nothing(account, clock):
     def observer(event):
         if isinstance(event, ShardGranted) and event.shard_id == 0:
             assert future.cancel()
 
-    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock, observer=observer)
+    queue = account.large(limit(10, 10, 600.0), clock=clock, observer=observer)
     queue.acquire(9)
     future = queue.enqueue(0)
     clock.settle(1)
@@ -140,8 +139,8 @@ def test_a_future_that_is_cancelled_while_its_permit_is_told_of_costs_nothing(cl
     assert (queue.snapshot().limit.remaining, queue.snapshot().waiting) == (9, 0)
 
 
-def test_a_future_cancelled_before_its_late_permit_rejoins_stays_out(clock, monkeypatch):
-    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+def test_a_future_cancelled_before_its_late_permit_rejoins_stays_out(account, clock, monkeypatch):
+    queue = account.large(limit(10, 10, 600.0), clock=clock)
     queue.acquire(9)
     future = queue.enqueue(0)
     clock.settle(1)
@@ -159,8 +158,8 @@ def test_a_future_cancelled_before_its_late_permit_rejoins_stays_out(clock, monk
     assert (queue.snapshot().limit.remaining, queue.snapshot().waiting) == (9, 0)
 
 
-def test_a_close_that_was_interrupted_is_finished_by_the_next(clock, monkeypatch):
-    queue = LocalQueue(clock=clock)
+def test_a_close_that_was_interrupted_is_finished_by_the_next(account, clock, monkeypatch):
+    queue = account.local(clock=clock)
     queue.acquire(9)
     futures = [queue.enqueue(shard) for shard in range(6)]
 
@@ -178,8 +177,10 @@ def test_a_close_that_was_interrupted_is_finished_by_the_next(clock, monkeypatch
         assert isinstance(future.exception(10), QueueClosed)
 
 
-def test_a_future_whose_closing_was_interrupted_is_finished_by_the_next(clock, monkeypatch):
-    queue = LocalQueue(clock=clock)
+def test_a_future_whose_closing_was_interrupted_is_finished_by_the_next(
+    account, clock, monkeypatch
+):
+    queue = account.local(clock=clock)
     queue.acquire(9)
     futures = [queue.enqueue(shard) for shard in range(3)]
 
@@ -200,8 +201,8 @@ def test_a_future_whose_closing_was_interrupted_is_finished_by_the_next(clock, m
     assert queue.snapshot().waiting == 0
 
 
-def test_an_interrupt_that_comes_with_a_finished_future_costs_nothing(clock, monkeypatch):
-    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+def test_an_interrupt_that_comes_with_a_finished_future_costs_nothing(account, clock, monkeypatch):
+    queue = account.large(limit(10, 10, 600.0), clock=clock)
 
     def interrupted(future, permit):
         raise KeyboardInterrupt
@@ -213,9 +214,9 @@ def test_an_interrupt_that_comes_with_a_finished_future_costs_nothing(clock, mon
     assert (seen.limit.remaining, seen.buckets[0].ready_in) == (10, 0.0)
 
 
-def test_a_future_cancelled_in_the_midst_of_a_call_leaves_right_after_it(clock):
+def test_a_future_cancelled_in_the_midst_of_a_call_leaves_right_after_it(account, clock):
     """As a signal handler does that interrupts the queue."""
-    queue = LocalQueue(clock=clock)
+    queue = account.local(clock=clock)
     queue.acquire(9)
     future = queue.enqueue(0)
     clock.settle(1)
@@ -229,8 +230,8 @@ def test_a_future_cancelled_in_the_midst_of_a_call_leaves_right_after_it(clock):
     wait_for_no_server()
 
 
-def test_a_callback_may_try(clock):
-    queue = LocalQueue(clock=clock)
+def test_a_callback_may_try(account, clock):
+    queue = account.local(clock=clock)
     queue.acquire(9)
     tried = []
     future = queue.enqueue(0)
@@ -241,17 +242,17 @@ def test_a_callback_may_try(clock):
     assert tried == [None]
 
 
-def test_cancelling_the_last_future_ends_its_thread(clock):
-    queue = LocalQueue(clock=clock)
+def test_cancelling_the_last_future_ends_its_thread(account, clock):
+    queue = account.local(clock=clock)
     queue.acquire(9)
     assert queue.enqueue(0).cancel()
     wait_for_no_server()
     assert queue.snapshot().waiting == 0
 
 
-def test_a_cancelled_head_hands_the_front_to_a_thread(clock, crew):
+def test_a_cancelled_head_hands_the_front_to_a_thread(account, clock, crew):
     """One limiter loses everyone behind a cancelled head for good."""
-    queue = LocalQueue(clock=clock)
+    queue = account.local(clock=clock)
     queue.acquire(9)
     future = queue.enqueue(0)
     clock.settle(1)
@@ -262,19 +263,22 @@ def test_a_cancelled_head_hands_the_front_to_a_thread(clock, crew):
     assert call.now().waited == WINDOW
 
 
-def test_a_future_cancelled_as_it_is_granted_gives_the_permit_to_the_next(clock, monkeypatch):
-    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+def test_a_future_cancelled_as_it_is_granted_gives_the_permit_to_the_next(
+    account, clock, monkeypatch
+):
+    queue = account.large(limit(10, 10, 600.0), clock=clock)
     queue.acquire(9)
     first, second = queue.enqueue(0), queue.enqueue(1)
     take = queue._ledger.take
 
-    def cancelled_meanwhile(shard_id, *args):
-        answer = take(shard_id, *args)
-        if shard_id == 0 and clock.now_us() >= 1_005_250_000:
+    def cancelled_meanwhile(*args, **settings):
+        answer = take(*args, **settings)
+        if clock.now_us() >= due_us:
             monkeypatch.undo()
             super(type(first), first).cancel()  # its state alone, as another thread at this instant
         return answer
 
+    due_us = clock.now_us() + 5_250_000
     clock.settle(1)
     monkeypatch.setattr(queue._ledger, "take", cancelled_meanwhile)
     clock.advance(WINDOW)
@@ -282,8 +286,8 @@ def test_a_future_cancelled_as_it_is_granted_gives_the_permit_to_the_next(clock,
     assert queue.snapshot().buckets[0].ready_in == WINDOW
 
 
-def test_callbacks_run_and_one_that_raises_stops_nobody(clock, caplog):
-    queue = LocalQueue(clock=clock)
+def test_callbacks_run_and_one_that_raises_stops_nobody(account, clock, caplog):
+    queue = account.local(clock=clock)
     queue.acquire(9)
     futures = [queue.enqueue(shard) for shard in range(3)]
     called = []
@@ -302,8 +306,8 @@ def test_callbacks_run_and_one_that_raises_stops_nobody(clock, caplog):
     assert called == [0, 1, 2]
 
 
-def test_a_callback_that_would_block_on_its_own_queue_is_told_so(clock):
-    queue = LocalQueue(clock=clock)
+def test_a_callback_that_would_block_on_its_own_queue_is_told_so(account, clock):
+    queue = account.local(clock=clock)
     queue.acquire(9)
     errors = []
 
@@ -321,8 +325,8 @@ def test_a_callback_that_would_block_on_its_own_queue_is_told_so(clock):
     assert errors == ["a future's callback must not block on the queue that serves it"]
 
 
-def test_futures_of_a_closed_queue_carry_the_error(clock):
-    queue = LocalQueue(clock=clock)
+def test_futures_of_a_closed_queue_carry_the_error(account, clock):
+    queue = account.local(clock=clock)
     queue.acquire(9)
     futures = [queue.enqueue(shard) for shard in range(3)]
     futures[1].cancel()
@@ -333,8 +337,8 @@ def test_futures_of_a_closed_queue_carry_the_error(clock):
         assert isinstance(future.exception(0), QueueClosed)
 
 
-def test_a_thread_that_cannot_be_started_leaves_nobody_in_line(clock, monkeypatch):
-    queue = LocalQueue(clock=clock)
+def test_a_thread_that_cannot_be_started_leaves_nobody_in_line(account, clock, monkeypatch):
+    queue = account.local(clock=clock)
     queue.acquire(9)
 
     def start(self):
@@ -351,8 +355,8 @@ def test_a_thread_that_cannot_be_started_leaves_nobody_in_line(clock, monkeypatc
     future.result(10)
 
 
-def test_relined_futures_go_on_in_their_new_buckets(clock):
-    queue = LocalQueue(clock=clock)
+def test_relined_futures_go_on_in_their_new_buckets(account, clock):
+    queue = account.local(clock=clock)
     queue.acquire(9)
     futures = [queue.enqueue(shard) for shard in range(4)]
     clock.settle(1)
@@ -362,18 +366,18 @@ def test_relined_futures_go_on_in_their_new_buckets(clock):
     assert [future.result(10).bucket for future in futures] == [0, 1, 2, 3]
 
 
-def test_observers_hear_of_futures(clock):
+def test_observers_hear_of_futures(account, clock):
     heard = []
-    queue = LocalQueue(clock=clock, observer=heard.append)
+    queue = account.local(clock=clock, observer=heard.append)
     queue.acquire(9)
     heard.clear()
     queue.enqueue(3).cancel()
     assert heard == [ShardWaiting(3, 0, 0, WINDOW), ShardLeft(3, 0.0, "cancelled")]
 
 
-def test_ten_thousand_cancels_leave_nothing_behind(clock):
+def test_ten_thousand_cancels_leave_nothing_behind(account, clock):
     """A line that is blocked for a day must not grow with those who gave up."""
-    queue = LocalQueue(clock=clock)
+    queue = account.local(clock=clock)
     queue.acquire(9)
     blocked = queue.enqueue(0)
     for shard in range(10_000):

@@ -6,12 +6,10 @@ import logging
 import time
 
 import pytest
-from test_waiting import in_line, limit
+from test_waiting import in_line, limit, memory
 
 from gateway_queue_sync import (
     AcquireTimeout,
-    LargeBotQueue,
-    LocalQueue,
     PermitReported,
     Report,
     ShardGranted,
@@ -23,8 +21,8 @@ WINDOW = 5.25
 
 
 @pytest.fixture
-def queue(clock):
-    return LargeBotQueue(limit(10, 8, 600.0), clock=clock)
+def queue(account, clock):
+    return account.large(limit(10, 8, 600.0), clock=clock)
 
 
 def ready_in(queue):
@@ -122,8 +120,8 @@ def test_an_unused_permit_frees_no_window_that_is_another_ones(queue, clock):
     assert (ready_in(queue), remaining(queue)) == (WINDOW, 7)
 
 
-def test_a_refund_releases_those_who_wait_for_the_budget(clock, crew):
-    queue = LargeBotQueue(limit(10, 1, 600.0, max_concurrency=2), clock=clock)
+def test_a_refund_releases_those_who_wait_for_the_budget(account, clock, crew):
+    queue = account.large(limit(10, 1, 600.0, max_concurrency=2), clock=clock)
     permit = queue.acquire(0)
     (call,) = in_line(queue, crew, clock, [1])
     permit.unused()
@@ -148,8 +146,8 @@ def test_unused_in_a_with_is_not_contradicted_by_leaving_it(queue, caplog):
 # --- rejected -------------------------------------------------------------------------------------
 
 
-def test_rejections_in_a_row_close_the_bucket_for_longer_and_longer(clock):
-    queue = LargeBotQueue(limit(100, 100, 0.0), clock=clock)
+def test_rejections_in_a_row_close_the_bucket_for_longer_and_longer(account, clock):
+    queue = account.large(limit(100, 100, 0.0), clock=clock)
     for windows in (2, 4, 8):
         permit = queue.acquire(0)
         permit.sent()
@@ -171,15 +169,16 @@ def test_a_permit_that_is_not_rejected_ends_the_row(queue, clock):
     assert ready_in(queue) == 2 * WINDOW
 
 
-def test_a_rejection_costs_its_budget_and_no_other_bucket(clock):
-    queue = LargeBotQueue(limit(10, 10, 600.0, max_concurrency=2), clock=clock)
+def test_a_rejection_costs_its_budget_and_no_other_bucket(account, clock):
+    queue = account.large(limit(10, 10, 600.0, max_concurrency=2), clock=clock)
     queue.acquire(0).rejected()
     assert remaining(queue) == 9
     assert queue.acquire(1).waited == 0.0
 
 
-def test_a_rejection_closes_for_two_windows_even_if_these_are_longer_than_a_minute(clock):
-    queue = LocalQueue(interval=100, margin=0, clock=clock)
+@memory
+def test_a_rejection_closes_for_two_windows_even_if_these_are_longer_than_a_minute(account, clock):
+    queue = account.local(interval=100, margin=0, clock=clock)
     queue.acquire(0).rejected()
     assert ready_in(queue) == 200.0
 
@@ -213,8 +212,8 @@ def test_reports_after_close_are_harmless(queue, report):
     getattr(permit, report)()
 
 
-def test_reports_reach_the_bucket_the_shard_is_in_now(clock):
-    queue = LargeBotQueue(limit(max_concurrency=2), clock=clock)
+def test_reports_reach_the_bucket_the_shard_is_in_now(account, clock):
+    queue = account.large(limit(max_concurrency=2), clock=clock)
     permit = queue.acquire(5)
     queue.update(limit(max_concurrency=8))
     clock.advance(WINDOW)
@@ -239,17 +238,19 @@ def stopped(queue, clock, monkeypatch, *stops):
     monkeypatch.setattr(queue, "_is_in_time", after_the_stop)
 
 
-def test_a_permit_that_came_back_too_late_is_given_back_and_asked_for_again(clock, monkeypatch):
+def test_a_permit_that_came_back_too_late_is_given_back_and_asked_for_again(
+    account, clock, monkeypatch
+):
     """Between the stamp and the return a process can be stopped for as long as it likes."""
-    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+    queue = account.large(limit(10, 10, 600.0), clock=clock)
     stopped(queue, clock, monkeypatch, 30, 30)
     permit = queue.acquire(0)
     assert permit.waited == 60.0
     assert (ready_in(queue), remaining(queue), queue.snapshot().granted) == (WINDOW, 9, 3)
 
 
-def test_a_permit_that_is_given_back_keeps_its_place(clock, crew, monkeypatch):
-    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+def test_a_permit_that_is_given_back_keeps_its_place(account, clock, crew, monkeypatch):
+    queue = account.large(limit(10, 10, 600.0), clock=clock)
     queue.acquire(9)
     calls = in_line(queue, crew, clock, [1, 2])
     future = queue.enqueue(3)
@@ -265,8 +266,11 @@ def test_a_permit_that_is_given_back_keeps_its_place(clock, crew, monkeypatch):
     assert remaining(queue) == 6
 
 
-def test_a_permit_that_is_given_back_on_the_fast_path_keeps_its_place_too(clock, crew, monkeypatch):
-    queue = LocalQueue(clock=clock)
+@memory
+def test_a_permit_that_is_given_back_on_the_fast_path_keeps_its_place_too(
+    account, clock, crew, monkeypatch
+):
+    queue = account.local(clock=clock)
     others = []
 
     def while_stopped(grant):
@@ -285,16 +289,16 @@ def test_a_permit_that_is_given_back_on_the_fast_path_keeps_its_place_too(clock,
     assert others[0].now().shard_id == 2
 
 
-def test_a_deadline_counts_when_permits_come_too_late(clock, monkeypatch):
-    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock)
+def test_a_deadline_counts_when_permits_come_too_late(account, clock, monkeypatch):
+    queue = account.large(limit(10, 10, 600.0), clock=clock)
     stopped(queue, clock, monkeypatch, *[3] * 50)
     with pytest.raises(AcquireTimeout):
         queue.acquire(0, timeout=10)
     assert (ready_in(queue), remaining(queue)) == (0.0, 10)
 
 
-def test_a_future_whose_permit_came_too_late_can_still_be_cancelled(clock, monkeypatch):
-    queue = LargeBotQueue(limit(10, 1, 600.0), clock=clock)
+def test_a_future_whose_permit_came_too_late_can_still_be_cancelled(account, clock, monkeypatch):
+    queue = account.large(limit(10, 1, 600.0), clock=clock)
     permit = queue.acquire(9)
     future = queue.enqueue(0)
     clock.settle(1)
@@ -305,8 +309,9 @@ def test_a_future_whose_permit_came_too_late_can_still_be_cancelled(clock, monke
     assert later.cancel()
 
 
-def test_without_a_margin_the_promise_is_made_at_the_stamp(clock, monkeypatch):
-    queue = LocalQueue(margin=0, clock=clock)
+@memory
+def test_without_a_margin_the_promise_is_made_at_the_stamp(account, clock, monkeypatch):
+    queue = account.local(margin=0, clock=clock)
     stopped(queue, clock, monkeypatch, 1)
     queue.acquire(0)
     assert ready_in(queue) == 4.0
@@ -315,9 +320,9 @@ def test_without_a_margin_the_promise_is_made_at_the_stamp(clock, monkeypatch):
 # --- observers ------------------------------------------------------------------------------------
 
 
-def test_an_observer_hears_all_of_a_shards_story(clock, crew):
+def test_an_observer_hears_all_of_a_shards_story(account, clock, crew):
     heard = []
-    queue = LargeBotQueue(limit(10, 10, 600.0), clock=clock, observer=heard.append)
+    queue = account.large(limit(10, 10, 600.0), clock=clock, observer=heard.append)
     with queue.acquire(0):
         pass
     (call,) = in_line(queue, crew, clock, [1], timeout=1.0)
@@ -332,40 +337,40 @@ def test_an_observer_hears_all_of_a_shards_story(clock, crew):
     ]
 
 
-def test_an_observer_that_raises_is_logged_and_survived(clock, caplog):
+def test_an_observer_that_raises_is_logged_and_survived(account, clock, caplog):
     def observer(event):
         raise ZeroDivisionError
 
-    queue = LocalQueue(clock=clock, observer=observer)
+    queue = account.local(clock=clock, observer=observer)
     with queue.acquire(0):
         pass
     assert "an observer raised on ShardGranted" in caplog.text
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_a_slow_observer_costs_nobody_spacing(clock):
+def test_a_slow_observer_costs_nobody_spacing(account, clock):
     """What it takes is no part of the next one's gap, and no reason to give the permit back."""
-    queue = LocalQueue(clock=clock, observer=lambda event: clock.advance(3))
+    queue = account.local(clock=clock, observer=lambda event: clock.advance(3))
     queue.acquire(0)
     assert ready_in(queue) == WINDOW
 
 
-def test_a_free_bucket_makes_a_finished_future_where_somebody_observes_too(clock):
+def test_a_free_bucket_makes_a_finished_future_where_somebody_observes_too(account, clock):
     told = []
-    queue = LocalQueue(clock=clock, observer=told.append)
+    queue = account.local(clock=clock, observer=told.append)
     assert queue.enqueue(3).done()
-    assert told == [ShardGranted(3, 0, 0.0, None)]
+    assert [(event.shard_id, event.waited) for event in told] == [(3, 0.0)]
     assert queue.snapshot().waiting == 0
 
 
-def test_whose_permit_is_being_told_of_waits_no_more(clock, crew):
+def test_whose_permit_is_being_told_of_waits_no_more(account, clock, crew):
     seen = []
 
     def observer(event):
         if isinstance(event, ShardGranted):
             seen.append(queue.snapshot())
 
-    queue = LocalQueue(clock=clock, observer=observer)
+    queue = account.local(clock=clock, observer=observer)
     queue.acquire(0)
     assert (seen[0].waiting, seen[0].granted) == (0, 1)
     (call,) = in_line(queue, crew, clock, [1])
@@ -377,7 +382,8 @@ def test_whose_permit_is_being_told_of_waits_no_more(clock, crew):
     queue.close()
 
 
-def test_a_ticket_whose_permit_was_voided_stands_in_its_line_once(clock, crew):
+@memory
+def test_a_ticket_whose_permit_was_voided_stands_in_its_line_once(account, clock, crew):
     told = []
 
     def observer(event):
@@ -386,7 +392,7 @@ def test_a_ticket_whose_permit_was_voided_stands_in_its_line_once(clock, crew):
             in_line(queue, crew, clock, [4], priority=100.0)
             queue.update(limit(max_concurrency=2))
 
-    queue = LocalQueue(clock=clock, observer=observer)
+    queue = account.local(clock=clock, observer=observer)
     queue.acquire(0)
     calls = in_line(queue, crew, clock, [2])
     clock.advance(WINDOW)
@@ -401,13 +407,13 @@ def test_a_ticket_whose_permit_was_voided_stands_in_its_line_once(clock, crew):
     assert not queue._lines.by_bucket
 
 
-def test_settling_waits_for_those_who_tell_their_observer(clock, crew):
+def test_settling_waits_for_those_who_tell_their_observer(account, clock, crew):
     """Else the clock could be moved between a grant and its stamp."""
 
     def observer(event):
         time.sleep(0.02)
 
-    queue = LocalQueue(clock=clock, observer=observer)
+    queue = account.local(clock=clock, observer=observer)
     queue.acquire(0)
     calls = in_line(queue, crew, clock, [1, 2, 3])
     for left, call in zip((2, 1, 0), calls, strict=True):
@@ -417,7 +423,10 @@ def test_settling_waits_for_those_who_tell_their_observer(clock, crew):
     assert [call.now().waited for call in calls] == [WINDOW, 2 * WINDOW, 3 * WINDOW]
 
 
-def test_an_observer_slower_than_the_window_holds_up_its_line_and_nobody_for_ever(clock, crew):
+@memory
+def test_an_observer_slower_than_the_window_holds_up_its_line_and_nobody_for_ever(
+    account, clock, crew
+):
     told = []
 
     def observer(event):
@@ -425,7 +434,7 @@ def test_an_observer_slower_than_the_window_holds_up_its_line_and_nobody_for_eve
             told.append(event.shard_id)
             clock.advance(2 * WINDOW)
 
-    queue = LocalQueue(clock=clock, observer=observer)
+    queue = account.local(clock=clock, observer=observer)
     queue.acquire(0)
     calls = in_line(queue, crew, clock, [1, 2, 3])
     for left, call in zip((2, 1, 0), calls, strict=True):
@@ -436,7 +445,7 @@ def test_an_observer_slower_than_the_window_holds_up_its_line_and_nobody_for_eve
     assert queue.snapshot().granted == 4
 
 
-def test_new_buckets_laid_out_while_an_observer_is_told_void_the_permit(clock):
+def test_new_buckets_laid_out_while_an_observer_is_told_void_the_permit(account, clock):
     told = []
 
     def observer(event):
@@ -445,13 +454,13 @@ def test_new_buckets_laid_out_while_an_observer_is_told_void_the_permit(clock):
             clock.advance(WINDOW)
         told.append(event)
 
-    queue = LocalQueue(clock=clock, observer=observer)
+    queue = account.local(clock=clock, observer=observer)
     permit = queue.acquire(5)
     assert permit.bucket == 1
     assert queue.snapshot().granted == 2
 
 
-def test_an_observer_may_look_at_the_queue(clock):
-    queue = LocalQueue(clock=clock, observer=lambda event: queue.snapshot())
+def test_an_observer_may_look_at_the_queue(account, clock):
+    queue = account.local(clock=clock, observer=lambda event: queue.snapshot())
     queue.acquire(0)
     assert queue.snapshot().granted == 1

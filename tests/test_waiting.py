@@ -8,8 +8,6 @@ import pytest
 
 from gateway_queue_sync import (
     AcquireTimeout,
-    LargeBotQueue,
-    LocalQueue,
     NoOpQueue,
     Permit,
     Queue,
@@ -22,12 +20,15 @@ from gateway_queue_sync.testing import FakeClock
 WINDOW = 5.25
 
 
+memory = pytest.mark.accounts("memory")
+
+
 def limit(total=1000, remaining=1000, reset_after=0.0, max_concurrency=1):
     return SessionStartLimit(total, remaining, reset_after, max_concurrency)
 
 
-def buckets(count, clock, **settings):
-    return LargeBotQueue(limit(max_concurrency=count), clock=clock, **settings)
+def buckets(account, count, clock, **settings):
+    return account.large(limit(max_concurrency=count), clock=clock, **settings)
 
 
 def in_line(queue, crew, clock, shard_ids, **settings):
@@ -47,14 +48,14 @@ def order(snapshot, bucket=0):
 # --- spacing --------------------------------------------------------------------------------------
 
 
-def test_a_free_bucket_grants_at_once(clock):
-    queue = LocalQueue(clock=clock)
+def test_a_free_bucket_grants_at_once(account, clock):
+    queue = account.local(clock=clock)
     permit = queue.acquire(3)
-    assert (permit.shard_id, permit.bucket, permit.waited, permit.remaining) == (3, 0, 0.0, None)
+    assert (permit.shard_id, permit.bucket, permit.waited) == (3, 0, 0.0)
 
 
-def test_the_next_permit_comes_a_window_later_and_not_before(clock, crew):
-    queue = LocalQueue(clock=clock)
+def test_the_next_permit_comes_a_window_later_and_not_before(account, clock, crew):
+    queue = account.local(clock=clock)
     queue.acquire(0)
     (call,) = in_line(queue, crew, clock, [1])
     clock.advance(WINDOW - 0.000_001)
@@ -64,8 +65,8 @@ def test_the_next_permit_comes_a_window_later_and_not_before(clock, crew):
     assert call.now().waited == WINDOW
 
 
-def test_interval_and_margin_make_the_window(clock):
-    queue = LocalQueue(interval=2, margin=0.5, clock=clock)
+def test_interval_and_margin_make_the_window(account, clock):
+    queue = account.local(interval=2, margin=0.5, clock=clock)
     queue.acquire(0)
     clock.advance(2.499_999)
     assert queue.try_acquire(0) is None
@@ -73,16 +74,16 @@ def test_interval_and_margin_make_the_window(clock):
     assert queue.try_acquire(0) is not None
 
 
-def test_a_late_taker_starts_the_window_when_it_takes(clock):
-    queue = LocalQueue(clock=clock)
+def test_a_late_taker_starts_the_window_when_it_takes(account, clock):
+    queue = account.local(clock=clock)
     queue.acquire(0)
     clock.advance(100)
     queue.acquire(1)
     assert queue.snapshot().buckets[0].ready_in == WINDOW
 
 
-def test_buckets_do_not_wait_for_each_other(clock, crew):
-    queue = buckets(2, clock)
+def test_buckets_do_not_wait_for_each_other(account, clock, crew):
+    queue = buckets(account, 2, clock)
     queue.acquire(0)
     in_line(queue, crew, clock, [2])
     assert queue.acquire(1).waited == 0.0
@@ -90,9 +91,9 @@ def test_buckets_do_not_wait_for_each_other(clock, crew):
     crew.join()
 
 
-def test_a_bucket_that_is_asked_between_the_grants_of_another_grants_at_once(clock):
+def test_a_bucket_that_is_asked_between_the_grants_of_another_grants_at_once(account, clock):
     """One global tick made an idle bucket wait for the grants of a busy one."""
-    queue = buckets(2, clock)
+    queue = buckets(account, 2, clock)
     queue.acquire(0)
     clock.advance(0.001)
     assert queue.acquire(1).waited == 0.0
@@ -101,8 +102,8 @@ def test_a_bucket_that_is_asked_between_the_grants_of_another_grants_at_once(clo
 # --- order ----------------------------------------------------------------------------------------
 
 
-def test_first_come_first_served(clock, crew):
-    queue = LocalQueue(clock=clock)
+def test_first_come_first_served(account, clock, crew):
+    queue = account.local(clock=clock)
     queue.acquire(99)
     calls = in_line(queue, crew, clock, [5, 3, 4, 1])
     for left, call in zip((3, 2, 1, 0), calls, strict=True):
@@ -112,8 +113,8 @@ def test_first_come_first_served(clock, crew):
     assert [permit.shard_id for permit in crew.returned] == [5, 3, 4, 1]
 
 
-def test_a_head_start_passes_those_who_came_later_than_it_counts_for(clock, crew):
-    queue = LocalQueue(clock=clock)
+def test_a_head_start_passes_those_who_came_later_than_it_counts_for(account, clock, crew):
+    queue = account.local(clock=clock)
     queue.acquire(99)
     in_line(queue, crew, clock, [1])
     clock.advance(2)
@@ -127,16 +128,17 @@ def test_a_head_start_passes_those_who_came_later_than_it_counts_for(clock, crew
     queue.close()
 
 
-def test_equal_places_go_by_who_asked_first(clock, crew):
-    queue = LocalQueue(clock=clock)
+def test_equal_places_go_by_who_asked_first(account, clock, crew):
+    queue = account.local(clock=clock)
     queue.acquire(99)
     in_line(queue, crew, clock, [8, 7, 9], priority=10.0)
     assert order(queue.snapshot()) == [8, 7, 9]
     queue.close()
 
 
-def test_nobody_barges_past_a_line(clock, crew):
-    queue = LocalQueue(clock=clock)
+@memory
+def test_nobody_barges_past_a_line(account, clock, crew):
+    queue = account.local(clock=clock)
     queue.acquire(0)
     (first,) = in_line(queue, crew, clock, [1])
     condition, seen = queue._lines.first(0).condition, []
@@ -154,16 +156,16 @@ def test_nobody_barges_past_a_line(clock, crew):
     assert all(seen)
 
 
-def test_try_acquire_stands_in_no_line(clock):
-    queue = LocalQueue(clock=clock)
+def test_try_acquire_stands_in_no_line(account, clock):
+    queue = account.local(clock=clock)
     assert queue.try_acquire(0) is not None
     assert queue.try_acquire(1) is None
     assert queue.snapshot().waiting == 0
 
 
-def test_a_shard_may_stand_in_line_twice(clock, crew):
+def test_a_shard_may_stand_in_line_twice(account, clock, crew):
     """Two sessions with one shard id are legal: the id does not name a waiter."""
-    queue = LocalQueue(clock=clock)
+    queue = account.local(clock=clock)
     queue.acquire(0)
     calls = in_line(queue, crew, clock, [7, 7])
     for left, call in zip((1, 0), calls, strict=True):
@@ -175,8 +177,8 @@ def test_a_shard_may_stand_in_line_twice(clock, crew):
 # --- time-outs ------------------------------------------------------------------------------------
 
 
-def test_a_timeout_says_when_the_permit_would_have_come(clock, crew):
-    queue = LocalQueue(clock=clock)
+def test_a_timeout_says_when_the_permit_would_have_come(account, clock, crew):
+    queue = account.local(clock=clock)
     queue.acquire(0)
     in_line(queue, crew, clock, [1])
     (call,) = in_line(queue, crew, clock, [2], timeout=4.0)
@@ -189,16 +191,16 @@ def test_a_timeout_says_when_the_permit_would_have_come(clock, crew):
     queue.close()
 
 
-def test_a_timeout_of_zero_tries_once(clock):
-    queue = LocalQueue(clock=clock)
+def test_a_timeout_of_zero_tries_once(account, clock):
+    queue = account.local(clock=clock)
     assert queue.acquire(0, timeout=0)
     with pytest.raises(AcquireTimeout):
         queue.acquire(1, timeout=0)
     assert queue.snapshot().waiting == 0
 
 
-def test_who_times_out_takes_no_permit_and_nobodys_place(clock, crew):
-    queue = LocalQueue(clock=clock)
+def test_who_times_out_takes_no_permit_and_nobodys_place(account, clock, crew):
+    queue = account.local(clock=clock)
     queue.acquire(0)
     (gone,) = in_line(queue, crew, clock, [1], timeout=1.0)
     (stays,) = in_line(queue, crew, clock, [2])
@@ -212,9 +214,9 @@ def test_who_times_out_takes_no_permit_and_nobodys_place(clock, crew):
     assert queue.snapshot().granted == 2
 
 
-def test_the_first_in_line_timing_out_hands_the_front_on(clock, crew):
+def test_the_first_in_line_timing_out_hands_the_front_on(account, clock, crew):
     """A waiter that times out can still have eaten the notify meant for it."""
-    queue = LocalQueue(clock=clock)
+    queue = account.local(clock=clock)
     queue.acquire(0)
     (gone,) = in_line(queue, crew, clock, [1], timeout=1.0)
     (stays,) = in_line(queue, crew, clock, [2])
@@ -228,16 +230,16 @@ def test_the_first_in_line_timing_out_hands_the_front_on(clock, crew):
 
 
 @pytest.mark.parametrize("timeout", [WINDOW, WINDOW + 1])
-def test_a_permit_due_at_the_deadline_is_granted(clock, crew, timeout):
-    queue = LocalQueue(clock=clock)
+def test_a_permit_due_at_the_deadline_is_granted(account, clock, crew, timeout):
+    queue = account.local(clock=clock)
     queue.acquire(0)
     (call,) = in_line(queue, crew, clock, [1], timeout=timeout)
     clock.advance(timeout)
     assert call.now().shard_id == 1
 
 
-def test_a_deadline_at_the_grant_grants_or_leaves_it_to_the_next(clock, crew):
-    queue = LocalQueue(clock=clock)
+def test_a_deadline_at_the_grant_grants_or_leaves_it_to_the_next(account, clock, crew):
+    queue = account.local(clock=clock)
     queue.acquire(0)
     (first,) = in_line(queue, crew, clock, [1], timeout=WINDOW)
     (second,) = in_line(queue, crew, clock, [2], timeout=WINDOW)
@@ -249,25 +251,27 @@ def test_a_deadline_at_the_grant_grants_or_leaves_it_to_the_next(clock, crew):
 
 
 @pytest.mark.parametrize("timeout", [None, float("inf"), threading.TIMEOUT_MAX * 2, 1e308, 10**400])
-def test_endless_timeouts_wait_for_ever(clock, crew, timeout):
-    queue = LocalQueue(clock=clock)
+def test_endless_timeouts_wait_for_ever(account, clock, crew, timeout):
+    queue = account.local(clock=clock)
     queue.acquire(0)
     (call,) = in_line(queue, crew, clock, [1], timeout=timeout)
     clock.advance(WINDOW)
     call.now()
 
 
-def test_a_window_of_centuries_does_not_overflow(clock, crew):
-    queue = LocalQueue(interval=threading.TIMEOUT_MAX, clock=clock)
+@memory
+def test_a_window_of_centuries_does_not_overflow(account, clock, crew):
+    queue = account.local(interval=threading.TIMEOUT_MAX, clock=clock)
     queue.acquire(0)
     in_line(queue, crew, clock, [1, 2])
     assert queue.snapshot().buckets[0].shards[1].eta > threading.TIMEOUT_MAX
     queue.close()
 
 
-def test_a_time_out_costs_no_more_for_those_who_wait_elsewhere(clock):
+@memory
+def test_a_time_out_costs_no_more_for_those_who_wait_elsewhere(account, clock):
     """Its place and ETA are known without looking through the line."""
-    queue = LocalQueue(clock=clock)
+    queue = account.local(clock=clock)
     queue.acquire(0)
     futures = [queue.enqueue(shard) for shard in range(500)]
     (line,) = queue._lines.by_bucket.values()
@@ -283,8 +287,8 @@ def test_a_time_out_costs_no_more_for_those_who_wait_elsewhere(clock):
 # --- idle is free ---------------------------------------------------------------------------------
 
 
-def test_only_the_first_of_each_line_sleeps_with_a_timeout(clock, crew):
-    queue = buckets(2, clock)
+def test_only_the_first_of_each_line_sleeps_with_a_timeout(account, clock, crew):
+    queue = buckets(account, 2, clock)
     queue.acquire(0)
     queue.acquire(1)
     in_line(queue, crew, clock, [0, 1, 2, 3, 4, 5])
@@ -294,8 +298,8 @@ def test_only_the_first_of_each_line_sleeps_with_a_timeout(clock, crew):
     queue.close()
 
 
-def test_acquire_starts_no_thread(clock, crew):
-    queue = LocalQueue(clock=clock)
+def test_acquire_starts_no_thread(account, clock, crew):
+    queue = account.local(clock=clock)
     queue.acquire(0)
     before = threading.active_count()
     in_line(queue, crew, clock, [1, 2])
@@ -306,8 +310,8 @@ def test_acquire_starts_no_thread(clock, crew):
 # --- looking --------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_shows_every_bucket_and_everybodys_eta(clock, crew):
-    queue = buckets(3, clock)
+def test_a_snapshot_shows_every_bucket_and_everybodys_eta(account, clock, crew):
+    queue = buckets(account, 3, clock)
     queue.acquire(0)
     clock.advance(1)
     in_line(queue, crew, clock, [0, 3])
@@ -322,22 +326,23 @@ def test_a_snapshot_shows_every_bucket_and_everybodys_eta(clock, crew):
     queue.close()
 
 
-def test_a_repr_shows_the_state(clock, crew):
-    queue = LargeBotQueue(limit(10, 7, 60.0), clock=clock)
+@memory
+def test_a_repr_shows_the_state(account, clock, crew):
+    queue = account.large(limit(10, 7, 60.0), clock=clock)
     queue.acquire(0)
     in_line(queue, crew, clock, [1])
     assert repr(queue) == "<LargeBotQueue waiting=1 granted=1 remaining=6/10>"
     queue.close()
     crew.join()
     assert repr(queue) == "<LargeBotQueue waiting=0 granted=1 remaining=6/10 closed>"
-    assert "LocalQueue waiting=0 granted=0>" in repr(LocalQueue())
+    assert "LocalQueue waiting=0 granted=0>" in repr(account.local())
 
 
 # --- closing --------------------------------------------------------------------------------------
 
 
-def test_close_lets_everybody_go(clock, crew):
-    queue = LocalQueue(clock=clock)
+def test_close_lets_everybody_go(account, clock, crew):
+    queue = account.local(clock=clock)
     queue.acquire(0)
     calls = in_line(queue, crew, clock, [1, 2, 3])
     queue.close()
@@ -349,8 +354,8 @@ def test_close_lets_everybody_go(clock, crew):
     assert queue.snapshot().granted == 1
 
 
-def test_a_closed_queue_refuses_and_closes_again(clock):
-    with LocalQueue(clock=clock) as queue:
+def test_a_closed_queue_refuses_and_closes_again(account, clock):
+    with account.local(clock=clock) as queue:
         assert not queue.closed
         permit = queue.acquire(0)
     queue.close()
@@ -381,19 +386,19 @@ def test_a_no_op_queue_always_grants_and_ignores_limits():
         queue.acquire(0)
 
 
-def test_all_of_them_are_queues():
+def test_all_of_them_are_queues(account, clock):
     class Mine:
         def acquire(self, shard_id: int, timeout: float | None = None) -> Permit:
             return Permit(shard_id)
 
-    for queue in (NoOpQueue(), LocalQueue(), LargeBotQueue(limit()), Mine()):
+    for queue in (NoOpQueue(), account.large(limit(), clock=clock), Mine()):
         assert isinstance(queue, Queue)
 
 
-def test_a_fleet_starts_in_the_least_time_there_is():
+def test_a_fleet_starts_in_the_least_time_there_is(account):
     """Every bucket's line moves on at exactly its window, for 1,024 shards in 16 buckets."""
     clock = FakeClock()
-    queue = LargeBotQueue(limit(2000, 2000, max_concurrency=16), clock=clock)
+    queue = account.large(limit(2000, 2000, max_concurrency=16), clock=clock)
     begun = clock.now_us()
     futures = [queue.enqueue(shard_id) for shard_id in range(1024)]
     for _ in range(1024 // 16 - 1):
@@ -404,9 +409,9 @@ def test_a_fleet_starts_in_the_least_time_there_is():
     assert clock.now_us() - begun == (1024 // 16 - 1) * 5_250_000
 
 
-def test_buckets_that_changed_behind_the_lines_back_are_noticed(clock, crew):
+def test_buckets_that_changed_behind_the_lines_back_are_noticed(account, clock, crew):
     """As another process's update does, or an update that was interrupted half-way."""
-    queue = LargeBotQueue(limit(max_concurrency=1), clock=clock)
+    queue = account.large(limit(max_concurrency=1), clock=clock)
     queue.acquire(0)
     calls = in_line(queue, crew, clock, [2, 1, 3])
     queue._ledger.adopt(limit(max_concurrency=4))

@@ -1,0 +1,178 @@
+"""The ledger of many machines: a Redis server that runs ``take.lua`` for each request.
+
+The client is redis-py's, with its own pool, retries, TLS, Sentinel or Cluster: only scripts are sent.
+Time is the server's, so the clocks of the machines need not agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import inspect
+import json
+from typing import TYPE_CHECKING, Any
+
+from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
+from gateway_queue_sync.errors import BrokerError
+from gateway_queue_sync.ledgers import wire
+from gateway_queue_sync.ledgers.shared import SharedLedger, Terms
+from gateway_queue_sync.turns import Reply, Request
+
+try:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+except ImportError as error:
+    raise ImportError(
+        "RedisQueue needs redis-py: pip install gateway-queue-sync[redis]", name="redis"
+    ) from error
+
+if TYPE_CHECKING:
+    Client = redis.Redis | redis.RedisCluster
+
+SCRIPT = importlib.resources.files(__package__).joinpath("take.lua").read_text("utf-8")
+SHA1 = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+KEYS = ("account", "process", "head", "permit", "waiter")
+SOCKET_TIMEOUT = 1.0  # s, of a client that is made here: a deadline is kept that closely
+
+
+class RedisLedger(SharedLedger):
+    """An account in a Redis server.
+
+    Args:
+        client: redis-py's, or the URL of a server to make one for.
+        name: which account on the server.
+        terms: what this process wants of it.
+        clock: what tells the time here. The server's own counts for the account, unless this is
+            not the system's: then it is taken along, as tests need it.
+    """
+
+    def __init__(self, client: Client | str, name: str, terms: Terms, clock: Clock) -> None:
+        self.shares_clock = clock is not SYSTEM_CLOCK
+        self._ours = isinstance(client, str)
+        self._client = made_from(client) if isinstance(client, str) else client
+        self._keys = [f"gateway_queue_sync:{{{name}}}:{key}" for key in KEYS]
+        self._where = (
+            f"{address(self._client)} ({name})" if name != "default" else address(self._client)
+        )
+        super().__init__(terms, clock)
+
+    def __repr__(self) -> str:
+        return f"Redis server {self._where}"
+
+    def carry(self, request: Request) -> Reply:
+        given = [json.dumps(wire.request_as_json(request), separators=(",", ":"))]
+        if self.shares_clock:
+            given += [str(self._clock.now_us()), str(self._clock.wall_us())]
+        try:
+            answer = self._run(given)
+        except (redis.RedisError, OSError) as error:
+            raise BrokerError(f"{self!r}: {explained(error)}") from error
+        try:
+            return wire.reply_from_json(answer)
+        except (TypeError, ValueError, LookupError) as error:
+            raise BrokerError(f"{self!r} answered nonsense") from error
+
+    def _run(self, given: list[str]) -> Any:
+        count = len(self._keys)
+        try:
+            return self._client.evalsha(SHA1, count, *self._keys, *given)
+        except (
+            redis.exceptions.NoScriptError
+        ):  # a server that was restarted, flushed or failed over to
+            return self._client.eval(SCRIPT, count, *self._keys, *given)
+
+    def close(self) -> None:
+        if self._ours:
+            self._client.close()
+
+
+def made_from(url: str) -> redis.Redis:
+    """Return a client for a server; what its URL says wins over what suits a queue.
+
+    The queue tries again by itself, with pauses, and has deadlines to keep. So the client tries
+    again just once, for a connection that the server has closed meanwhile.
+
+    Raises:
+        ValueError: it is no URL of a Redis server; no message shows it, it may hold a password.
+    """
+    once_more = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
+    try:
+        return redis.Redis.from_url(
+            url,
+            retry=once_more,
+            socket_timeout=SOCKET_TIMEOUT,
+            socket_connect_timeout=SOCKET_TIMEOUT,
+        )
+    except (ValueError, TypeError):
+        raise ValueError(
+            "the URL must be like redis://host:6379/0, rediss://... (TLS) or unix://path"
+        ) from None
+
+
+def checked(client: object) -> Client | str:
+    """Return a client or URL, or say what is wrong with it."""
+    if not isinstance(client, str | redis.Redis | redis.RedisCluster):
+        raise TypeError(
+            "client must be a redis.Redis, a redis.RedisCluster or the URL of a server, not "
+            f"{type(client).__module__}.{type(client).__qualname__}"
+        )
+    return client
+
+
+def address(client: Client) -> str:
+    """Return where a client's server is, without user or password."""
+    if isinstance(client, redis.RedisCluster):
+        return f"cluster of {', '.join(sorted(client.nodes_manager.startup_nodes))}"
+    pool = client.connection_pool
+    if hasattr(pool, "service_name"):
+        return f"of Sentinel's service {pool.service_name}"
+    settings = pool.connection_kwargs
+    database = settings.get("db") or 0
+    if "path" in settings:
+        return f"unix:{settings['path']}/{database}"
+    return f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}/{database}"
+
+
+class Remake:
+    """Returns a client, or its like in another process: what pickles is what it was made with."""
+
+    def __init__(self, client: Client | str) -> None:
+        self._client = client
+
+    def __call__(self) -> Client | str:
+        return self._client
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if isinstance(self._client, str):
+            return Remake, (self._client,)
+        return _remade, (_settings_of(self._client),)
+
+
+def _remade(settings: dict[str, Any]) -> Remake:
+    return Remake(redis.Redis(**settings))
+
+
+def _settings_of(client: Client) -> dict[str, Any]:
+    if isinstance(client, redis.RedisCluster) or hasattr(client.connection_pool, "service_name"):
+        raise TypeError(
+            "a RedisQueue on a client of a cluster or Sentinel cannot be pickled: make one in each "
+            "process"
+        )
+    pool = client.connection_pool
+    names = inspect.signature(redis.Redis).parameters
+    given = pool.connection_kwargs
+    settings = {name: given[name] for name in names if name in given}
+    settings["ssl"] = issubclass(pool.connection_class, redis.SSLConnection)
+    settings["unix_socket_path"] = given.get("path")
+    return settings
+
+
+def explained(error: Exception) -> str:
+    """Return what is wrong, in a server's or a system's words."""
+    words = str(error) or "no answer"
+    return (
+        words
+        if isinstance(error, redis.exceptions.ConnectionError)
+        else (f"{type(error).__name__}: {words}")
+    )

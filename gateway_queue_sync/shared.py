@@ -1,0 +1,467 @@
+"""Queues whose account is shared by processes: the ledger is asked without the mutex.
+
+Only the first ticket of each line here asks, and sleeps for as long as it is told; where it stands
+among the tickets of other processes is the ledger's to say (``turns.py``). While it asks, everybody
+else goes on: so what was known before is looked at again afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import re
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import get_ident
+from typing import TypedDict
+
+from gateway_queue_sync import forecast
+from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
+from gateway_queue_sync.errors import AcquireTimeout, BrokerError, QueueClosed, reentered
+from gateway_queue_sync.events import LeaveReason, Observer, ShardWaiting
+from gateway_queue_sync.ledgers.shared import DEFAULT_LEASE, LEAST_MARGIN, SharedLedger, Terms
+from gateway_queue_sync.lines import PermitFuture, Ticket
+from gateway_queue_sync.models import (
+    DEFAULT_MARGIN,
+    IDENTIFY_INTERVAL,
+    SESSION_PERIOD,
+    Permit,
+    QueueSnapshot,
+    Report,
+    SessionStartLimit,
+    seconds,
+)
+from gateway_queue_sync.queue import GatewayQueue, WhenExhausted
+from gateway_queue_sync.rules import MICROSECOND, Budget, Denial, Grant, Reason, to_us
+from gateway_queue_sync.turns import Reply, Waiter
+from gateway_queue_sync.waiting import Errand, Refresh
+
+log = logging.getLogger("gateway_queue_sync")
+
+FIRST_PAUSE_US = 50_000  # before a ledger that is out of reach is asked again; doubled each time
+LONGEST_PAUSE_US = 2_000_000
+WORTH_A_WARNING = 3  # failures in a row
+
+
+class SharedSettings(TypedDict, total=False):
+    """The settings that queues shared by processes have in common, as ``SqliteQueue`` explains them."""
+
+    name: str
+    refresh: Refresh | None
+    reserve: int
+    when_exhausted: WhenExhausted
+    period: float
+    interval: float
+    margin: float
+    lease: float
+    clock: Clock
+    observer: Observer | None
+
+
+def _terms(interval: float, margin: float, period: float, lease: float) -> Terms:
+    margin = seconds("margin", margin)
+    if margin < LEAST_MARGIN:
+        raise ValueError(
+            f"margin must be at least {LEAST_MARGIN} s for a queue shared by processes, not {margin:g}"
+        )
+    return Terms(
+        interval_us=max(1, to_us(seconds("interval", interval, above=0))),
+        margin_us=to_us(margin),
+        period_us=max(1, to_us(seconds("period", period, above=0))),
+        lease_us=to_us(seconds("lease", lease, above=0.1)),
+    )
+
+
+def _name(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, not {type(name).__name__}")
+    if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", name):
+        raise ValueError(f"name must be 1 to 64 letters, digits, or any of _ . : -, not {name!r}")
+    return name
+
+
+class SharedTicket(Ticket):
+    """A place in line that a ledger may know of, and what it last said to it."""
+
+    __slots__ = ("answer", "known", "stays", "told", "until_us", "woken")
+
+    def __init__(
+        self,
+        shard_id: int,
+        arrived_us: int,
+        priority_us: int = 0,
+        future: PermitFuture | None = None,
+    ) -> None:
+        super().__init__(shard_id, arrived_us, priority_us, future)
+        self.answer: Denial | None = None
+        self.until_us = 0  # how long the answer holds
+        self.woken = False  # something has changed since the answer
+        self.stays = True  # it does not just try
+        self.known = False  # the ledger has heard of it, or may have
+        self.told = False  # an observer was told of its permit
+
+    def hand_over(self) -> None:  # noqa: D102 - as any ticket
+        super().hand_over()
+        self.known = False
+
+
+@dataclass(slots=True)
+class _Outage:
+    """A ledger that cannot be reached: why, since when, and how often it was tried."""
+
+    failure: BrokerError
+    since_us: int
+    failures: int = 0
+
+
+class SharedQueue(GatewayQueue):
+    """What the queues of many processes are."""
+
+    _again: Callable[[], SharedQueue]
+    """Makes this queue anew, in another process."""
+
+    def __init__(
+        self,
+        connect: Callable[[str, Terms, Clock], SharedLedger],
+        limit: SessionStartLimit | None,
+        *,
+        name: str = "default",
+        refresh: Refresh | None = None,
+        reserve: int = 0,
+        when_exhausted: WhenExhausted = "wait",
+        period: float = SESSION_PERIOD,
+        interval: float = IDENTIFY_INTERVAL,
+        margin: float = DEFAULT_MARGIN,
+        lease: float = DEFAULT_LEASE,
+        clock: Clock = SYSTEM_CLOCK,
+        observer: Observer | None = None,
+    ) -> None:
+        ledger = connect(_name(name), _terms(interval, margin, period, lease), clock)
+        super().__init__(
+            ledger,
+            clock=clock,
+            observer=observer,
+            refresh=refresh,
+            reserve=reserve,
+            when_exhausted=when_exhausted,
+        )
+        self._account = ledger
+        self._outage: _Outage | None = None
+        if limit is not None:
+            self._check_limit(limit)
+        ledger.open(limit)
+        self._check_limit(ledger.limit)
+        self._let_know()
+        _queues.add(self)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self._again, ()
+
+    def _begin_anew_after_fork(self) -> None:
+        """Be another process's queue in a forked child: nobody waits here, and nothing is held.
+
+        Those who waited are threads of the parent; their futures' copies here are never done.
+        """
+        self._begin()
+        self._outage = None
+        self._account.begin_anew_after_fork()
+
+    def snapshot(self) -> QueueSnapshot:
+        """Return who waits where, in all processes, until when, and what is left of the budget.
+
+        Works when closed, too.
+
+        Raises:
+            BrokerError: the ledger is out of reach.
+            RuntimeError: as ``acquire`` does.
+        """
+        self._check_thread()
+        reply = self._account.look()
+        lines: dict[int, list[Waiter]] = {}
+        for waiter in reply.waiting:
+            lines.setdefault(waiter.shard_id % reply.max_concurrency, []).append(waiter)
+        outlook = self._outlook(reply)
+        return forecast.snapshot(outlook, lines, reply.now_us, reply.granted)
+
+    def close(self) -> None:
+        """Grant no more permits: whoever waits here gets ``QueueClosed``; other processes go on.
+
+        Closing again changes nothing.
+        """
+        super().close()
+        if not self._inside():
+            self._post()
+            self._account.close()
+
+    def __repr__(self) -> str:
+        limit = self._account.limit
+        left = Budget(limit.total, limit.remaining, 0)
+        return self._describe(self._account.granted, left)
+
+    # --- asking -----------------------------------------------------------------------------------
+
+    def _at_once(self, shard_id: int) -> Permit | Grant | None:
+        """Stand aside: a ledger is asked for a ticket, and outside the mutex."""
+        self._check_thread()
+        with self._mutex:
+            if self._closed:
+                raise QueueClosed
+            if get_ident() in self._threads:
+                raise reentered()
+        return None
+
+    def _ticket(
+        self,
+        shard_id: int,
+        priority_us: int,
+        answer: Permit | Grant | None,
+        future: PermitFuture | None = None,
+    ) -> Ticket:
+        return SharedTicket(shard_id, self._now_us(), priority_us, future)
+
+    def _wait_for_turn(self, ticket: Ticket, timeout: float | None) -> Permit:
+        assert isinstance(ticket, SharedTicket)
+        ticket.stays = timeout != 0
+        return super()._wait_for_turn(ticket, timeout)
+
+    def _timed_out(self, ticket: Ticket, timeout: float) -> Exception:
+        if self._outage is None:
+            return AcquireTimeout(ticket.shard_id, timeout)
+        failure = self._outage.failure
+        error = BrokerError(
+            f"shard {ticket.shard_id} got no permit within {timeout:g} s: {failure}"
+        )
+        error.__cause__ = failure.__cause__
+        return error
+
+    def _explain(self, error: AcquireTimeout, ticket: Ticket) -> None:
+        if self._refresher is None:  # else the limit that is being read decides
+            with contextlib.suppress(BrokerError):
+                error.eta = self._position(ticket)[1]
+
+    def _position(self, ticket: Ticket) -> tuple[int, float | None]:
+        """Return how many wait before a place, in all processes, and in how many seconds it is due."""
+        reply = self._account.look()
+        place_us, number = ticket.place
+        place = (place_us + reply.now_us - self._now_us(), number)
+        number = ticket.shard_id % reply.max_concurrency
+        lengths: dict[int, int] = {number: 1}
+        before = 0
+        for waiter in reply.waiting:
+            other = waiter.shard_id % reply.max_concurrency
+            if other != number or waiter.place < place:
+                lengths[other] = lengths.get(other, 0) + 1
+                before += other == number
+        eta_us = forecast.eta_us(self._outlook(reply), number, before, lengths)
+        return before, None if eta_us is None else eta_us / MICROSECOND
+
+    def _outlook(self, reply: Reply) -> forecast.Outlook:
+        return forecast.Outlook(
+            window_us=reply.interval_us + reply.margin_us,
+            period_us=self._account.terms.period_us,
+            reserve=self._reserve,
+            ready_in_us=dict.fromkeys(range(reply.max_concurrency), 0) | dict(reply.ready_in_us),
+            budget=Budget(reply.total, reply.remaining, reply.resets_in_us),
+        )
+
+    # ----------------------------------------------------------------------------------------------
+    # With the mutex held
+
+    def _ask(self, ticket: Ticket) -> Grant | Denial | None:
+        assert isinstance(ticket, SharedTicket)
+        while self._is_its_turn(ticket):
+            left_us = ticket.until_us - self._now_us()
+            if ticket.answer is not None and left_us > 0 and not ticket.woken:
+                return replace(ticket.answer, wait_us=left_us)
+            ticket.woken, ticket.known = False, True
+            self._mutex.release()
+            try:
+                answer = self._consult(ticket)
+            finally:
+                while not self._inside():
+                    self._mutex.acquire()
+            if self._closed:
+                raise QueueClosed
+            self._reline_if_changed()
+            if isinstance(answer, Grant):
+                self._accept(ticket, answer)
+                return answer
+            if (
+                not ticket.waiting
+            ):  # its future was cancelled meanwhile, and may be known all the same
+                self._account.left(ticket)
+            ticket.answer, ticket.until_us = answer, self._now_us() + answer.wait_us
+            if not ticket.woken:
+                return answer
+        return None
+
+    def _wake(self, ticket: Ticket | None) -> None:
+        if isinstance(ticket, SharedTicket):
+            ticket.woken = True
+        super()._wake(ticket)
+
+    def _hand_on(self, ticket: Ticket, grant: Grant) -> bool:
+        """Leave the line; the permit was stamped by the ledger, and how old it is is checked after."""
+        self._leave(ticket)
+        return True
+
+    def _return_grant(self, grant: Grant) -> None:
+        self._account.report(grant, Report.UNUSED)
+        if self._account.limit.remaining <= self._reserve:
+            self._wake_all_firsts()  # there was nothing left to grant
+        else:
+            self._wake(self._lines.first(grant.shard_id % self._lines.max_concurrency))
+
+    def _join(self, ticket: Ticket) -> bool:
+        came_back = super()._join(ticket)
+        if came_back and isinstance(ticket, SharedTicket):
+            ticket.answer = None
+        return came_back
+
+    def _announcement(self, ticket: Ticket) -> Errand | None:
+        """Return what makes the ticket known to the ledger, or to an observer, before it sleeps."""
+        assert isinstance(ticket, SharedTicket)
+        if not ticket.known:
+            ticket.known = True
+            self._account.joined(ticket)
+            first = self._lines.first(self._lines.bucket(ticket))
+            if ticket.future is not None:
+                self._bell.notify()  # the futures' thread tells it
+            elif isinstance(first, SharedTicket) and not first.woken and self._outage is None:
+                return self._post  # else the first, who is about to ask, tells it
+        if self._observer is None or ticket.announced:
+            return None
+        ticket.announced = True
+        return partial(self._announce, ticket, self._lines.bucket(ticket))
+
+    def _chore(self) -> Errand | None:
+        return self._post if self._account.has_news and self._outage is None else None
+
+    def _eta(self, ticket: Ticket) -> float | None:
+        return None  # the ledger would have to be asked; see _explain
+
+    def _let_know(self) -> None:
+        with self._mutex:
+            self._reline_if_changed()
+            self._wake_all_firsts()
+
+    # ----------------------------------------------------------------------------------------------
+    # Without the mutex
+
+    def _consult(self, ticket: SharedTicket) -> Grant | Denial:
+        """Ask the ledger; one that is out of reach denies for a pause that grows."""
+        can_refresh = self._refresh is not None and ticket.trusted_period != self._account.period
+        try:
+            answer = self._account.take(
+                ticket, stays=ticket.stays, reserve=self._reserve, can_refresh=can_refresh
+            )
+        except BrokerError as failure:
+            return Denial(self._missed(failure), Reason.WINDOW)
+        self._back()
+        if isinstance(answer, Denial):
+            ticket.known = ticket.stays
+        return answer
+
+    def _missed(self, failure: BrokerError) -> int:
+        """Note that the ledger is out of reach, and return how long to leave it alone."""
+        now_us = self._now_us()
+        outage = self._outage or _Outage(failure, now_us)
+        outage.failure, outage.failures = failure, outage.failures + 1
+        self._outage = outage
+        if outage.failures == WORTH_A_WARNING:
+            log.warning("%s; no permit is granted until it can be asked again", failure)
+        longest_us = min(LONGEST_PAUSE_US, FIRST_PAUSE_US << min(outage.failures - 1, 16))
+        return int(longest_us * random.uniform(0.5, 1.0))
+
+    def _back(self) -> None:
+        """Note that the ledger answers, and tell it anew who waits if it has forgotten that."""
+        outage, self._outage = self._outage, None
+        if outage is not None and outage.failures >= WORTH_A_WARNING:
+            away = (self._now_us() - outage.since_us) / MICROSECOND
+            log.warning("%r answers again, after %.1f s", self._account, away)
+        if self._account.forgotten:
+            with self._mutex:
+                self._account.forgotten = False
+                for ticket in self._lines:
+                    self._account.joined(ticket)
+
+    def _post(self) -> None:
+        """Tell the ledger the news; what does not get through goes along with the next call."""
+        try:
+            self._account.tell()
+        except BrokerError as failure:
+            log.info("%s; it will be told what happened here with the next call", failure)
+            self._missed(failure)
+            self._let_know()  # the next call is that of who is first here
+        else:
+            self._back()
+
+    def _step_out(self, ticket: Ticket, reason: LeaveReason) -> None:
+        assert isinstance(ticket, SharedTicket)
+        if ticket.known:
+            self._account.left(ticket)
+        super()._step_out(ticket, reason)
+        if not ticket.known or self._outage is not None:
+            return
+        if ticket.future is None or not self._futures:
+            self._post()
+        else:
+            with self._mutex:
+                self._bell.notify()  # one call for all who leave; close() has its own
+        ticket.known = False
+
+    def _tell_granted(self, ticket: Ticket, grant: Grant, waited: float) -> None:
+        """Tell it once: a permit that got too late by that is asked for again, and is in time then."""
+        assert isinstance(ticket, SharedTicket)
+        if not ticket.told:
+            ticket.told = True
+            super()._tell_granted(ticket, grant, waited)
+
+    def _book_report(self, permit: Permit, report: Report) -> None:
+        super()._book_report(permit, report)
+        self._post()
+
+    def _announce(self, ticket: Ticket, number: int) -> None:
+        before, eta = 0, None
+        with contextlib.suppress(BrokerError):
+            before, eta = self._position(ticket)
+        self._tell(ShardWaiting(ticket.shard_id, number, before, eta))
+
+    def _adopt(self, limit: SessionStartLimit) -> None:
+        if self._closed:
+            raise QueueClosed
+        try:
+            self._account.adopt(limit)
+        finally:
+            self._let_know()
+
+    def _renew(self, limit: SessionStartLimit, denial: Denial) -> SessionStartLimit | None:
+        try:
+            return self._account.renew(limit, denial)
+        except BrokerError as failure:
+            log.warning("%s; the limit that was read is dropped, and will be read again", failure)
+            return None
+        finally:
+            self._let_know()
+
+    def _trust(self, denial: Denial) -> bool:
+        try:
+            return self._account.trust(denial)
+        except BrokerError:
+            return False  # whoever asks next is told to read it again
+
+
+_queues: weakref.WeakSet[SharedQueue] = weakref.WeakSet()
+
+
+def _begin_anew_after_fork() -> None:
+    for queue in list(_queues):
+        queue._begin_anew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew_after_fork)

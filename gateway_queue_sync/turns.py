@@ -1,0 +1,554 @@
+"""Turns over processes: one account, and one line for each bucket, of all that draw on it.
+
+The rules of ``rules.py`` say whether a bucket may grant; here it is said to whom. No thread, clock or
+I/O: the time is an argument, and what is remembered is in a ``Store``. A ledger does it all in one
+atomic step for each ``Request``.
+
+Only the first ticket that each process has for a bucket stands in the line, ordered by arrival less
+head start. It has *rank* r if r of them are before it, and may take from r *graces* after the bucket
+opens on: so each process ahead of it that is dead or stuck costs one grace, and not the line. A
+process counts while it holds its *lease*, which any request renews; whoever is passed over loses it,
+and has it and its old place back with its next request. The others of a process are known for
+snapshots alone, so they may be told of late, and many at a time.
+
+A ticket is granted once, however often it asks, until it gives the permit back: a reply that was lost
+costs nothing. ``ledgers/take.lua`` says the same to Redis; the two are tested against each other,
+answer by answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
+
+from gateway_queue_sync import rules
+from gateway_queue_sync.models import SessionStartLimit
+from gateway_queue_sync.rules import NEVER, Account, Bucket, Denial, Grant, Reason
+
+LONGEST_GRACE_US = 100_000
+FORGOTTEN_AFTER_US = 60_000_000  # a process that has been silent for that long
+SETTLED_AFTER_US = 600_000_000  # a permit of an earlier period that nobody will report on
+
+OUTCOMES = (None, Grant, Reason.WINDOW, Reason.BUDGET, Reason.RESET)  # what Reply.outcome counts
+
+
+class News(NamedTuple):
+    """What a process tells of one of its tickets, and no answer is needed for.
+
+    ``joined``: it stands in a line, since ``at_us``, at ``place_us``. ``left``: it does not, and what
+    was granted to it is given back. ``sent`` and ``rejected`` (at ``at_us``) and ``unused`` are its
+    holder's reports on permit ``serial``. Hearing news twice changes nothing.
+    """
+
+    kind: Literal["joined", "left", "sent", "unused", "rejected"]
+    ticket: int
+    shard_id: int = 0
+    serial: int = 0
+    at_us: int = 0
+    place_us: int = 0
+
+
+class Take(NamedTuple):
+    """The wish for a permit of a ticket that is the first of its process for its bucket.
+
+    It waits since ``at_us``, at ``place_us``; one that does not ``stay`` only tries. ``reserve`` and
+    ``can_refresh`` are as in the rules. ``floor_us`` is the newest grant of the bucket that the process
+    has seen, by the ledger's clock, when ``granted`` permits had been: for a ledger that has lost some.
+    """
+
+    ticket: int
+    shard_id: int
+    at_us: int
+    place_us: int
+    stays: bool = True
+    reserve: int = 0
+    can_refresh: bool = False
+    floor_us: int = NEVER
+    granted: int = 0
+
+
+class Order(NamedTuple):
+    """A limit to adopt, or (``trust``) that none could be read.
+
+    ``open``: a process has begun with it. ``update``: as it is given. ``renew``: it was read at the
+    reset of ``period``, when ``granted`` permits had been.
+    """
+
+    kind: Literal["open", "update", "renew", "trust"]
+    limit: SessionStartLimit | None = None
+    period: int = 0
+    granted: int = 0
+
+
+class Request(NamedTuple):
+    """One message of a process to the ledger. With no ``owner`` it only looks, and leaves no trace.
+
+    ``at_us`` is when it was sent, by the clock of all times in it; ``None`` if that is the ledger's.
+    ``limit`` is what the process knows (with an ``open`` order: the order's, if it has one), for a
+    ledger that finds nothing.
+    """
+
+    owner: str
+    at_us: int | None
+    interval_us: int
+    margin_us: int
+    period_us: int
+    lease_us: int
+    limit: SessionStartLimit
+    news: tuple[News, ...] = ()
+    order: Order | None = None
+    take: Take | None = None
+    look: bool = False
+
+
+class Waiter(NamedTuple):
+    """A ticket that waits, for those who look: by the ledger's clock."""
+
+    ticket: int
+    shard_id: int
+    arrived_us: int
+    place_us: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands; among those of one process that came at one instant, as they came."""
+        return self.place_us, self.ticket
+
+
+class Outcome(NamedTuple):
+    """What came of a wish for a permit: whole numbers throughout.
+
+    ``kind`` counts ``OUTCOMES``. ``us`` is the permit's age, or the time to sleep before asking again;
+    ``left`` the session starts left after the permit; ``last_us`` the bucket's latest grant.
+    """
+
+    kind: int = 0
+    us: int = 0
+    serial: int = 0
+    bucket: int = 0
+    left: int = 0
+    last_us: int = NEVER
+
+
+class Reply(NamedTuple):
+    """What the ledger answers: whole numbers throughout.
+
+    ``known`` is false if the ledger did not know the process, nor who waits there (to one that only
+    looks: if it knows nothing at all). ``booked`` is false if a renewal was overtaken. The rest tells
+    of the account, and of who waits if that was asked.
+    """
+
+    known: bool
+    booked: bool
+    total: int
+    remaining: int
+    resets_in_us: int
+    max_concurrency: int
+    period: int
+    granted: int
+    interval_us: int
+    margin_us: int
+    outcome: Outcome = Outcome()
+    ready_in_us: tuple[tuple[int, int], ...] = ()  # the buckets whose windows last, by number
+    waiting: tuple[Waiter, ...] = ()  # by place, all of them before now_us
+    now_us: int = 0  # the ledger's clock
+
+
+@dataclass(slots=True)
+class SharedAccount(Account):
+    """An account that processes share.
+
+    Attributes:
+        interval_us, margin_us: the largest that a live process wants; they make the window.
+        interval_until_us, margin_until_us: until when a smaller one does not count.
+        opened_us: since when there is a budget or a window again that nobody could wait for: what
+            was refunded, or a new limit. Graces count from then.
+        refresher, refresh_until_us: which process reads the limit anew, and until when others let it.
+    """
+
+    interval_us: int = 0
+    margin_us: int = 0
+    interval_until_us: int = NEVER
+    margin_until_us: int = NEVER
+    opened_us: int = NEVER
+    refresher: str = ""
+    refresh_until_us: int = NEVER
+
+
+@dataclass(slots=True)
+class SharedGrant(Grant):
+    """A permit as the shared account remembers it, and as its holder does."""
+
+    ticket: int = 0
+    refused: bool = False
+
+
+class Head(NamedTuple):
+    """The first ticket of a process in the line of a bucket."""
+
+    owner: str
+    ticket: int
+    shard_id: int
+    place_us: int
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Where it stands."""
+        return self.place_us, self.owner
+
+
+class Store(Protocol):
+    """Where the shared state is kept: who calls this has it for themselves."""
+
+    def account(self) -> SharedAccount | None:
+        """Return the account without its buckets, ``None`` if there is none."""
+
+    def buckets(self, number: int | None = None) -> dict[int, Bucket]:
+        """Return all buckets that were kept, or that one."""
+
+    def keep(self, account: SharedAccount, *, relaid: bool) -> None:
+        """Keep the account and its buckets, and if it was ``relaid`` no others."""
+
+    def renew_lease(self, owner: str, until_us: int) -> bool:
+        """Let a process count until then; false if it was not known."""
+
+    def end_leases(self, owners: Iterable[str], now_us: int) -> None:
+        """Let processes not count any longer."""
+
+    def forget_silent(self, before_us: int) -> None:
+        """Forget the processes whose leases ended before then, and all who waited there."""
+
+    def heads(self, number: int | None = None, since_us: int = NEVER) -> list[Head]:
+        """Return the heads of a bucket, or of all, whose processes have leases after ``since_us``."""
+
+    def put_head(self, number: int, head: Head) -> None:
+        """Keep a head, in the stead of its process's other one in that bucket."""
+
+    def drop_head(self, owner: str, ticket: int) -> None:
+        """Forget the head that is this ticket, if it is one."""
+
+    def drop_heads(self) -> None:
+        """Forget all heads."""
+
+    def permit(self, owner: str, ticket: int) -> SharedGrant | None:
+        """Return what was granted to a ticket."""
+
+    def put_permit(self, owner: str, grant: SharedGrant) -> None:
+        """Keep what was granted to a ticket."""
+
+    def forget_permits(self, period: int, before_us: int) -> None:
+        """Forget the permits of earlier periods than that, if they were granted before then."""
+
+    def put_waiter(self, owner: str, waiter: Waiter) -> None:
+        """Keep that a ticket waits, unless that is known."""
+
+    def drop_waiter(self, owner: str, ticket: int) -> None:
+        """Forget that a ticket waits."""
+
+    def waiters(self, since_us: int) -> list[Waiter]:
+        """Return those who wait in processes with a lease after ``since_us``."""
+
+
+def in_order(waiters: Iterable[Waiter]) -> tuple[Waiter, ...]:
+    """Return those who wait as they stand."""
+    return tuple(sorted(waiters, key=lambda one: (one.place, one)))
+
+
+def answer(store: Store, request: Request, now_us: int, wall_us: int) -> Reply:
+    """Do what a request says, in one step, and answer it."""
+    return _Turn(store, request, now_us, wall_us).answer()
+
+
+class _Turn:
+    """One request while it is answered."""
+
+    def __init__(self, store: Store, request: Request, now_us: int, wall_us: int) -> None:
+        self.store = store
+        self.request = request
+        self.now_us = now_us
+        self.wall_us = wall_us
+        # From the process's clock to the ledger's:
+        self.shift_us = 0 if request.at_us is None else now_us - request.at_us
+        account = store.account()
+        self.lost = account is None
+        self.relaid = self.lost  # what the store has of buckets is out of date
+        self.account = account or self._begun()
+        self.outcome = Outcome()
+
+    def _begun(self) -> SharedAccount:
+        """Return the account of a ledger that finds nothing: it grants nothing for a window.
+
+        It starts from what the process knows that asks. If that had asked before, the state was
+        lost, and the limit is to be read anew by whoever can.
+        """
+        request = self.request
+        window_us = request.interval_us + request.margin_us
+        account = SharedAccount(window_us, request.period_us, fresh=Bucket(last_us=self.now_us))
+        opening = request.order is not None and request.order.kind == "open"
+        rules.adopt(account, request.limit, self.wall_us)
+        account.refresh_owed = not opening
+        return account
+
+    def answer(self) -> Reply:
+        request, account = self.request, self.account
+        if not request.owner:  # it only looks, and leaves no trace
+            return self._reply(known=not self.lost, booked=False)
+        period = account.period
+        known = self.store.renew_lease(request.owner, self.now_us + request.lease_us)
+        self._agree_on_window()
+        for news in request.news:
+            self._hear(news)
+        booked = request.order is not None and self._obey(request.order)
+        if self.relaid:
+            self._rebucket_heads()
+        if request.take is not None:
+            self._take(request.take)
+        if account.period != period:
+            self.store.forget_permits(account.period - 1, self.now_us - SETTLED_AFTER_US)
+        self.store.keep(account, relaid=self.relaid)
+        return self._reply(known=known, booked=booked)
+
+    def _reply(self, *, known: bool, booked: bool) -> Reply:
+        account = self.account
+        left = rules.budget(account, self.wall_us)
+        assert left is not None
+        ready_in_us: tuple[tuple[int, int], ...] = ()
+        waiting: tuple[Waiter, ...] = ()
+        if self.request.look:
+            self._load_all()
+            ready = ((n, rules.ready_in_us(account, n, self.now_us)) for n in self._numbers())
+            ready_in_us = tuple((number, in_us) for number, in_us in ready if in_us)
+            waiting = in_order(self.store.waiters(self.now_us))
+        return Reply(
+            known,
+            booked,
+            left.total,
+            left.remaining,
+            left.resets_in_us,
+            account.max_concurrency,
+            account.period,
+            account.granted,
+            account.interval_us,
+            account.margin_us,
+            self.outcome,
+            ready_in_us,
+            waiting,
+            self.now_us,
+        )
+
+    def _agree_on_window(self) -> None:
+        """Let the larger interval and the larger margin of all live processes count."""
+        account, request, now_us = self.account, self.request, self.now_us
+        until_us = now_us + request.lease_us + request.interval_us + request.margin_us
+        if request.interval_us >= account.interval_us or now_us >= account.interval_until_us:
+            account.interval_us, account.interval_until_us = request.interval_us, until_us
+        if request.margin_us >= account.margin_us or now_us >= account.margin_until_us:
+            account.margin_us, account.margin_until_us = request.margin_us, until_us
+        account.window_us = account.interval_us + account.margin_us
+        account.period_us = request.period_us
+
+    # --- buckets ----------------------------------------------------------------------------------
+
+    def _bucket(self, shard_id: int) -> Bucket:
+        number = shard_id % self.account.max_concurrency
+        if number not in self.account.buckets and not self.relaid:
+            self.account.buckets |= self.store.buckets(number)
+        return rules.bucket_of(self.account, shard_id)
+
+    def _load_all(self) -> None:
+        if not self.relaid:
+            self.account.buckets = self.store.buckets() | self.account.buckets
+
+    def _numbers(self) -> Iterable[int]:
+        """Return the buckets that may not be ready: any, where they start out like that."""
+        account = self.account
+        if account.fresh == Bucket():
+            return sorted(account.buckets)
+        return range(account.max_concurrency)
+
+    # --- news -------------------------------------------------------------------------------------
+
+    def _hear(self, news: News) -> None:
+        store, owner, ticket = self.store, self.request.owner, news.ticket
+        at_us = news.at_us + self.shift_us
+        permit = store.permit(owner, ticket)
+        held = permit if permit is not None and not permit.returned else None
+        if news.kind == "joined":
+            if held is None:
+                waiter = Waiter(ticket, news.shard_id, at_us, news.place_us + self.shift_us)
+                store.put_waiter(owner, waiter)
+        elif news.kind == "left":
+            store.drop_waiter(owner, ticket)
+            store.drop_head(owner, ticket)
+            self._give_back(held)
+        elif news.kind == "unused":
+            self._give_back(held if held is not None and held.serial == news.serial else None)
+        else:
+            if permit is None or permit.serial != news.serial:  # the ledger has lost it
+                permit = SharedGrant(news.serial, news.shard_id, 0, at_us, None, -1)
+            self._hear_of_use(news, permit, min(at_us, self.now_us))
+
+    def _give_back(self, permit: SharedGrant | None) -> None:
+        if permit is None:
+            return
+        self._bucket(permit.shard_id)
+        rules.unused(self.account, permit)
+        self.account.opened_us = self.now_us
+        self.store.put_permit(self.request.owner, permit)
+
+    def _hear_of_use(self, news: News, permit: SharedGrant, at_us: int) -> None:
+        self._bucket(permit.shard_id)
+        if news.kind == "sent":
+            rules.sent(self.account, permit, at_us)
+        elif not permit.refused:
+            permit.refused = True
+            rules.rejected(self.account, permit, at_us)
+            if permit.period >= 0:
+                self.store.put_permit(self.request.owner, permit)
+
+    # --- limits -----------------------------------------------------------------------------------
+
+    def _obey(self, order: Order) -> bool:
+        """Adopt a limit, or do without; false if that is overtaken."""
+        account = self.account
+        if account.refresher == self.request.owner:
+            account.refresher = ""
+        if order.kind == "trust":
+            return rules.trust(account, order.period)
+        if order.limit is None or (order.kind == "open" and self.lost):
+            return True  # there is nothing new in it
+        if order.limit.max_concurrency != account.max_concurrency:
+            self._load_all()
+            self.relaid = True
+        if order.kind == "renew":
+            limit = rules.renew(account, order.limit, order.period, order.granted, self.wall_us)
+            if limit is None:
+                return False
+        elif order.kind == "open":
+            self._open_with(order.limit)
+        else:
+            rules.adopt(account, order.limit, self.wall_us)
+        account.opened_us = self.now_us
+        return True
+
+    def _open_with(self, limit: SessionStartLimit) -> None:
+        """Take the limit that a process begins with: within the period that runs it refills nothing."""
+        account = self.account
+        period, owed, left = (
+            account.period,
+            account.refresh_owed,
+            rules.budget(account, self.wall_us),
+        )
+        runs = left is not None and left.resets_in_us > 0
+        if runs and left is not None and limit.remaining >= left.remaining:
+            limit = replace(
+                limit,
+                remaining=min(left.remaining, limit.total),
+                reset_after=left.resets_in_us / rules.MICROSECOND,
+            )
+        rules.adopt(account, limit, self.wall_us)
+        if runs:
+            account.period, account.refresh_owed = period, owed
+
+    def _rebucket_heads(self) -> None:
+        """Give every head the line of its new bucket; where a process has two, the first one stays."""
+        heads = sorted(self.store.heads(), key=lambda head: head.place, reverse=True)
+        self.store.drop_heads()
+        for head in heads:
+            self.store.put_head(head.shard_id % self.account.max_concurrency, head)
+
+    # --- permits ----------------------------------------------------------------------------------
+
+    def _take(self, take: Take) -> None:
+        store, account, owner, now_us = self.store, self.account, self.request.owner, self.now_us
+        permit = store.permit(owner, take.ticket)
+        if permit is not None and not permit.returned:  # its reply was lost
+            self._grant(permit)
+            return
+        number = take.shard_id % account.max_concurrency
+        bucket = self._bucket(take.shard_id)
+        if take.granted > account.granted:
+            bucket.last_us = max(bucket.last_us, min(take.floor_us, now_us))
+        head, ahead = self._place(take, store.heads(number, now_us))
+        opens_us, period = self._opens_us(bucket), account.period
+        answer = rules.take(
+            account,
+            take.shard_id,
+            now_us,
+            self.wall_us,
+            take.reserve,
+            take.can_refresh,
+            opens_us + len(ahead) * self._grace_us(),
+        )
+        if isinstance(answer, Denial):
+            if take.stays:
+                store.put_head(number, head)
+                waiter = Waiter(
+                    take.ticket, take.shard_id, take.at_us + self.shift_us, head.place_us
+                )
+                store.put_waiter(owner, waiter)
+            self._deny(answer, len(ahead), opens_us, bucket)
+            return
+        if account.period != period:
+            account.opened_us = opens_us
+        permit = SharedGrant(
+            answer.serial, answer.shard_id, number, now_us, answer.remaining, answer.period
+        )
+        permit.ticket = take.ticket
+        store.put_permit(owner, permit)
+        store.drop_head(owner, take.ticket)
+        store.drop_waiter(owner, take.ticket)
+        store.end_leases(ahead, now_us)
+        store.forget_silent(now_us - FORGOTTEN_AFTER_US)
+        self._grant(permit)
+
+    def _place(self, take: Take, heads: list[Head]) -> tuple[Head, list[str]]:
+        """Return the ticket's place, the one it has if it has one, and which processes are before it."""
+        owner = self.request.owner
+        head = Head(owner, take.ticket, take.shard_id, take.place_us + self.shift_us)
+        for other in heads:
+            if other[:2] == head[:2]:
+                head = other
+        return head, [o.owner for o in heads if o.owner != owner and o.place < head.place]
+
+    def _grace_us(self) -> int:
+        return min(LONGEST_GRACE_US, self.account.window_us // 5)
+
+    def _opens_us(self, bucket: Bucket) -> int:
+        """Return when there was, or will be, something to take that nobody could take before."""
+        account, now_us = self.account, self.now_us
+        opens_us = now_us + rules.closed_for_us(account, bucket, now_us)
+        opens_us = max(opens_us, min(account.opened_us, now_us))
+        if account.resets_at_us is not None and self.wall_us >= account.resets_at_us:
+            opens_us = max(opens_us, now_us - (self.wall_us - account.resets_at_us))
+        return opens_us
+
+    def _grant(self, permit: SharedGrant) -> None:
+        age_us, left = max(0, self.now_us - permit.stamp_us), permit.remaining or 0
+        kind = OUTCOMES.index(Grant)
+        last_us = permit.stamp_us
+        self.outcome = Outcome(kind, age_us, permit.serial, permit.bucket, left, last_us)
+
+    def _deny(self, denial: Denial, rank: int, opens_us: int, bucket: Bucket) -> None:
+        """Say how long to sleep: till the ticket's turn, or sooner where much may happen before."""
+        account, now_us, longest_us = self.account, self.now_us, self.request.lease_us // 3
+        if denial.reason is Reason.RESET:
+            sleep_us = self._claim_refresh()
+        else:
+            if denial.reason is Reason.BUDGET:
+                opens_us = max(opens_us, now_us + denial.resets_in_us)
+            sleep_us = opens_us - now_us + min(rank, 2) * self._grace_us()
+            sleep_us += max(0, rank - 2) * account.window_us
+            sleep_us = max(1, sleep_us)
+        kind = OUTCOMES.index(denial.reason)
+        self.outcome = Outcome(kind, min(sleep_us, longest_us), last_us=bucket.last_us)
+
+    def _claim_refresh(self) -> int:
+        """Let one process read the limit anew: return 0 if it is this one, else how long to wait."""
+        account, owner, lease_us = self.account, self.request.owner, self.request.lease_us
+        left_us = min(account.refresh_until_us - self.now_us, lease_us)
+        if account.refresher not in ("", owner) and left_us > 0:
+            return min(left_us, LONGEST_GRACE_US)
+        account.refresher, account.refresh_until_us = owner, self.now_us + lease_us
+        return 0

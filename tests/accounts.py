@@ -1,0 +1,58 @@
+"""The accounts that queues keep, for the tests that all of them pass: in memory, in SQLite, in Redis."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gateway_queue_sync import GatewayQueue, LargeBotQueue, LocalQueue, RedisQueue, SqliteQueue
+from gateway_queue_sync.testing import FakeClock
+
+NAMES = ("memory", "sqlite", "redis")
+WINDOW = {"interval": 5.0, "margin": 0.25}
+NEVER_HEARD_OF = 1_000_000.0  # s: no poll comes between what a test drives
+
+_serials = itertools.count()
+
+
+class InMemory:
+    """Each queue has an account of its own."""
+
+    def local(self, **settings: Any) -> GatewayQueue:
+        return LocalQueue(**settings)
+
+    def large(self, limit: Any, **settings: Any) -> GatewayQueue:
+        return LargeBotQueue(limit, **settings)
+
+
+class Shared:
+    """One account, past its first window; ``queue`` is what another process would make."""
+
+    def __init__(self, make: Callable[..., GatewayQueue]) -> None:
+        self._make = make
+        self._begun = False
+
+    def queue(self, limit: Any = None, *, clock: FakeClock, **settings: Any) -> GatewayQueue:
+        settings.setdefault("lease", NEVER_HEARD_OF)
+        if not self._begun:
+            self._begun = True
+            window = {name: settings.get(name, value) for name, value in WINDOW.items()}
+            self._make(clock=clock, **window).close()
+            clock.advance(sum(window.values()))
+        return self._make(limit, clock=clock, **settings)
+
+    large = local = queue
+
+
+def make(name: str, folder: Path, redis_url: Callable[[], str]) -> InMemory | Shared:
+    if name == "memory":
+        return InMemory()
+    if name == "sqlite":
+        return Shared(
+            lambda *args, **settings: SqliteQueue(folder / "q.sqlite3", *args, **settings)
+        )
+    account = f"test-{next(_serials)}"
+    url = redis_url()
+    return Shared(lambda *args, **settings: RedisQueue(url, *args, name=account, **settings))

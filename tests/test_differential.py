@@ -1,0 +1,155 @@
+"""The rules exist twice, in Python and in Lua: the same requests, the same answers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from redis_servers import needs_redis
+
+from gateway_queue_sync.ledgers.shared import Terms
+from gateway_queue_sync.ledgers.sqlite import SqliteLedger
+from gateway_queue_sync.models import SessionStartLimit
+from gateway_queue_sync.rules import NEVER, Grant
+from gateway_queue_sync.testing import FakeClock
+from gateway_queue_sync.turns import OUTCOMES, News, Order, Request, Take
+
+S = 1_000_000
+STEPS = 12_000
+LIVES = 12  # accounts, one after the other
+SEED = 20261124
+
+
+class World:
+    """Processes that draw on one account in ways that come to nobody's mind."""
+
+    def __init__(self, dice: random.Random, clock: FakeClock) -> None:
+        self.dice = dice
+        self.clock = clock
+        self.owners = [f"{dice.getrandbits(64):016x}" for _ in range(dice.choice((1, 2, 4, 7)))]
+        self.period_us = dice.choice((20, 60, 600)) * S
+        self.tickets: dict[str, list[tuple[int, int, int, int]]] = {
+            name: [] for name in self.owners
+        }
+        self.granted: dict[str, list[tuple[int, int, int]]] = {name: [] for name in self.owners}
+        self.number = 0
+        self.last = (1, 0)  # period and granted, as last heard
+        self.floors = [NEVER]
+
+    def limit(self) -> SessionStartLimit:
+        dice = self.dice
+        total = dice.choice((1, 3, 10, 1000))
+        reset_after = dice.choice((0.0, 1.5, 20.0, 3600.0))
+        return SessionStartLimit(
+            total, dice.randint(0, total), reset_after, dice.choice((1, 1, 2, 5))
+        )
+
+    def time_goes_by(self) -> None:
+        dice = self.dice
+        self.clock.advance(dice.choice((0, 0, 0.001, 0.05, 0.1, 0.3, 1.0, 1.0, 5.0)))
+        if dice.random() < 0.01:
+            self.clock.advance(dice.choice((30, 70, 700, 3000)))
+        if dice.random() < 0.01:
+            self.clock.set_wall(self.clock.wall_us() / S + dice.uniform(-4000, 4000))
+        if dice.random() < 0.004:  # a server's clock may be set back, too
+            self.clock._now_us -= dice.choice((100_000, 3 * S, 3600 * S))
+
+    def request(self) -> Request:
+        dice, owner = self.dice, self.dice.choice(self.owners)
+        now_us = self.clock.now_us()
+        return Request(
+            owner if dice.random() > 0.02 else "",
+            dice.choice((None, now_us, now_us - 1_000, now_us - 7 * S)),
+            dice.choice((S, S, S, 2 * S)),
+            dice.choice((50_000, 50_000, 250_000)),
+            self.period_us,
+            dice.choice((1, 5)) * S,
+            self.limit(),
+            tuple(self.news(owner, now_us) for _ in range(dice.choice((0, 0, 1, 1, 3)))),
+            self.order() if dice.random() < 0.06 else None,
+            self.take(owner, now_us) if dice.random() < 0.75 else None,
+            dice.random() < 0.2,
+        )
+
+    def order(self) -> Order:
+        kind = self.dice.choice(("open", "update", "renew", "renew", "trust"))
+        limit = None if kind == "trust" or self.dice.random() < 0.1 else self.limit()
+        period, granted = self.last
+        return Order(kind, limit, period - (self.dice.random() < 0.2), granted)
+
+    def new_ticket(self, owner: str, now_us: int) -> tuple[int, int, int, int]:
+        self.number += 1
+        at_us = now_us - self.dice.choice((0, 0, 10_000, 2 * S))
+        place_us = at_us - self.dice.choice((0, 0, 0, 30 * S, -5 * S))
+        ticket = (self.number, self.dice.randrange(12), at_us, place_us)
+        self.tickets[owner].append(ticket)
+        return ticket
+
+    def a_ticket(self, owner: str, now_us: int) -> tuple[int, int, int, int]:
+        tickets = self.tickets[owner][-6:]
+        if not tickets or self.dice.random() < 0.4:
+            return self.new_ticket(owner, now_us)
+        return self.dice.choice(tickets)
+
+    def take(self, owner: str, now_us: int) -> Take:
+        dice = self.dice
+        ticket = self.a_ticket(owner, now_us)
+        return Take(
+            *ticket,
+            stays=dice.random() < 0.8,
+            reserve=dice.choice((0, 0, 1, 2)),
+            can_refresh=dice.random() < 0.3,
+            floor_us=dice.choice((NEVER, NEVER, dice.choice(self.floors), now_us + 2 * S)),
+            granted=self.last[1] + dice.choice((0, 0, 1)),
+        )
+
+    def news(self, owner: str, now_us: int) -> News:
+        dice = self.dice
+        kind = dice.choice(("joined", "left", "sent", "unused", "rejected"))
+        if kind in ("joined", "left") or not self.granted[owner]:
+            number, shard_id, at_us, place_us = self.a_ticket(owner, now_us)
+            return News(
+                "left" if kind == "left" else "joined", number, shard_id, 0, at_us, place_us
+            )
+        number, shard_id, serial = dice.choice(self.granted[owner][-4:])
+        at_us = now_us - dice.choice((0, 20_000, 3 * S))
+        return News(kind, number, shard_id, serial + (dice.random() < 0.05), at_us)
+
+    def hear(self, request: Request, reply) -> None:
+        self.last = (reply.period, reply.granted)
+        self.floors = [*self.floors[-5:], reply.outcome.last_us]
+        if OUTCOMES[reply.outcome.kind] is Grant and request.take is not None:
+            take = request.take
+            self.granted[request.owner].append((take.ticket, take.shard_id, reply.outcome.serial))
+
+
+@needs_redis
+@pytest.mark.parametrize("life", range(LIVES))
+def test_python_and_lua_answer_alike(tmp_path, redis_server, life):
+    from gateway_queue_sync.ledgers.redis import RedisLedger
+
+    dice, clock = random.Random(SEED + life), FakeClock()
+    print(f"seed {SEED + life}")
+    world, terms = World(dice, clock), Terms(S, 50_000, 60 * S, 5 * S)
+    python = SqliteLedger(tmp_path / "ledger.sqlite3", "default", terms, clock)
+    lua = RedisLedger(redis_server.url, f"life-{life}", terms, clock)
+    python._owner = lua._owner
+    lua.open(None)
+    python.open(None)  # a stranger is told nothing of an account that is not there
+    kinds = set()
+    for step in range(STEPS // LIVES):
+        world.time_goes_by()
+        request = world.request()
+        ours = python.carry(request)
+        theirs = lua.carry(request)
+        unlike = {
+            name: (mine, others)
+            for name, mine, others in zip(ours._fields, ours, theirs, strict=True)
+            if mine != others
+        }
+        assert not unlike, f"step {step} of seed {SEED + life}: {request}"
+        world.hear(request, ours)
+        kinds.add(ours.outcome.kind)
+    python.close()
+    lua.close()
+    assert kinds == set(range(len(OUTCOMES)))

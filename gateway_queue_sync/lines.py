@@ -100,6 +100,23 @@ class Line:
             self._gone -= 1
         return heap[0][1] if heap else None
 
+    @property
+    def second(self) -> Ticket | None:
+        """Who comes after the first, or ``None`` if nobody does."""
+        if self.first is None:
+            return None
+        best, left = None, [1, 2]
+        while left:  # down the heap, but only below those who have left
+            at = left.pop()
+            if at >= len(self._heap):
+                continue
+            ticket = self._heap[at][1]
+            if not ticket.waiting:
+                left += (2 * at + 1, 2 * at + 2)
+            elif best is None or ticket.place < best.place:
+                best = ticket
+        return best
+
     def join(self, ticket: Ticket) -> None:
         """Stand in line, at the ticket's place."""
         if ticket.left:  # it stood here before: what is left of that must not come to life again
@@ -180,6 +197,11 @@ class Lines:
         if first is None:
             del self.by_bucket[number]
         return first
+
+    def second(self, number: int) -> Ticket | None:
+        """Return who comes after the first in a bucket."""
+        line = self.by_bucket.get(number)
+        return None if line is None else line.second
 
     def before(self, ticket: Ticket) -> int:
         """Return how many wait in front of this place in its line."""

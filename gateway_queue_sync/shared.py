@@ -45,6 +45,7 @@ log = logging.getLogger("gateway_queue_sync")
 FIRST_PAUSE_US = 50_000  # before a ledger that is out of reach is asked again; doubled each time
 LONGEST_PAUSE_US = 2_000_000
 WORTH_A_WARNING = 3  # failures in a row
+SOON_US = 100_000  # for so long others need not know that somebody joined
 
 
 class SharedSettings(TypedDict, total=False):
@@ -87,7 +88,7 @@ def _name(name: str) -> str:
 class SharedTicket(Ticket):
     """A place in line that a ledger may know of, and what it last said to it."""
 
-    __slots__ = ("answer", "known", "stays", "told", "until_us", "woken")
+    __slots__ = ("answer", "foretold", "known", "stays", "told", "until_us", "woken")
 
     def __init__(
         self,
@@ -100,9 +101,15 @@ class SharedTicket(Ticket):
         self.answer: Denial | None = None
         self.until_us = 0  # how long the answer holds
         self.woken = False  # something has changed since the answer
+        self.foretold = False  # the answer came before it was the first, and holds when it is
         self.stays = True  # it does not just try
         self.known = False  # the ledger has heard of it, or may have
         self.told = False  # an observer was told of its permit
+
+    def foretell(self, answer: Denial, now_us: int) -> None:
+        """Take what the ledger said to the one before, for when this is the first."""
+        self.answer, self.until_us = answer, now_us + answer.wait_us
+        self.foretold = self.known = True
 
     def hand_over(self) -> None:  # noqa: D102 - as any ticket
         super().hand_over()
@@ -278,9 +285,10 @@ class SharedQueue(GatewayQueue):
             if ticket.answer is not None and left_us > 0 and not ticket.woken:
                 return replace(ticket.answer, wait_us=left_us)
             ticket.woken, ticket.known = False, True
+            heir = self._lines.second(self._lines.bucket(ticket))
             self._mutex.release()
             try:
-                answer = self._consult(ticket)
+                answer, heir_us = self._consult(ticket, heir)
             finally:
                 while not self._inside():
                     self._mutex.acquire()
@@ -288,11 +296,13 @@ class SharedQueue(GatewayQueue):
                 raise QueueClosed
             self._reline_if_changed()
             if isinstance(answer, Grant):
+                if heir_us and isinstance(heir, SharedTicket):
+                    heir.foretell(Denial(heir_us, Reason.WINDOW), self._now_us())
                 self._accept(ticket, answer)
                 return answer
             if (
                 not ticket.waiting
-            ):  # its future was cancelled meanwhile, and may be known all the same
+            ):  # its future was cancelled meanwhile, but may be known all the same
                 self._account.left(ticket)
             ticket.answer, ticket.until_us = answer, self._now_us() + answer.wait_us
             if not ticket.woken:
@@ -301,7 +311,7 @@ class SharedQueue(GatewayQueue):
 
     def _wake(self, ticket: Ticket | None) -> None:
         if isinstance(ticket, SharedTicket):
-            ticket.woken = True
+            ticket.woken, ticket.foretold = not ticket.foretold, False
         super()._wake(ticket)
 
     def _hand_on(self, ticket: Ticket, grant: Grant) -> bool:
@@ -328,15 +338,21 @@ class SharedQueue(GatewayQueue):
         if not ticket.known:
             ticket.known = True
             self._account.joined(ticket)
-            first = self._lines.first(self._lines.bucket(ticket))
-            if ticket.future is not None:
-                self._bell.notify()  # the futures' thread tells it
-            elif isinstance(first, SharedTicket) and not first.woken and self._outage is None:
-                return self._post  # else the first, who is about to ask, tells it
+        if ticket.future is not None:
+            self._bell.notify()  # the futures' thread tells it
+        elif self._chore() is not None and not self._asks_soon(self._lines.bucket(ticket)):
+            return self._post
         if self._observer is None or ticket.announced:
             return None
         ticket.announced = True
         return partial(self._announce, ticket, self._lines.bucket(ticket))
+
+    def _asks_soon(self, number: int) -> bool:
+        """Return whether the first of a line will ask at once or so, and tell all news with that."""
+        first = self._lines.first(number)
+        if not isinstance(first, SharedTicket):
+            return False
+        return first.woken or first.until_us - self._now_us() < SOON_US
 
     def _chore(self) -> Errand | None:
         return self._post if self._account.has_news and self._outage is None else None
@@ -352,19 +368,23 @@ class SharedQueue(GatewayQueue):
     # ----------------------------------------------------------------------------------------------
     # Without the mutex
 
-    def _consult(self, ticket: SharedTicket) -> Grant | Denial:
+    def _consult(self, ticket: SharedTicket, heir: Ticket | None) -> tuple[Grant | Denial, int]:
         """Ask the ledger; one that is out of reach denies for a pause that grows."""
         can_refresh = self._refresh is not None and ticket.trusted_period != self._account.period
         try:
-            answer = self._account.take(
-                ticket, stays=ticket.stays, reserve=self._reserve, can_refresh=can_refresh
+            answer, heir_us = self._account.take(
+                ticket,
+                stays=ticket.stays,
+                reserve=self._reserve,
+                can_refresh=can_refresh,
+                heir=heir,
             )
         except BrokerError as failure:
-            return Denial(self._missed(failure), Reason.WINDOW)
+            return Denial(self._missed(failure), Reason.WINDOW), 0
         self._back()
         if isinstance(answer, Denial):
             ticket.known = ticket.stays
-        return answer
+        return answer, heir_us
 
     def _missed(self, failure: BrokerError) -> int:
         """Note that the ledger is out of reach, and return how long to leave it alone."""

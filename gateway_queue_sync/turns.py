@@ -49,12 +49,22 @@ class News(NamedTuple):
     place_us: int = 0
 
 
+class Next(NamedTuple):
+    """The ticket of the same process that is next in a line, since ``at_us``, at ``place_us``."""
+
+    ticket: int
+    shard_id: int
+    at_us: int
+    place_us: int
+
+
 class Take(NamedTuple):
     """The wish for a permit of a ticket that is the first of its process for its bucket.
 
     It waits since ``at_us``, at ``place_us``; one that does not ``stay`` only tries. ``reserve`` and
     ``can_refresh`` are as in the rules. ``floor_us`` is the newest grant of the bucket that the process
     has seen, by the ledger's clock, when ``granted`` permits had been: for a ledger that has lost some.
+    If the permit is granted, ``next`` takes the ticket's stead in the line.
     """
 
     ticket: int
@@ -66,6 +76,7 @@ class Take(NamedTuple):
     can_refresh: bool = False
     floor_us: int = NEVER
     granted: int = 0
+    next: Next | None = None
 
 
 class Order(NamedTuple):
@@ -120,7 +131,8 @@ class Outcome(NamedTuple):
     """What came of a wish for a permit: whole numbers throughout.
 
     ``kind`` counts ``OUTCOMES``. ``us`` is the permit's age, or the time to sleep before asking again;
-    ``left`` the session starts left after the permit; ``last_us`` the bucket's latest grant.
+    ``left`` the session starts left after the permit; ``last_us`` the bucket's latest grant;
+    ``next_us`` how long the next of the process may sleep, 0 if it has to ask.
     """
 
     kind: int = 0
@@ -129,6 +141,7 @@ class Outcome(NamedTuple):
     bucket: int = 0
     left: int = 0
     last_us: int = NEVER
+    next_us: int = 0
 
 
 class Reply(NamedTuple):
@@ -470,7 +483,12 @@ class _Turn:
         bucket = self._bucket(take.shard_id)
         if take.granted > account.granted:
             bucket.last_us = max(bucket.last_us, min(take.floor_us, now_us))
-        head, ahead = self._place(take, store.heads(number, now_us))
+        head = Head(owner, take.ticket, take.shard_id, take.place_us + self.shift_us)
+        heads = store.heads(number, now_us)
+        for other in heads:
+            if other[:2] == head[:2]:
+                head = other  # it has a place, and keeps it
+        ahead = self._ahead(head, heads)
         opens_us, period = self._opens_us(bucket), account.period
         answer = rules.take(
             account,
@@ -483,11 +501,7 @@ class _Turn:
         )
         if isinstance(answer, Denial):
             if take.stays:
-                store.put_head(number, head)
-                waiter = Waiter(
-                    take.ticket, take.shard_id, take.at_us + self.shift_us, head.place_us
-                )
-                store.put_waiter(owner, waiter)
+                self._stand(number, head, take.at_us)
             self._deny(answer, len(ahead), opens_us, bucket)
             return
         if account.period != period:
@@ -501,16 +515,29 @@ class _Turn:
         store.drop_waiter(owner, take.ticket)
         store.end_leases(ahead, now_us)
         store.forget_silent(now_us - FORGOTTEN_AFTER_US)
-        self._grant(permit)
+        self._grant(permit, self._hand_on(take, number))
 
-    def _place(self, take: Take, heads: list[Head]) -> tuple[Head, list[str]]:
-        """Return the ticket's place, the one it has if it has one, and which processes are before it."""
-        owner = self.request.owner
-        head = Head(owner, take.ticket, take.shard_id, take.place_us + self.shift_us)
-        for other in heads:
-            if other[:2] == head[:2]:
-                head = other
-        return head, [o.owner for o in heads if o.owner != owner and o.place < head.place]
+    def _ahead(self, head: Head, heads: list[Head]) -> list[str]:
+        """Return the other processes whose heads are before that one."""
+        return [one.owner for one in heads if one.owner != head.owner and one.place < head.place]
+
+    def _stand(self, number: int, head: Head, at_us: int) -> None:
+        """Let a ticket be the first of its process in a line."""
+        self.store.put_head(number, head)
+        waiter = Waiter(head.ticket, head.shard_id, at_us + self.shift_us, head.place_us)
+        self.store.put_waiter(head.owner, waiter)
+
+    def _hand_on(self, take: Take, number: int) -> int:
+        """Let the next of the process stand where one was granted; return how long it may sleep."""
+        account, heir = self.account, take.next
+        if heir is None or heir.shard_id % account.max_concurrency != number:
+            return 0
+        if account.remaining <= take.reserve:
+            return 0  # it is to hear of that
+        head = Head(self.request.owner, heir.ticket, heir.shard_id, heir.place_us + self.shift_us)
+        self._stand(number, head, heir.at_us)
+        rank = len(self._ahead(head, self.store.heads(number, self.now_us)))
+        return self._sleep_us(rank, self.now_us + account.window_us)
 
     def _grace_us(self) -> int:
         return min(LONGEST_GRACE_US, self.account.window_us // 5)
@@ -524,25 +551,31 @@ class _Turn:
             opens_us = max(opens_us, now_us - (self.wall_us - account.resets_at_us))
         return opens_us
 
-    def _grant(self, permit: SharedGrant) -> None:
-        age_us, left = max(0, self.now_us - permit.stamp_us), permit.remaining or 0
-        kind = OUTCOMES.index(Grant)
-        last_us = permit.stamp_us
-        self.outcome = Outcome(kind, age_us, permit.serial, permit.bucket, left, last_us)
+    def _grant(self, permit: SharedGrant, next_us: int = 0) -> None:
+        self.outcome = Outcome(
+            OUTCOMES.index(Grant),
+            max(0, self.now_us - permit.stamp_us),
+            permit.serial,
+            permit.bucket,
+            permit.remaining or 0,
+            permit.stamp_us,
+            next_us,
+        )
 
     def _deny(self, denial: Denial, rank: int, opens_us: int, bucket: Bucket) -> None:
-        """Say how long to sleep: till the ticket's turn, or sooner where much may happen before."""
-        account, now_us, longest_us = self.account, self.now_us, self.request.lease_us // 3
         if denial.reason is Reason.RESET:
             sleep_us = self._claim_refresh()
         else:
             if denial.reason is Reason.BUDGET:
-                opens_us = max(opens_us, now_us + denial.resets_in_us)
-            sleep_us = opens_us - now_us + min(rank, 2) * self._grace_us()
-            sleep_us += max(0, rank - 2) * account.window_us
-            sleep_us = max(1, sleep_us)
-        kind = OUTCOMES.index(denial.reason)
-        self.outcome = Outcome(kind, min(sleep_us, longest_us), last_us=bucket.last_us)
+                opens_us = max(opens_us, self.now_us + denial.resets_in_us)
+            sleep_us = self._sleep_us(rank, opens_us)
+        self.outcome = Outcome(OUTCOMES.index(denial.reason), sleep_us, last_us=bucket.last_us)
+
+    def _sleep_us(self, rank: int, opens_us: int) -> int:
+        """Return how long a ticket may sleep: till its turn, or sooner where much may happen before."""
+        sleep_us = opens_us - self.now_us + min(rank, 2) * self._grace_us()
+        sleep_us += max(0, rank - 2) * self.account.window_us
+        return min(max(1, sleep_us), self.request.lease_us // 3)
 
     def _claim_refresh(self) -> int:
         """Let one process read the limit anew: return 0 if it is this one, else how long to wait."""

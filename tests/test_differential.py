@@ -12,7 +12,7 @@ from gateway_queue_sync.ledgers.sqlite import SqliteLedger
 from gateway_queue_sync.models import SessionStartLimit
 from gateway_queue_sync.rules import NEVER, Grant
 from gateway_queue_sync.testing import FakeClock
-from gateway_queue_sync.turns import OUTCOMES, News, Order, Request, Take
+from gateway_queue_sync.turns import OUTCOMES, News, Next, Order, Request, Take
 
 S = 1_000_000
 STEPS = 12_000
@@ -101,6 +101,7 @@ class World:
             can_refresh=dice.random() < 0.3,
             floor_us=dice.choice((NEVER, NEVER, dice.choice(self.floors), now_us + 2 * S)),
             granted=self.last[1] + dice.choice((0, 0, 1)),
+            next=Next(*self.new_ticket(owner, now_us)) if dice.random() < 0.3 else None,
         )
 
     def news(self, owner: str, now_us: int) -> News:

@@ -22,6 +22,7 @@ from gateway_queue_sync.rules import MICROSECOND, NEVER, Denial, Grant, Reason
 from gateway_queue_sync.turns import (
     OUTCOMES,
     News,
+    Next,
     Order,
     Reply,
     Request,
@@ -140,9 +141,19 @@ class SharedLedger(ABC):
         self.forgotten = False  # nobody waits yet
 
     def take(
-        self, ticket: Waits, *, stays: bool, reserve: int, can_refresh: bool
-    ) -> SharedGrant | Denial:
-        """Ask for a ticket's permit; one that is denied and does not stay stands in no line."""
+        self,
+        ticket: Waits,
+        *,
+        stays: bool,
+        reserve: int,
+        can_refresh: bool,
+        heir: Waits | None = None,
+    ) -> tuple[SharedGrant | Denial, int]:
+        """Ask for a ticket's permit; one that is denied and does not stay stands in no line.
+
+        The second value is how long the heir, who is next in line here, may sleep if the permit was
+        granted, in microseconds; 0 if it has to ask.
+        """
         bucket = ticket.shard_id % self.max_concurrency
         take = Take(
             ticket.number,
@@ -153,36 +164,44 @@ class SharedLedger(ABC):
             reserve,
             can_refresh,
             *self._floors.get(bucket, (NEVER, 0)),
+            None
+            if heir is None
+            else Next(heir.number, heir.shard_id, heir.arrived_us, heir.place[0]),
         )
         asked_us = self._clock.now_us()
         reply = self._call(take=take)
         outcome = reply.outcome
         self._floors[ticket.shard_id % reply.max_concurrency] = outcome.last_us, reply.granted
         kind = OUTCOMES[outcome.kind]
-        if kind is Grant:
-            seen_us = reply.now_us if self.shares_clock else asked_us
-            grant = SharedGrant(
-                outcome.serial,
-                ticket.shard_id,
-                outcome.bucket,
-                seen_us - outcome.us,
-                outcome.left,
-                reply.period,
-            )
-            grant.ticket = ticket.number
-            return grant
-        assert isinstance(kind, Reason)
-        wait_us = outcome.us
-        if self.shares_clock:
-            wait_us = max(0, wait_us + reply.now_us - self._clock.now_us())
-        return Denial(
-            wait_us, kind, reply.remaining, reply.resets_in_us, reply.period, reply.granted
+        if isinstance(kind, Reason):
+            wait_us = outcome.us
+            if kind is not Reason.RESET:  # there 0 has a meaning
+                wait_us = self._left_us(wait_us, reply)
+            left = reply.remaining, reply.resets_in_us, reply.period, reply.granted
+            return Denial(wait_us, kind, *left), 0
+        seen_us = reply.now_us if self.shares_clock else asked_us
+        grant = SharedGrant(
+            outcome.serial,
+            ticket.shard_id,
+            outcome.bucket,
+            seen_us - outcome.us,
+            outcome.left,
+            reply.period,
         )
+        grant.ticket = ticket.number
+        return grant, self._left_us(outcome.next_us, reply) if outcome.next_us else 0
+
+    def _left_us(self, sleep_us: int, reply: Reply) -> int:
+        """Return what is left of a sleep that the ledger has told."""
+        if not self.shares_clock:
+            return sleep_us  # by half a round trip too long, rather than too short and ask twice
+        return max(0, sleep_us + reply.now_us - self._clock.now_us())
 
     def tell(self) -> None:
         """Tell the news, if there is any and this thread is not in the midst of that."""
         while self._news and not self._telling._is_owned():  # type: ignore[attr-defined]
-            self._call()
+            with self._telling:
+                self._tell()
 
     def adopt(self, limit: SessionStartLimit) -> None:
         """Take a limit as it is given."""
@@ -221,12 +240,20 @@ class SharedLedger(ABC):
         """Send a request with the news there is; two with news never cross."""
         if self._news and not self._telling._is_owned():  # type: ignore[attr-defined]
             with self._telling:
-                news = tuple(self._news.copy())[:MOST_NEWS]
-                reply = self._learn(self.carry(self._request(news, what)))
-                for _ in news:
-                    self._news.popleft()
+                reply = self._tell(**what)
+            if reply is not None:
                 return reply
         return self._learn(self.carry(self._request((), what)))
+
+    def _tell(self, **what: Any) -> Reply | None:
+        """Send a request with news, unless somebody else has just told it."""
+        news = tuple(self._news.copy())[:MOST_NEWS]
+        if not news:
+            return None
+        reply = self._learn(self.carry(self._request(news, what)))
+        for _ in news:
+            self._news.popleft()
+        return reply
 
     def _request(self, news: tuple[News, ...], what: dict[str, Any]) -> Request:
         terms = self.terms

@@ -37,7 +37,7 @@ end
 local shift = request.at_us and now - request.at_us or 0
 local account, buckets = {}, {}
 local lost, relaid = false, false
-local outcome = {0, 0, 0, 0, 0, NEVER}
+local outcome = {0, 0, 0, 0, 0, NEVER, 0}
 
 local function whole(number)
   return string.format('%.0f', number)
@@ -497,29 +497,64 @@ local function claim_refresh()
   return 0
 end
 
-local function tell_grant(permit)
+local function sleep(rank, opens_at)
+  local us = opens_at - now + math.min(rank, 2) * grace() + math.max(0, rank - 2) * account.window_us
+  return math.min(math.max(1, us), math.floor(request.lease_us / 3))
+end
+
+local function tell_grant(permit, next_us)
   local age = math.max(0, now - permit.stamp)
-  outcome = {GRANT, age, permit.serial, permit.bucket, permit.remaining, permit.stamp}
+  outcome = {GRANT, age, permit.serial, permit.bucket, permit.remaining, permit.stamp, next_us}
 end
 
 local function tell_denial(reason, resets_in_us, rank, opens_at, bucket)
-  local sleep
+  local us
   if reason == RESET then
-    sleep = claim_refresh()
+    us = claim_refresh()
   else
     if reason == BUDGET then
       opens_at = math.max(opens_at, now + resets_in_us)
     end
-    sleep = opens_at - now + math.min(rank, 2) * grace() + math.max(0, rank - 2) * account.window_us
-    sleep = math.max(1, sleep)
+    us = sleep(rank, opens_at)
   end
-  outcome = {reason, math.min(sleep, math.floor(request.lease_us / 3)), 0, 0, 0, bucket.last}
+  outcome = {reason, us, 0, 0, 0, bucket.last, 0}
+end
+
+local function ahead_of(head, all)
+  local found = {}
+  for _, other in ipairs(all) do
+    if other.owner ~= head.owner and is_before(other, head) then
+      found[#found + 1] = other.owner
+    end
+  end
+  return found
+end
+
+local function stand(number, head, at_us)
+  put_head(number, head)
+  redis.call('HSETNX', WAITER, words(head.owner, head.ticket),
+    words(head.shard_id, at_us + shift, head.place))
+end
+
+local function hand_on(wish, number)
+  local heir = wish.next
+  if not heir or heir.shard_id % account.max_concurrency ~= number then
+    return 0
+  end
+  if account.remaining <= wish.reserve then
+    return 0
+  end
+  local head = {
+    owner = owner, ticket = heir.ticket, shard_id = heir.shard_id, place = heir.place_us + shift,
+  }
+  stand(number, head, heir.at_us)
+  return sleep(#ahead_of(head, heads(number)), now + account.window_us)
 end
 
 local function answer_take(wish)
   local permit = load_permit(wish.ticket)
   if permit and permit.returned == 0 then
-    return tell_grant(permit)
+    return tell_grant(permit, 0)
   end
   local number = wish.shard_id % account.max_concurrency
   local bucket = bucket_of(wish.shard_id)
@@ -529,27 +564,20 @@ local function answer_take(wish)
   local head = {
     owner = owner, ticket = wish.ticket, shard_id = wish.shard_id, place = wish.place_us + shift,
   }
-  local others = heads(number)
-  for _, other in ipairs(others) do
+  local all = heads(number)
+  for _, other in ipairs(all) do
     if other.owner == owner and other.ticket == wish.ticket then
       head = other
     end
   end
-  local ahead = {}
-  for _, other in ipairs(others) do
-    if other.owner ~= owner and is_before(other, head) then
-      ahead[#ahead + 1] = other.owner
-    end
-  end
+  local ahead = ahead_of(head, all)
   local opens_at, period = opens(bucket), account.period
   local reason, resets_in_us
   permit, reason, resets_in_us =
     take(wish.shard_id, wish.reserve, wish.can_refresh, opens_at + #ahead * grace())
   if not permit then
     if wish.stays then
-      put_head(number, head)
-      redis.call('HSETNX', WAITER, words(owner, wish.ticket),
-        words(wish.shard_id, wish.at_us + shift, head.place))
+      stand(number, head, wish.at_us)
     end
     return tell_denial(reason, resets_in_us, #ahead, opens_at, bucket)
   end
@@ -564,7 +592,7 @@ local function answer_take(wish)
     redis.call('ZADD', PROCESS, whole(now), name)
   end
   forget_silent(now - FORGOTTEN_AFTER)
-  tell_grant(permit)
+  tell_grant(permit, hand_on(wish, number))
 end
 
 local function look()

@@ -22,6 +22,10 @@ def request_as_json(request: Request) -> dict[str, Any]:
             written["order"]["limit"] = _limit_as_json(request.order.limit)
     if request.take is not None:
         written["take"] = request.take._asdict()
+        if request.take.next is None:
+            del written["take"]["next"]
+        else:
+            written["take"]["next"] = request.take.next._asdict()
     return written
 
 

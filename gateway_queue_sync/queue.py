@@ -95,6 +95,7 @@ class GatewayQueue(Waiting):
             AcquireTimeout: no permit came in time; its ``eta`` says when one would have.
             SessionLimitExhausted: the limit is used up, and the queue was made to raise then.
             QueueClosed: the queue is closed, or was while waiting.
+            BrokerError: the ledger that processes share was out of reach when the time was up.
             TypeError, ValueError: an argument is no shard id, no timeout or no priority.
             RuntimeError: called from a signal handler or finalizer that interrupted this queue, or
                 in a forked child.
@@ -124,6 +125,7 @@ class GatewayQueue(Waiting):
         Raises:
             SessionLimitExhausted: the limit is used up, and the queue was made to raise then.
             QueueClosed: the queue is closed.
+            BrokerError: the ledger that processes share is out of reach.
             TypeError, ValueError: ``shard_id`` is no shard id.
             RuntimeError: as ``acquire`` does.
         """
@@ -199,6 +201,7 @@ class GatewayQueue(Waiting):
             TypeError: ``limit`` is no ``SessionStartLimit``.
             ValueError: its ``total`` is not more than this queue's reserve.
             QueueClosed: the queue is closed.
+            BrokerError: the ledger that processes share is out of reach.
             RuntimeError: as ``acquire`` does.
         """
         self._check_limit(limit)

@@ -46,6 +46,8 @@ FIRST_PAUSE_US = 50_000  # before a ledger that is out of reach is asked again; 
 LONGEST_PAUSE_US = 2_000_000
 WORTH_A_WARNING = 3  # failures in a row
 SOON_US = 100_000  # for so long others need not know that somebody joined
+LARGEST_NUMBER = (1 << 53) - 1  # that all ledgers hold exactly
+LONGEST_HEAD_START_US = 1 << 51  # 71 years: more makes no difference
 
 
 class SharedSettings(TypedDict, total=False):
@@ -160,8 +162,12 @@ class SharedQueue(GatewayQueue):
         self._outage: _Outage | None = None
         if limit is not None:
             self._check_limit(limit)
-        ledger.open(limit)
-        self._check_limit(ledger.limit)
+        try:
+            ledger.open(limit)
+            self._check_limit(ledger.limit)
+        except BaseException:
+            ledger.close()
+            raise
         self._let_know()
         _queues.add(self)
 
@@ -211,6 +217,13 @@ class SharedQueue(GatewayQueue):
 
     # --- asking -----------------------------------------------------------------------------------
 
+    def _check_limit(self, limit: object) -> None:
+        super()._check_limit(limit)
+        assert isinstance(limit, SessionStartLimit)
+        for name in ("total", "max_concurrency"):
+            if getattr(limit, name) > LARGEST_NUMBER:
+                raise ValueError(f"{name} must be at most {LARGEST_NUMBER} for a shared queue")
+
     def _at_once(self, shard_id: int) -> Permit | Grant | None:
         """Stand aside: a ledger is asked for a ticket, and outside the mutex."""
         self._check_thread()
@@ -228,6 +241,9 @@ class SharedQueue(GatewayQueue):
         answer: Permit | Grant | None,
         future: PermitFuture | None = None,
     ) -> Ticket:
+        if shard_id > LARGEST_NUMBER:
+            raise ValueError(f"shard_id must be at most {LARGEST_NUMBER}, not {shard_id}")
+        priority_us = max(-LONGEST_HEAD_START_US, min(priority_us, LONGEST_HEAD_START_US))
         return SharedTicket(shard_id, self._now_us(), priority_us, future)
 
     def _wait_for_turn(self, ticket: Ticket, timeout: float | None) -> Permit:
@@ -271,7 +287,8 @@ class SharedQueue(GatewayQueue):
             window_us=reply.interval_us + reply.margin_us,
             period_us=self._account.terms.period_us,
             reserve=self._reserve,
-            ready_in_us=dict.fromkeys(range(reply.max_concurrency), 0) | dict(reply.ready_in_us),
+            ready_in_us=dict.fromkeys(range(reply.max_concurrency), reply.others_ready_in_us)
+            | dict(reply.ready_in_us),
             budget=Budget(reply.total, reply.remaining, reply.resets_in_us),
         )
 
@@ -302,7 +319,7 @@ class SharedQueue(GatewayQueue):
                 return answer
             if (
                 not ticket.waiting
-            ):  # its future was cancelled meanwhile, but may be known all the same
+            ):  # its future was cancelled meanwhile, and came to be known after all
                 self._account.left(ticket)
             ticket.answer, ticket.until_us = answer, self._now_us() + answer.wait_us
             if not ticket.woken:
@@ -311,8 +328,15 @@ class SharedQueue(GatewayQueue):
 
     def _wake(self, ticket: Ticket | None) -> None:
         if isinstance(ticket, SharedTicket):
-            ticket.woken, ticket.foretold = not ticket.foretold, False
+            ticket.woken, ticket.foretold = True, False
         super()._wake(ticket)
+
+    def _call_up(self, ticket: Ticket | None) -> None:
+        if isinstance(ticket, SharedTicket) and ticket.foretold:
+            ticket.foretold = False
+            super()._wake(ticket)  # to sleep on for as long as it was told
+        else:
+            self._wake(ticket)
 
     def _hand_on(self, ticket: Ticket, grant: Grant) -> bool:
         """Leave the line; the permit was stamped by the ledger, and how old it is is checked after."""
@@ -443,7 +467,8 @@ class SharedQueue(GatewayQueue):
 
     def _book_report(self, permit: Permit, report: Report) -> None:
         super()._book_report(permit, report)
-        self._post()
+        if self._outage is None:  # else it goes along when the ledger is asked again
+            self._post()
 
     def _announce(self, ticket: Ticket, number: int) -> None:
         before, eta = 0, None

@@ -163,8 +163,9 @@ class Reply(NamedTuple):
     interval_us: int
     margin_us: int
     outcome: Outcome = Outcome()
-    ready_in_us: tuple[tuple[int, int], ...] = ()  # the buckets whose windows last, by number
-    waiting: tuple[Waiter, ...] = ()  # by place, all of them before now_us
+    ready_in_us: tuple[tuple[int, int], ...] = ()  # of the buckets that were used, by number
+    others_ready_in_us: int = 0  # of the buckets that were not
+    waiting: tuple[Waiter, ...] = ()  # as they stand
     now_us: int = 0  # the ledger's clock
 
 
@@ -327,11 +328,15 @@ class _Turn:
         left = rules.budget(account, self.wall_us)
         assert left is not None
         ready_in_us: tuple[tuple[int, int], ...] = ()
+        others_us = 0
         waiting: tuple[Waiter, ...] = ()
         if self.request.look:
             self._load_all()
-            ready = ((n, rules.ready_in_us(account, n, self.now_us)) for n in self._numbers())
-            ready_in_us = tuple((number, in_us) for number, in_us in ready if in_us)
+            ready_in_us = tuple(
+                (number, rules.ready_in_us(account, number, self.now_us))
+                for number in sorted(account.buckets)
+            )
+            others_us = max(0, rules.closed_for_us(account, account.fresh, self.now_us))
             waiting = in_order(self.store.waiters(self.now_us))
         return Reply(
             known,
@@ -346,6 +351,7 @@ class _Turn:
             account.margin_us,
             self.outcome,
             ready_in_us,
+            others_us,
             waiting,
             self.now_us,
         )
@@ -372,13 +378,6 @@ class _Turn:
     def _load_all(self) -> None:
         if not self.relaid:
             self.account.buckets = self.store.buckets() | self.account.buckets
-
-    def _numbers(self) -> Iterable[int]:
-        """Return the buckets that may not be ready: any, where they start out like that."""
-        account = self.account
-        if account.fresh == Bucket():
-            return sorted(account.buckets)
-        return range(account.max_concurrency)
 
     # --- news -------------------------------------------------------------------------------------
 

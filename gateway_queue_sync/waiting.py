@@ -249,7 +249,11 @@ class Waiting(ABC):
             if not self._futures:
                 self._bell.notify()  # their thread may go
         self._lines.leave(ticket)
-        self._wake(self._lines.first(self._lines.bucket(ticket)))
+        self._call_up(self._lines.first(self._lines.bucket(ticket)))
+
+    def _call_up(self, ticket: Ticket | None) -> None:
+        """Hand the front of a line to who is first now."""
+        self._wake(ticket)
 
     def _wake(self, ticket: Ticket | None) -> None:
         """Let the first of a line look whether it may go."""

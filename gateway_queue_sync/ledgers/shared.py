@@ -174,9 +174,9 @@ class SharedLedger(ABC):
         self._floors[ticket.shard_id % reply.max_concurrency] = outcome.last_us, reply.granted
         kind = OUTCOMES[outcome.kind]
         if isinstance(kind, Reason):
-            wait_us = outcome.us
-            if kind is not Reason.RESET:  # there 0 has a meaning
-                wait_us = self._left_us(wait_us, reply)
+            if kind is Reason.RESET and outcome.us:
+                kind = Reason.WINDOW  # another process reads the limit: wait for that, too
+            wait_us = self._left_us(outcome.us, reply)
             left = reply.remaining, reply.resets_in_us, reply.period, reply.granted
             return Denial(wait_us, kind, *left), 0
         seen_us = reply.now_us if self.shares_clock else asked_us

@@ -598,23 +598,10 @@ end
 local function look()
   local ready, waiting = {}, {}
   load_buckets()
-  local function see(number, bucket)
-    local in_us = math.max(0, closed_for(bucket))
-    if in_us > 0 then
-      ready[#ready + 1] = {number, in_us}
-    end
-  end
   for number, bucket in pairs(buckets) do
-    see(number, bucket)
+    ready[#ready + 1] = {number, math.max(0, closed_for(bucket))}
   end
   local fresh = {last = account.fresh_last_us, closed_until = account.fresh_closed_until_us}
-  if closed_for(fresh) > 0 then
-    for number = 0, account.max_concurrency - 1 do
-      if not buckets[number] then
-        see(number, fresh)
-      end
-    end
-  end
   local alive = {}
   for _, name in ipairs(redis.call('ZRANGEBYSCORE', PROCESS, '(' .. whole(now), '+inf')) do
     alive[name] = true
@@ -625,19 +612,19 @@ local function look()
       waiting[#waiting + 1] = {tonumber(string.match(field, ' (.*)$')), n[1], n[2], n[3]}
     end
   end
-  return ready, waiting
+  return ready, math.max(0, closed_for(fresh)), waiting
 end
 
 local function reply(known, booked)
   local total, remaining, in_us = budget()
-  local ready, waiting = {}, {}
+  local ready, others, waiting = {}, 0, {}
   if request.look then
-    ready, waiting = look()
+    ready, others, waiting = look()
   end
   return {
     known and 1 or 0, booked and 1 or 0, total, remaining, in_us, account.max_concurrency,
-    account.period, account.granted, account.interval_us, account.margin_us, outcome, ready, waiting,
-    now,
+    account.period, account.granted, account.interval_us, account.margin_us, outcome, ready, others,
+    waiting, now,
   }
 end
 

@@ -44,12 +44,12 @@ def reply_from_json(row: list[Any]) -> Reply:
     Raises:
         TypeError, ValueError, LookupError: it is none.
     """
-    known, booked, *numbers, outcome, ready_in_us, waiting, now_us = row
+    known, booked, *numbers, outcome, ready_in_us, others_us, waiting, now_us = row
     ready = sorted((int(number), int(in_us)) for number, in_us in ready_in_us)
     waiters = in_order(Waiter(*map(int, waiter)) for waiter in waiting)
     return Reply._make(
         (
             *(bool(known), bool(booked), *map(int, numbers)),
-            *(Outcome(*map(int, outcome)), tuple(ready), waiters, int(now_us)),
+            *(Outcome(*map(int, outcome)), tuple(ready), int(others_us), waiters, int(now_us)),
         )
     )

@@ -410,10 +410,12 @@ class _Turn:
         self.store.put_permit(self.request.owner, permit)
 
     def _hear_of_use(self, news: News, permit: SharedGrant, at_us: int) -> None:
+        if news.kind == "rejected" and permit.refused:
+            return
         self._bucket(permit.shard_id)
         if news.kind == "sent":
             rules.sent(self.account, permit, at_us)
-        elif not permit.refused:
+        else:
             permit.refused = True
             rules.rejected(self.account, permit, at_us)
             if permit.period >= 0:

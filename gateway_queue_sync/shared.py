@@ -193,7 +193,7 @@ class SharedQueue(GatewayQueue):
             RuntimeError: as ``acquire`` does.
         """
         self._check_thread()
-        reply = self._account.look()
+        reply = self._look()
         lines: dict[int, list[Waiter]] = {}
         for waiter in reply.waiting:
             lines.setdefault(waiter.shard_id % reply.max_concurrency, []).append(waiter)
@@ -268,7 +268,7 @@ class SharedQueue(GatewayQueue):
 
     def _position(self, ticket: Ticket) -> tuple[int, float | None]:
         """Return how many wait before a place, in all processes, and in how many seconds it is due."""
-        reply = self._account.look()
+        reply = self._look()
         place_us, number = ticket.place
         place = (place_us + reply.now_us - self._now_us(), number)
         number = ticket.shard_id % reply.max_concurrency
@@ -281,6 +281,13 @@ class SharedQueue(GatewayQueue):
                 before += other == number
         eta_us = forecast.eta_us(self._outlook(reply), number, before, lengths)
         return before, None if eta_us is None else eta_us / MICROSECOND
+
+    def _look(self) -> Reply:
+        reply = self._account.look()
+        if self._account.forgotten:  # nobody here is in what it has told
+            self._back()
+            reply = self._account.look()
+        return reply
 
     def _outlook(self, reply: Reply) -> forecast.Outlook:
         return forecast.Outlook(

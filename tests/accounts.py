@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway_queue_sync import GatewayQueue, LargeBotQueue, LocalQueue, RedisQueue, SqliteQueue
+from gateway_queue_sync.clock import Clock
 from gateway_queue_sync.testing import FakeClock
 
 NAMES = ("memory", "sqlite", "redis")
@@ -34,9 +35,9 @@ class Shared:
         self._make = make
         self._begun = False
 
-    def queue(self, limit: Any = None, *, clock: FakeClock, **settings: Any) -> GatewayQueue:
+    def queue(self, limit: Any = None, *, clock: Clock, **settings: Any) -> GatewayQueue:
         settings.setdefault("lease", NEVER_HEARD_OF)
-        if not self._begun:
+        if not self._begun and isinstance(clock, FakeClock):
             self._begun = True
             window = {name: settings.get(name, value) for name, value in WINDOW.items()}
             self._make(clock=clock, **window).close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -41,6 +43,17 @@ class Crew:
         self.threads.append(thread)
         thread.start()
         return call
+
+    def settle(self, clock: FakeClock, elsewhere: int = 0) -> None:
+        """Block until each call has returned or is parked, but for so many that block elsewhere."""
+        give_up = time.monotonic() + PATIENCE
+        while True:
+            left = sum(thread.is_alive() for thread in self.threads)
+            with contextlib.suppress(AssertionError):
+                clock.settle(left - elsewhere, timeout=0.05)
+                if left == sum(thread.is_alive() for thread in self.threads):
+                    return
+            assert time.monotonic() < give_up, "the calls do not come to rest"
 
     def join(self) -> None:
         for thread in self.threads:

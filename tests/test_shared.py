@@ -1,0 +1,823 @@
+"""One account for several queues, as several processes have them: driven by hand, on one clock.
+
+What these tests call a process is a queue of its own on the account of the others; real processes are
+in ``test_many_processes``.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import threading
+
+import pytest
+from test_waiting import in_line, limit, order
+
+from gateway_queue_sync import (
+    AcquireTimeout,
+    BrokerError,
+    PermitReported,
+    QueueClosed,
+    Report,
+    SessionLimitExhausted,
+    ShardGranted,
+    ShardWaiting,
+)
+from gateway_queue_sync.clock import SYSTEM_CLOCK
+
+pytestmark = pytest.mark.accounts("sqlite", "redis")
+
+WINDOW = 5.25
+GRACE = 0.1
+LEASE = 5.0
+
+
+def warnings_in(caplog):
+    return [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def cut_off(queue, monkeypatch):
+    """Take the ledger out of a queue's reach, as if its process were stopped or its network gone."""
+
+    def carry(request):
+        raise BrokerError("out of reach") from OSError("no route")
+
+    monkeypatch.setattr(queue._account, "carry", carry)
+
+
+@pytest.fixture
+def two(account, clock):
+    queues = [account.queue(limit(100, 100, 6000.0), clock=clock) for _ in range(2)]
+    yield queues
+    for queue in queues:
+        queue.close()
+
+
+# --- spacing and order ----------------------------------------------------------------------------
+
+
+def test_the_window_is_one_for_all(two, clock):
+    one, other = two
+    one.acquire(0)
+    assert other.try_acquire(1) is None
+    clock.advance(WINDOW - 0.000_001)
+    assert other.try_acquire(1) is None
+    clock.advance(0.000_001)
+    assert other.try_acquire(1).remaining == 98
+
+
+def test_who_came_first_goes_first_whichever_process_it_is_in(two, clock, crew):
+    two[0].acquire(99)
+    calls = []
+    for shard_id in range(6):
+        calls += in_line(two[shard_id % 2], crew, clock, [shard_id])
+        clock.advance(0.01)
+    for left in range(5, -1, -1):
+        clock.advance(WINDOW)
+        clock.settle(left)
+    assert [permit.shard_id for permit in crew.returned] == list(range(6))
+
+
+def test_a_head_start_counts_over_processes(two, clock, crew):
+    one, other = two
+    one.acquire(99)
+    in_line(one, crew, clock, [1])
+    clock.advance(2)
+    in_line(other, crew, clock, [2])
+    in_line(other, crew, clock, [3], priority=3.0)
+    in_line(one, crew, clock, [4], priority=-10.0)
+    assert order(one.snapshot()) == [3, 1, 2, 4]
+    clock.advance(WINDOW - 2)
+    for left in range(3, -1, -1):
+        clock.settle(left)
+        clock.advance(WINDOW)
+    assert [permit.shard_id for permit in crew.returned] == [3, 1, 2, 4]
+
+
+def test_nobody_barges_past_a_line_in_another_process(two, clock, crew):
+    one, other = two
+    one.acquire(99)
+    (call,) = in_line(one, crew, clock, [1])
+    clock.advance(WINDOW - 0.000_001)
+    clock.settle(1)
+    with clock_stopped_for(one):
+        clock.advance(0.000_001)
+        assert other.try_acquire(2) is None
+    assert call.now().shard_id == 1
+
+
+class clock_stopped_for:  # noqa: N801 - it reads as a sentence
+    """Hold up the thread of a queue that is about to ask, as a busy machine does."""
+
+    def __init__(self, queue):
+        self.queue = queue
+
+    def __enter__(self):
+        self.queue._mutex.acquire()
+
+    def __exit__(self, *error):
+        self.queue._mutex.release()
+
+
+def test_futures_and_threads_of_all_processes_stand_in_one_line(two, clock, crew):
+    one, other = two
+    one.acquire(99)
+    first = one.enqueue(1)
+    clock.settle(1)
+    clock.advance(0.01)
+    (second,) = in_line(other, crew, clock, [2])
+    clock.advance(0.01)
+    third = one.enqueue(3)
+    clock.settle(2)
+    for outcome, parked in ((first, 2), (second, 1), (third, 0)):
+        assert not outcome.done()
+        clock.advance(WINDOW)
+        assert outcome.result(10)
+        clock.settle(parked)
+
+
+def test_buckets_do_not_wait_for_each_other(account, clock, crew):
+    one, other = (account.queue(limit(max_concurrency=2), clock=clock) for _ in range(2))
+    one.acquire(0)
+    in_line(other, crew, clock, [2])
+    assert other.acquire(1).waited == 0.0
+    clock.advance(WINDOW)
+
+
+# --- who is gone ----------------------------------------------------------------------------------
+
+
+def test_a_process_that_is_stuck_costs_one_grace_and_not_the_line(two, clock, crew, monkeypatch):
+    stuck, other = two
+    stuck.acquire(99)
+    in_line(stuck, crew, clock, [1, 3, 5])
+    clock.advance(0.01)
+    (call,) = in_line(other, crew, clock, [2])
+    with clock_stopped_for(stuck):
+        clock.advance(WINDOW + GRACE - 0.01 - 0.000_001)
+        assert not call.done()
+        clock.advance(0.000_001)
+        assert call.now().waited == pytest.approx(WINDOW + GRACE - 0.01)
+    stuck.close()
+
+
+def test_a_process_that_was_passed_over_counts_no_more_until_it_asks_again(
+    two, account, clock, crew
+):
+    stuck, other = two
+    stuck.acquire(99)
+    in_line(stuck, crew, clock, [1])
+    clock.advance(0.01)
+    calls = in_line(other, crew, clock, [2, 4])
+    with clock_stopped_for(stuck):
+        clock.advance(WINDOW + GRACE)
+        calls[0].now()
+        assert order(other.snapshot()) == [4]
+        clock.advance(WINDOW)
+        assert calls[1].now().shard_id == 4  # without another grace
+    stuck.close()
+
+
+def test_who_comes_back_has_its_old_place(two, clock, crew):
+    stuck, other = two
+    stuck.acquire(99)
+    (first,) = in_line(stuck, crew, clock, [1])
+    clock.advance(0.01)
+    calls = in_line(other, crew, clock, [2, 4])
+    with clock_stopped_for(stuck):
+        clock.advance(WINDOW + GRACE)
+        calls[0].now()
+    clock.settle(2)  # it asked again, and stands before 4
+    assert order(other.snapshot()) == [1, 4]
+    clock.advance(WINDOW)
+    assert first.now().shard_id == 1
+    assert not calls[1].done()
+    clock.advance(WINDOW)
+    calls[1].now()
+
+
+def test_who_is_not_heard_of_for_a_lease_is_no_longer_seen(account, clock, crew, monkeypatch):
+    gone, other = (account.queue(clock=clock, lease=LEASE) for _ in range(2))
+    gone.acquire(99)
+    in_line(gone, crew, clock, [1, 2])
+    assert other.snapshot().waiting == 2
+    cut_off(gone, monkeypatch)
+    clock.advance(LEASE + 2)
+    assert other.snapshot().waiting == 0
+    gone.close()
+
+
+def test_those_who_wait_are_heard_of_three_times_in_a_lease(account, clock, crew):
+    queue, other = (account.queue(clock=clock, lease=LEASE, interval=100) for _ in range(2))
+    queue.acquire(99)
+    in_line(queue, crew, clock, [1, 2])
+    for _ in range(10):
+        assert clock.next_in == pytest.approx(LEASE / 3, abs=0.001)
+        clock.advance(clock.next_in)
+        clock.settle(2)
+    assert other.snapshot().waiting == 2
+    queue.close()
+
+
+def test_closing_one_queue_leaves_the_others_alone(two, clock, crew):
+    one, other = two
+    one.acquire(99)
+    calls = in_line(one, crew, clock, [1, 3])
+    future = one.enqueue(5)
+    clock.settle(3)
+    (stays,) = in_line(other, crew, clock, [2])
+    one.close()
+    for call in (*calls, future):
+        assert isinstance(call.exception(10), QueueClosed)
+    crew.threads[0].join(10)
+    crew.threads[1].join(10)
+    assert order(other.snapshot()) == [2]
+    clock.advance(WINDOW + GRACE)
+    assert stays.now().shard_id == 2
+
+
+def test_trying_leaves_nothing_behind(two, clock):
+    one, other = two
+    one.acquire(0)
+    assert other.try_acquire(1) is None
+    with pytest.raises(AcquireTimeout):
+        other.acquire(2, timeout=0)
+    assert one.snapshot().waiting == 0
+    clock.advance(WINDOW)
+    assert one.acquire(3).waited == 0.0
+
+
+def test_a_timeout_leaves_the_line_of_all(two, clock, crew):
+    one, other = two
+    one.acquire(99)
+    (gone,) = in_line(one, crew, clock, [1], timeout=1.0)
+    clock.advance(0.01)
+    (stays,) = in_line(other, crew, clock, [2])
+    clock.advance(0.99)
+    with pytest.raises(AcquireTimeout) as caught:
+        gone.now()
+    assert caught.value.eta == pytest.approx(WINDOW - 1)
+    clock.settle(1)
+    assert order(one.snapshot()) == [2]
+    clock.advance(WINDOW - 1)
+    clock.settle(1)  # it was second, and looks again after a grace
+    clock.advance(GRACE)
+    assert stays.now().shard_id == 2
+
+
+# --- the budget -----------------------------------------------------------------------------------
+
+
+def test_the_budget_is_one_for_all(account, clock):
+    queues = [account.queue(limit(5, 5, 600.0, 16), clock=clock) for _ in range(4)]
+    granted = [queue.try_acquire(n) for n, queue in enumerate(queues * 4)]
+    assert sum(permit is not None for permit in granted) == 5
+    assert {queue.snapshot().limit.remaining for queue in queues} == {0}
+    clock.advance(600)
+    granted = [queue.try_acquire(n) for n, queue in enumerate(queues * 4)]
+    assert sum(permit is not None for permit in granted) == 5
+
+
+def test_each_process_keeps_its_own_reserve(account, clock):
+    careful = account.queue(limit(10, 3, 600.0), clock=clock, reserve=2, when_exhausted="raise")
+    other = account.queue(clock=clock)
+    careful.acquire(0)
+    with pytest.raises(SessionLimitExhausted):
+        careful.acquire(1)
+    clock.advance(WINDOW)
+    assert other.acquire(2).remaining == 1
+
+
+def test_an_update_in_one_process_is_seen_by_all_when_they_ask_next(account, clock, crew):
+    one, other = (account.queue(limit(10, 0, 600.0), clock=clock, lease=LEASE) for _ in range(2))
+    (call,) = in_line(one, crew, clock, [1])
+    other.update(limit(10, 7, 600.0, max_concurrency=4))
+    clock.settle(1)
+    clock.advance(LEASE / 3)
+    permit = call.now()
+    assert (permit.remaining, permit.bucket) == (6, 1)
+    assert one.snapshot().limit.total == 10
+    assert len(one.snapshot().buckets) == 4
+
+
+def test_an_update_wakes_those_of_its_own_process_at_once(two, clock, crew):
+    one, _ = two
+    one.update(limit(10, 0, 600.0))
+    (call,) = in_line(one, crew, clock, [1])
+    one.update(limit(10, 7, 600.0))
+    assert call.now().remaining == 6
+
+
+def test_those_who_waited_for_a_reset_go_in_their_order(account, clock, crew):
+    """A window that is long over lets nobody pass: graces count from the reset."""
+    one, other = (account.queue(limit(10, 0, 600.0), clock=clock) for _ in range(2))
+    in_line(one, crew, clock, [1])
+    clock.advance(0.01)
+    in_line(other, crew, clock, [2])
+    with clock_stopped_for(one):
+        clock.advance(599.99)
+        assert other.try_acquire(7) is None
+        assert not crew.returned
+    clock.settle(1)
+    assert [permit.shard_id for permit in crew.returned] == [1]
+    clock.advance(WINDOW)
+
+
+def test_one_process_reads_the_limit_for_all(account, clock, crew):
+    asked = []
+
+    def refresh():
+        asked.append(threading.current_thread())
+        return limit(10, 8, 600.0, max_concurrency=4)
+
+    queues = [account.queue(limit(10, 0, 100.0, 4), clock=clock, refresh=refresh) for _ in range(4)]
+    calls = [call for n, q in enumerate(queues) for call in in_line(q, crew, clock, [n])]
+    clock.advance(100)
+    for _ in range(10):  # who waits for the answer looks each 0.1 s
+        crew.settle(clock)
+        clock.advance(0.1)
+    assert sorted(call.now().remaining for call in calls) == [4, 5, 6, 7]
+    assert len(asked) == 1
+
+
+def test_a_process_that_dies_while_it_reads_the_limit_is_waited_for_for_a_lease(
+    account, clock, crew
+):
+    entered, leave = threading.Event(), threading.Event()
+
+    def dies():
+        entered.set()
+        leave.wait(20)
+        raise OSError
+
+    one = account.queue(limit(10, 0, 100.0), clock=clock, refresh=dies, lease=LEASE)
+    other = account.queue(clock=clock, refresh=lambda: limit(10, 8, 600.0), lease=LEASE)
+    clock.advance(100)
+    dead = crew(one.acquire, 1)
+    assert entered.wait(20)
+    (call,) = in_line(other, crew, clock, [2])
+    clock.advance(LEASE - GRACE)
+    clock.settle(1)
+    assert not call.done()
+    for _ in range(3):
+        crew.settle(clock, elsewhere=1)
+        clock.advance(GRACE)
+    assert call.now().remaining == 7
+    one.close()
+    leave.set()
+    assert isinstance(dead.exception(10), QueueClosed)
+
+
+# --- limits that processes begin with -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "then"),
+    [
+        (limit(10, 10, 900.0), (10, 6, 590.0)),  # a restart refills nothing
+        (limit(10, 6, 900.0), (10, 6, 590.0)),
+        (limit(10, 2, 30.0), (10, 2, 30.0)),  # Discord knows of more
+        (limit(100, 100, 900.0), (100, 6, 590.0)),  # total is taken as given
+        (limit(4, 4, 900.0), (4, 4, 900.0)),
+        (None, (10, 6, 590.0)),
+    ],
+)
+def test_a_limit_given_at_a_start_meets_the_one_that_is_stored(account, clock, given, then):
+    queue = account.queue(limit(10, 8, 600.0), clock=clock)
+    queue.acquire(0)
+    clock.advance(10)
+    queue.acquire(0)
+    seen = account.queue(given, clock=clock).snapshot().limit
+    assert (seen.total, seen.remaining, seen.resets_in) == then
+
+
+def test_a_limit_given_after_the_period_is_taken_as_it_is(account, clock):
+    account.queue(limit(10, 2, 600.0), clock=clock)
+    clock.advance(600)
+    seen = account.queue(limit(10, 9, 500.0), clock=clock).snapshot().limit
+    assert (seen.remaining, seen.resets_in) == (9, 500.0)
+
+
+def test_without_a_limit_it_is_the_stored_one_or_discords_default(account, clock):
+    queue = account.queue(clock=clock)
+    assert queue.snapshot().limit.total == 1000
+    assert len(queue.snapshot().buckets) == 1
+    queue.update(limit(50, 40, 600.0, max_concurrency=3))
+    again = account.queue(clock=clock).snapshot()
+    assert (again.limit.remaining, len(again.buckets)) == (40, 3)
+
+
+def test_a_crash_loop_cannot_burn_the_budget_unseen(account, clock):
+    granted = 0
+    for _ in range(50):
+        queue = account.queue(limit(20, 20, 86_400.0), clock=clock, reserve=5)
+        clock.advance(WINDOW)
+        granted += queue.try_acquire(0) is not None
+        queue._account.close()  # and not the queue: it crashes
+    assert granted == 15
+
+
+def test_other_buckets_given_at_a_start_begin_from_the_latest_grant(account, clock):
+    one = account.queue(limit(max_concurrency=4), clock=clock)
+    one.acquire(0)
+    clock.advance(1)
+    other = account.queue(limit(max_concurrency=2), clock=clock)
+    assert {bucket.ready_in for bucket in other.snapshot().buckets} == {WINDOW - 1}
+    assert one.try_acquire(1) is None
+
+
+def test_a_reserve_that_is_not_less_than_the_stored_total_is_refused(account, clock):
+    account.queue(limit(10, 10), clock=clock)
+    with pytest.raises(ValueError, match=r"total \(10\) must be more than the reserve \(10\)"):
+        account.queue(clock=clock, reserve=10)
+
+
+# --- settings that differ -------------------------------------------------------------------------
+
+
+def test_the_larger_window_wins_with_a_warning_while_its_process_lives(account, clock, caplog):
+    longer = account.queue(clock=clock, interval=8.0, margin=0.1, lease=LEASE)
+    shorter = account.queue(clock=clock, interval=5.0, margin=0.5, lease=LEASE)
+    (record,) = warnings_in(caplog)
+    assert "interval=8, margin=0.5, this one 5 and 0.5" in record.getMessage()
+    clock.advance(0.4)
+    assert shorter.try_acquire(0) is not None
+    assert shorter.snapshot().buckets[0].ready_in == 8.5
+    longer.close()
+    clock.advance(LEASE + 8.5)
+    assert shorter.try_acquire(0) is not None
+    assert shorter.snapshot().buckets[0].ready_in == 5.5
+    assert len(warnings_in(caplog)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"margin": 0.01}, ValueError, "margin must be at least 0.02 s"),
+        ({"margin": 0}, ValueError, "margin must be at least 0.02 s"),
+        ({"lease": 0.1}, ValueError, "lease must be more than 0.1 s"),
+        ({"lease": float("inf")}, ValueError, "lease must be finite"),
+        ({"interval": 0}, ValueError, "interval must be more than 0 s"),
+        ({"period": True}, TypeError, "period must be a number"),
+        ({"when_exhausted": "stop"}, ValueError, "when_exhausted"),
+        ({"reserve": -1}, ValueError, "reserve must be at least 0"),
+        ({"observer": 5}, TypeError, "observer must be callable"),
+        ({"nmae": "x"}, TypeError, "nmae"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(account, clock, settings, error, words):
+    account.queue(clock=clock)
+    with pytest.raises(error, match=words):
+        account.queue(clock=clock, **settings)
+
+
+def test_numbers_that_not_every_ledger_can_hold_are_refused(two):
+    one, _ = two
+    with pytest.raises(ValueError, match="shard_id must be at most 9007199254740991"):
+        one.acquire(1 << 53)
+    with pytest.raises(ValueError, match="total must be at most"):
+        one.update(limit(1 << 60, 5))
+    with pytest.raises(ValueError, match="max_concurrency must be at most"):
+        one.update(limit(5, 5, 0.0, 1 << 60))
+    assert one.acquire((1 << 53) - 1).waited == 0.0
+
+
+def test_any_finite_head_start_will_do(two, clock, crew):
+    one, _ = two
+    one.acquire(99)
+    in_line(one, crew, clock, [1], priority=-1e300)
+    in_line(one, crew, clock, [2])
+    in_line(one, crew, clock, [3], priority=1e300)
+    assert order(one.snapshot()) == [3, 2, 1]
+    one.close()
+
+
+# --- state that is new or lost --------------------------------------------------------------------
+
+
+def forget_all(queue):
+    """Lose the ledger's state, as a server without a disk does, or whoever removes the file."""
+    account = queue._account
+    if hasattr(account, "_path"):
+        account._path.unlink()
+    else:
+        account._client.delete(*account._keys)
+
+
+def test_an_account_that_is_new_grants_nothing_for_a_window(account, clock):
+    queue = account.queue(clock=clock)
+    forget_all(queue)
+    new = account.queue(clock=clock)
+    assert new.try_acquire(0) is None
+    assert new.snapshot().buckets[0].ready_in == WINDOW
+    clock.advance(WINDOW)
+    assert new.try_acquire(0) is not None
+
+
+def test_lost_state_is_begun_again_from_what_a_process_knows(two, clock, crew):
+    one, _ = two
+    one.acquire(99)
+    calls = in_line(one, crew, clock, [1, 2])
+    clock.advance(1)
+    forget_all(one)
+    assert one.snapshot().limit.remaining == 99
+    assert one.snapshot().buckets[0].ready_in == WINDOW
+    clock.advance(WINDOW - 1)
+    clock.settle(2)
+    clock.advance(1)
+    assert calls[0].now().remaining == 98
+    clock.settle(1)
+    assert order(one.snapshot()) == [2]
+    clock.advance(WINDOW)
+    calls[1].now()
+
+
+def test_who_waits_is_told_anew_to_a_ledger_that_lost_it(two, clock, crew):
+    one, other = two
+    one.acquire(99)
+    in_line(one, crew, clock, [1, 2, 3])
+    forget_all(one)
+    one.snapshot()
+    assert order(other.snapshot()) == [1, 2, 3]
+    one.close()
+
+
+def test_after_a_loss_the_limit_is_read_anew(account, clock):
+    queue = account.queue(limit(10, 8, 600.0), clock=clock, refresh=lambda: limit(10, 3, 500.0))
+    queue.acquire(0)
+    forget_all(queue)
+    queue.snapshot()
+    clock.advance(WINDOW)
+    assert queue.acquire(0).remaining == 2
+
+
+def test_a_ledger_that_lost_grants_is_held_to_what_its_processes_saw(two, clock):
+    """As a replica does that is promoted with an older state."""
+    one, _ = two
+    clock.advance(WINDOW)
+    before = copy_of(one)
+    one.acquire(0)
+    put_back(one, before)
+    assert one.try_acquire(0) is None
+    clock.advance(WINDOW)
+    assert one.try_acquire(0) is not None
+
+
+def copy_of(queue):
+    account = queue._account
+    if hasattr(account, "_path"):
+        return account._path.read_bytes()
+    return {key: account._client.dump(key) for key in account._keys}
+
+
+def put_back(queue, copy):
+    account = queue._account
+    if hasattr(account, "_path"):
+        account.close()  # else SQLite would lose its locks
+        account._closed = False
+        account._path.write_bytes(copy)
+        return
+    for key, value in copy.items():
+        account._client.delete(key)
+        if value is not None:
+            account._client.restore(key, 0, value)
+
+
+# --- replies that are lost, ledgers out of reach --------------------------------------------------
+
+
+def test_a_permit_whose_reply_was_lost_is_granted_once(two, clock, monkeypatch, crew):
+    one, _ = two
+    carry, lost = one._account.carry, []
+
+    def lose_the_reply(request):
+        reply = carry(request)
+        if request.take is not None and len(lost) < 2:
+            lost.append(reply)
+            raise BrokerError("the reply was lost") from OSError()
+        return reply
+
+    monkeypatch.setattr(one._account, "carry", lose_the_reply)
+    call = crew(one.acquire, 0)
+    for _ in range(2):
+        clock.settle(1)
+        clock.advance(clock.next_in)
+    permit = call.now()
+    assert permit.remaining == 99
+    assert one.snapshot().granted == 1
+
+
+def test_a_permit_whose_reply_came_too_late_is_given_back(two, clock, monkeypatch, crew):
+    """Asked for again it would look new, but the ledger knows its age."""
+    one, _ = two
+    carry, lost = one._account.carry, []
+
+    def lose_the_reply(request):
+        reply = carry(request)
+        if request.take is not None and not lost:
+            lost.append(reply)
+            clock.advance(1)
+            raise BrokerError("the reply was lost") from OSError()
+        return reply
+
+    monkeypatch.setattr(one._account, "carry", lose_the_reply)
+    call = crew(one.acquire, 0)
+    clock.settle(1)
+    clock.advance(clock.next_in)
+    assert call.now().remaining == 99
+    assert one.snapshot().buckets[0].ready_in == WINDOW
+
+
+def test_a_deadline_in_an_outage_names_the_cause(two, clock, crew, monkeypatch, caplog):
+    one, _ = two
+    cut_off(one, monkeypatch)
+    call = crew(one.acquire, 7, timeout=30.0)
+    crew.settle(clock)
+    while clock.next_in is not None:
+        clock.advance(clock.next_in)
+        crew.settle(clock)
+    error = call.exception(10)
+    assert isinstance(error, BrokerError)
+    assert isinstance(error.__cause__, OSError)
+    assert "shard 7 got no permit within 30 s: out of reach" in str(error)
+    (record,) = warnings_in(caplog)
+    assert "no permit is granted until it can be asked again" in record.getMessage()
+
+
+def test_trying_in_an_outage_says_so_at_once(two, monkeypatch):
+    one, _ = two
+    cut_off(one, monkeypatch)
+    with pytest.raises(BrokerError, match="out of reach"):
+        one.try_acquire(0)
+    with pytest.raises(BrokerError, match="out of reach"):
+        one.acquire(0, timeout=0)
+    for call in (one.snapshot, lambda: one.update(limit())):
+        with pytest.raises(BrokerError):
+            call()
+
+
+def test_an_outage_is_waited_out_with_growing_pauses(two, clock, crew, monkeypatch, caplog):
+    one, _ = two
+    with monkeypatch.context() as patches:
+        cut_off(one, patches)
+        call, pauses = crew(one.acquire, 0), []
+        for _ in range(10):
+            clock.settle(1)
+            pauses.append(clock.next_in)
+            clock.advance(clock.next_in)
+        clock.settle(1)
+    for number, pause in enumerate(pauses):
+        longest = min(2.0, 0.05 * 2**number)
+        assert longest / 2 <= pause <= longest
+    clock.advance(clock.next_in)
+    assert call.now().remaining == 99
+    assert [("answers again" in record.getMessage()) for record in warnings_in(caplog)] == [
+        False,
+        True,
+    ]
+
+
+def test_futures_wait_an_outage_out(two, clock, monkeypatch):
+    one, _ = two
+    with monkeypatch.context() as patches:
+        cut_off(one, patches)
+        future = one.enqueue(0)
+        clock.settle(1)
+    clock.advance(2)
+    assert future.result(10).remaining == 99
+
+
+def test_reports_made_in_an_outage_are_booked_after_it(two, clock, monkeypatch):
+    one, other = two
+    one.acquire(0).sent()
+    clock.advance(WINDOW)
+    permit = one.acquire(0)
+    with monkeypatch.context() as patches:
+        cut_off(one, patches)
+        permit.unused()
+    assert one.acquire(0).remaining == 98
+    assert other.snapshot().granted == 3
+
+
+def test_a_report_counts_from_when_it_was_made(two, clock, monkeypatch):
+    one, other = two
+    permit = one.acquire(0)
+    clock.advance(1)
+    with monkeypatch.context() as patches:
+        cut_off(one, patches)
+        permit.sent()
+    clock.advance(2)
+    one.snapshot()
+    assert other.snapshot().buckets[0].ready_in == WINDOW - 2
+
+
+def test_who_gives_up_in_an_outage_is_out_of_the_line_after_it(two, clock, crew, monkeypatch):
+    one, other = two
+    one.acquire(99)
+    (call,) = in_line(one, crew, clock, [1], timeout=1.0)
+    with monkeypatch.context() as patches:
+        cut_off(one, patches)
+        one._let_know()
+        clock.settle(1)
+        clock.advance(1)
+        assert isinstance(call.exception(10), BrokerError)
+    one.snapshot()
+    assert other.snapshot().waiting == 0
+
+
+# --- reports over processes -----------------------------------------------------------------------
+
+
+def test_reports_change_the_window_for_all(two, clock):
+    one, other = two
+    permit = one.acquire(0)
+    clock.advance(2)
+    permit.sent()
+    assert other.snapshot().buckets[0].ready_in == WINDOW
+    permit.rejected()
+    assert other.snapshot().buckets[0].ready_in == 2 * WINDOW
+    clock.advance(2 * WINDOW)
+    other.acquire(0).rejected()
+    assert one.snapshot().buckets[0].ready_in == 4 * WINDOW
+    clock.advance(4 * WINDOW)
+    other.acquire(0).unused()
+    assert one.snapshot().buckets[0].ready_in == 0.0
+    assert one.snapshot().limit.remaining == 98
+
+
+def test_hearing_a_report_twice_changes_nothing(two, clock, monkeypatch):
+    one, other = two
+    carry = one._account.carry
+
+    def lose_the_first_reply(request):
+        carry(request)
+        monkeypatch.undo()
+        raise BrokerError("the reply was lost") from OSError()
+
+    for report, ready_in in (("unused", 0.0), ("rejected", 2 * WINDOW), ("sent", WINDOW)):
+        permit = one.acquire(0)
+        monkeypatch.setattr(one._account, "carry", lose_the_first_reply)
+        getattr(permit, report)()
+        one.snapshot()
+        assert other.snapshot().buckets[0].ready_in == ready_in
+        clock.advance(3 * WINDOW) if ready_in else None
+    assert other.snapshot().limit.remaining == 98
+
+
+# --- looking --------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_is_of_the_whole(two, clock, crew):
+    one, other = two
+    one.acquire(99)
+    in_line(one, crew, clock, [1])
+    clock.advance(1)
+    in_line(other, crew, clock, [2])
+    for queue in two:
+        seen = queue.snapshot()
+        assert (seen.waiting, seen.granted, seen.limit.remaining) == (2, 1, 99)
+        shards = [(shard.shard_id, shard.waited, shard.eta) for shard in seen.buckets[0].shards]
+        assert shards == [(1, 1.0, WINDOW - 1), (2, 0.0, 2 * WINDOW - 1)]
+    assert repr(one).endswith("Queue waiting=1 granted=1 remaining=99/100>")
+    one.close()
+    other.close()
+
+
+def test_observers_are_told_of_places_among_all(two, account, clock, crew):
+    one, _ = two
+    one.acquire(99)
+    in_line(one, crew, clock, [1])
+    heard = []
+    watched = account.queue(clock=clock, observer=heard.append)
+    in_line(watched, crew, clock, [2])
+    assert heard == [ShardWaiting(2, 0, 1, 2 * WINDOW)]
+    one.close()
+    watched.close()
+
+
+def test_an_observer_that_takes_longer_than_the_margin_is_told_once(account, clock):
+    heard = []
+
+    def observer(event):
+        heard.append(event)
+        clock.advance(3)
+
+    queue = account.queue(limit(10, 10, 600.0), clock=clock, observer=observer)
+    with queue.acquire(0) as permit:
+        assert permit.remaining == 9
+    assert heard == [ShardGranted(0, 0, 0.0, 9), PermitReported(0, 0, Report.SENT)]
+    assert queue.snapshot().limit.remaining == 9
+
+
+# --- being handed on ------------------------------------------------------------------------------
+
+
+def test_a_queue_pickles_as_its_settings(account):
+    queue = account.queue(limit(10, 7, 600.0), clock=SYSTEM_CLOCK, interval=0.03, margin=0.02)
+    copy = pickle.loads(pickle.dumps(queue))
+    assert type(copy) is type(queue)
+    assert copy.snapshot().limit.remaining == 7
+    queue.acquire(0)
+    assert copy.snapshot().limit.remaining == 6
+    copy.close()
+    queue.close()

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 import gateway_queue_sync
-from gateway_queue_sync import demo
+from gateway_queue_sync import demo, status
 
-COMMANDS = (demo,)
+COMMANDS = (demo, status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

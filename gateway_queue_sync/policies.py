@@ -20,11 +20,11 @@ from gateway_queue_sync.models import (
 )
 from gateway_queue_sync.queue import WhenExhausted
 from gateway_queue_sync.rules import to_us
-from gateway_queue_sync.shared import SharedQueue, SharedSettings
+from gateway_queue_sync.shared import Connect, SharedQueue, SharedSettings
 from gateway_queue_sync.waiting import Refresh
 
 if TYPE_CHECKING:
-    import redis
+    from gateway_queue_sync.ledgers.redis import Client
 
 
 def _in_memory(interval: float, margin: float, period: float, clock: Clock) -> MemoryLedger:
@@ -194,6 +194,30 @@ def _file(path: str | os.PathLike[str]) -> str:
     return os.path.realpath(path)
 
 
+def _made_again(
+    queue: Callable[..., SharedQueue],
+    make: Callable[..., object],
+    given: tuple[object, ...],
+    settings: SharedSettings,
+) -> SharedQueue:
+    """Make a queue that was pickled, on what is made of what was given."""
+    return queue(make(*given), **settings)
+
+
+def sqlite_ledger(path: str | os.PathLike[str]) -> Connect:
+    """Return what makes a ledger of a file."""
+    from gateway_queue_sync.ledgers.sqlite import SqliteLedger  # noqa: PLC0415 - loads sqlite3
+
+    return partial(SqliteLedger, _file(path))
+
+
+def redis_ledger(client_or_url: Client | str) -> Connect:
+    """Return what makes a ledger on a server."""
+    from gateway_queue_sync.ledgers.redis import RedisLedger, checked  # noqa: PLC0415 - an extra
+
+    return partial(RedisLedger, checked(client_or_url))
+
+
 class SqliteQueue(SharedQueue):
     """Every process of one machine, or one that a supervisor restarts: an account in an SQLite file.
 
@@ -235,11 +259,11 @@ class SqliteQueue(SharedQueue):
         limit: SessionStartLimit | None = None,
         **settings: Unpack[SharedSettings],
     ) -> None:
-        from gateway_queue_sync.ledgers.sqlite import SqliteLedger  # noqa: PLC0415 - loads sqlite3
+        self._path, self._settings = _file(path), settings
+        super().__init__(sqlite_ledger(path), limit, **settings)
 
-        file = _file(path)
-        self._again = partial(type(self), file, **settings)
-        super().__init__(partial(SqliteLedger, file), limit, **settings)
+    def __reduce__(self) -> tuple[object, ...]:
+        return _made_again, (type(self), str, (self._path,), self._settings)
 
     @classmethod
     def from_token(
@@ -268,15 +292,6 @@ class SqliteQueue(SharedQueue):
         limit, refresh = _from_discord(token, base_url)
         settings["refresh"] = refresh
         return cls(path, limit, **settings)
-
-
-def _with_client(
-    queue: type[RedisQueue],
-    client: Callable[[], redis.Redis | redis.RedisCluster | str],
-    settings: SharedSettings,
-) -> RedisQueue:
-    """Make a queue on a client that is made here."""
-    return queue(client(), **settings)
 
 
 class RedisQueue(SharedQueue):
@@ -312,21 +327,23 @@ class RedisQueue(SharedQueue):
 
     def __init__(
         self,
-        client_or_url: redis.Redis | redis.RedisCluster | str,
+        client_or_url: Client | str,
         limit: SessionStartLimit | None = None,
         **settings: Unpack[SharedSettings],
     ) -> None:
-        from gateway_queue_sync.ledgers import redis as ledgers  # noqa: PLC0415 - an extra
+        self._client_or_url, self._settings = client_or_url, settings
+        super().__init__(redis_ledger(client_or_url), limit, **settings)
 
-        client = ledgers.checked(client_or_url)
-        self._again = partial(_with_client, type(self), ledgers.Remake(client), settings)
-        super().__init__(partial(ledgers.RedisLedger, client), limit, **settings)
+    def __reduce__(self) -> tuple[object, ...]:
+        from gateway_queue_sync.ledgers.redis import portable  # noqa: PLC0415 - an extra
+
+        return _made_again, (type(self), *portable(self._client_or_url), self._settings)
 
     @classmethod
     def from_token(
         cls,
         token: str,
-        client_or_url: redis.Redis | redis.RedisCluster | str,
+        client_or_url: Client | str,
         *,
         base_url: str | None = None,
         **settings: Unpack[SharedSettings],

@@ -50,6 +50,10 @@ LARGEST_NUMBER = (1 << 53) - 1  # that all ledgers hold exactly
 LONGEST_HEAD_START_US = 1 << 51  # 71 years: more makes no difference
 
 
+Connect = Callable[[str, Terms, Clock], SharedLedger]
+"""Makes a ledger: of which account, on what terms, by which clock."""
+
+
 class SharedSettings(TypedDict, total=False):
     """The settings that queues shared by processes have in common, as ``SqliteQueue`` explains them."""
 
@@ -79,7 +83,8 @@ def _terms(interval: float, margin: float, period: float, lease: float) -> Terms
     )
 
 
-def _name(name: str) -> str:
+def account_name(name: str) -> str:
+    """Return the name of an account, or say what is wrong with it."""
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, not {type(name).__name__}")
     if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", name):
@@ -130,12 +135,9 @@ class _Outage:
 class SharedQueue(GatewayQueue):
     """What the queues of many processes are."""
 
-    _again: Callable[[], SharedQueue]
-    """Makes this queue anew, in another process."""
-
     def __init__(
         self,
-        connect: Callable[[str, Terms, Clock], SharedLedger],
+        connect: Connect,
         limit: SessionStartLimit | None,
         *,
         name: str = "default",
@@ -149,7 +151,7 @@ class SharedQueue(GatewayQueue):
         clock: Clock = SYSTEM_CLOCK,
         observer: Observer | None = None,
     ) -> None:
-        ledger = connect(_name(name), _terms(interval, margin, period, lease), clock)
+        ledger = connect(account_name(name), _terms(interval, margin, period, lease), clock)
         super().__init__(
             ledger,
             clock=clock,
@@ -171,9 +173,6 @@ class SharedQueue(GatewayQueue):
         self._let_know()
         _queues.add(self)
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return self._again, ()
-
     def _begin_anew_after_fork(self) -> None:
         """Be another process's queue in a forked child: nobody waits here, and nothing is held.
 
@@ -193,12 +192,7 @@ class SharedQueue(GatewayQueue):
             RuntimeError: as ``acquire`` does.
         """
         self._check_thread()
-        reply = self._look()
-        lines: dict[int, list[Waiter]] = {}
-        for waiter in reply.waiting:
-            lines.setdefault(waiter.shard_id % reply.max_concurrency, []).append(waiter)
-        outlook = self._outlook(reply)
-        return forecast.snapshot(outlook, lines, reply.now_us, reply.granted)
+        return picture(self._look(), self._account.terms.period_us, self._reserve)
 
     def close(self) -> None:
         """Grant no more permits: whoever waits here gets ``QueueClosed``; other processes go on.
@@ -290,14 +284,7 @@ class SharedQueue(GatewayQueue):
         return reply
 
     def _outlook(self, reply: Reply) -> forecast.Outlook:
-        return forecast.Outlook(
-            window_us=reply.interval_us + reply.margin_us,
-            period_us=self._account.terms.period_us,
-            reserve=self._reserve,
-            ready_in_us=dict.fromkeys(range(reply.max_concurrency), reply.others_ready_in_us)
-            | dict(reply.ready_in_us),
-            budget=Budget(reply.total, reply.remaining, reply.resets_in_us),
-        )
+        return _outlook(reply, self._account.terms.period_us, self._reserve)
 
     # ----------------------------------------------------------------------------------------------
     # With the mutex held
@@ -505,6 +492,26 @@ class SharedQueue(GatewayQueue):
             return self._account.trust(denial)
         except BrokerError:
             return False  # whoever asks next is told to read it again
+
+
+def picture(reply: Reply, period_us: int, reserve: int = 0) -> QueueSnapshot:
+    """Return the snapshot of an account, as a ledger has answered a look at it."""
+    lines: dict[int, list[Waiter]] = {}
+    for waiter in reply.waiting:
+        lines.setdefault(waiter.shard_id % reply.max_concurrency, []).append(waiter)
+    outlook = _outlook(reply, period_us, reserve)
+    return forecast.snapshot(outlook, lines, reply.now_us, reply.granted)
+
+
+def _outlook(reply: Reply, period_us: int, reserve: int) -> forecast.Outlook:
+    return forecast.Outlook(
+        window_us=reply.interval_us + reply.margin_us,
+        period_us=period_us,
+        reserve=reserve,
+        ready_in_us=dict.fromkeys(range(reply.max_concurrency), reply.others_ready_in_us)
+        | dict(reply.ready_in_us),
+        budget=Budget(reply.total, reply.remaining, reply.resets_in_us),
+    )
 
 
 _queues: weakref.WeakSet[SharedQueue] = weakref.WeakSet()

@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import inspect
 import json
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
@@ -134,23 +135,19 @@ def address(client: Client) -> str:
     return f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}/{database}"
 
 
-class Remake:
-    """Returns a client, or its like in another process: what pickles is what it was made with."""
+def portable(client: Client | str) -> tuple[Callable[..., object], tuple[object, ...]]:
+    """Return what makes a client's like in another process, and out of what.
 
-    def __init__(self, client: Client | str) -> None:
-        self._client = client
-
-    def __call__(self) -> Client | str:
-        return self._client
-
-    def __reduce__(self) -> tuple[object, ...]:
-        if isinstance(self._client, str):
-            return Remake, (self._client,)
-        return _remade, (_settings_of(self._client),)
+    Raises:
+        TypeError: it is a client of a cluster or Sentinel.
+    """
+    if isinstance(client, str):
+        return str, (client,)
+    return _remade, (_settings_of(client),)
 
 
-def _remade(settings: dict[str, Any]) -> Remake:
-    return Remake(redis.Redis(**settings))
+def _remade(settings: dict[str, Any]) -> redis.Redis:
+    return redis.Redis(**settings)
 
 
 def _settings_of(client: Client) -> dict[str, Any]:

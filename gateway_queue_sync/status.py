@@ -1,0 +1,168 @@
+"""The ``status`` command: what a shared account looks like just now, for people and for programs.
+
+It looks as a stranger: it takes part in nothing, and leaves no trace in the ledger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime, timedelta
+
+from gateway_queue_sync.clock import SYSTEM_CLOCK
+from gateway_queue_sync.errors import BrokerError
+from gateway_queue_sync.ledgers.shared import SharedLedger, Terms
+from gateway_queue_sync.models import SESSION_PERIOD, BucketSnapshot, QueueSnapshot, seconds
+from gateway_queue_sync.policies import redis_ledger, sqlite_ledger
+from gateway_queue_sync.rules import to_us
+from gateway_queue_sync.shared import account_name, picture
+
+FIRST_SHOWN = 5  # of those who wait in a bucket
+CLEAR = "\x1b[H\x1b[2J"
+STRANGER = Terms(interval_us=1, margin_us=0, period_us=to_us(SESSION_PERIOD), lease_us=0)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return 0, or 1 if there is no account to show."""
+    try:
+        if arguments.watch is not None:
+            seconds("--watch", arguments.watch, above=0)
+        ledger = _ledger(arguments)
+    except (TypeError, ValueError, ImportError) as error:
+        arguments.error(str(error))  # exits with 2
+    try:
+        while True:
+            shown = _show(ledger, arguments)
+            if arguments.watch is None:
+                return 0 if shown else 1
+            time.sleep(arguments.watch)
+    finally:
+        ledger.close()
+
+
+def _ledger(arguments: argparse.Namespace) -> SharedLedger:
+    connect = (
+        redis_ledger(arguments.redis)
+        if arguments.sqlite is None
+        else sqlite_ledger(arguments.sqlite)
+    )
+    return connect(account_name(arguments.name), STRANGER, SYSTEM_CLOCK)
+
+
+def _show(ledger: SharedLedger, arguments: argparse.Namespace) -> bool:
+    """Print what there is, or why there is nothing; return whether there is."""
+    try:
+        reply = ledger.peek()
+        if not reply.known:
+            raise BrokerError(f"{ledger!r} holds no account of that name") from LookupError()
+    except BrokerError as error:
+        print(error, file=sys.stderr)
+        return False
+    seen = picture(reply, STRANGER.period_us)
+    if arguments.json:
+        print(json.dumps(asdict(seen)), flush=True)
+        return True
+    page = "\n".join(describe(seen, repr(ledger), datetime.now().astimezone()))
+    clear = CLEAR if arguments.watch is not None and sys.stdout.isatty() else ""
+    print(clear + page, flush=True)
+    return True
+
+
+def describe(seen: QueueSnapshot, title: str, now: datetime) -> Iterator[str]:
+    """Yield the lines that tell a person of a snapshot which was taken at ``now``."""
+    yield f"{title}, {now:%Y-%m-%d %H:%M:%S %Z}"
+    yield ""
+    if seen.limit is not None:
+        left = seen.limit
+        resets = f"resets {_when(now, left.resets_in)}" if left.resets_in else "not begun"
+        yield f"left today  {left.remaining} of {left.total}, {resets}"
+    yield f"granted     {seen.granted}"
+    lines = sum(bool(bucket.shards) for bucket in seen.buckets)
+    yield f"waiting     {seen.waiting}, in {lines} of {len(seen.buckets)} bucket(s)"
+    yield ""
+    idle = []
+    for bucket in seen.buckets:
+        if bucket.shards or bucket.ready_in:
+            yield from _describe_bucket(bucket, now)
+        else:
+            idle.append(bucket.bucket)
+    if idle:
+        yield f"ready: bucket {_ranges(idle)}"
+
+
+def _describe_bucket(bucket: BucketSnapshot, now: datetime) -> Iterator[str]:
+    ready = f"ready in {_lasting(bucket.ready_in)}" if bucket.ready_in else "ready"
+    yield f"bucket {bucket.bucket}: {ready}"
+    for shard in bucket.shards[:FIRST_SHOWN]:
+        since = now - timedelta(seconds=shard.waited)
+        due = "never: the budget is all reserve" if shard.eta is None else _when(now, shard.eta)
+        yield (
+            f"  shard {shard.shard_id:<6} waits {_lasting(shard.waited):>9}, "
+            f"since {since:%H:%M:%S}; due {due}"
+        )
+    more = bucket.shards[FIRST_SHOWN:]
+    if more:
+        last = more[-1].eta
+        due = "" if last is None else f", the last due {_when(now, last)}"
+        yield f"  and {len(more)} more{due}"
+
+
+def _when(now: datetime, in_seconds: float) -> str:
+    """Return an instant as a person says it: in how long, and at what time."""
+    try:
+        at = now + timedelta(seconds=in_seconds)
+    except OverflowError:
+        return f"in {_lasting(in_seconds)}"
+    day = "" if at.date() == now.date() else "%Y-%m-%d "
+    return f"in {_lasting(in_seconds)} ({at.strftime(day + '%H:%M:%S')})"
+
+
+def _lasting(duration: float) -> str:
+    if duration < 60:
+        return f"{duration:.1f} s"
+    minutes, rest = divmod(round(duration), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return ascending numbers as ``0-3, 7``."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to those of the command line."""
+    what = "show an account that processes share: who waits, and what is left today"
+    parser = subparsers.add_parser(
+        "status",
+        help=what,
+        description=f"{what.capitalize()}. Exits with 1 if there is none, or it is out of reach.",
+    )
+    ledger = parser.add_mutually_exclusive_group(required=True)
+    ledger.add_argument("--sqlite", metavar="FILE", help="the file of a SqliteQueue")
+    ledger.add_argument("--redis", metavar="URL", help="the server of a RedisQueue")
+    parser.add_argument("--name", default="default", help="which account (default: %(default)s)")
+    parser.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=1.0,
+        metavar="SECONDS",
+        help="show it again and again, until Ctrl-C (default: each second)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the snapshot's fields as JSON, one line each time"
+    )
+    parser.set_defaults(func=run, error=parser.error)

@@ -1,0 +1,192 @@
+"""The ``status`` command: a shared account, shown to people and to programs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import pytest
+import redis_servers
+
+from gateway_queue_sync import (
+    BucketSnapshot,
+    LimitSnapshot,
+    QueueSnapshot,
+    RedisQueue,
+    SessionStartLimit,
+    SqliteQueue,
+    WaitingShard,
+    cli,
+    status,
+)
+
+NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
+LIMIT = SessionStartLimit(1000, 930, 7200.0, 4)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return str(tmp_path / "q.sqlite3")
+
+
+def lines(seen):
+    return list(status.describe(seen, "Some ledger", NOON))
+
+
+def test_it_tells_what_is_left_and_who_waits():
+    shards = (WaitingShard(16, 75.0, 3.2), WaitingShard(32, 7.0, 8_000.0))
+    seen = QueueSnapshot(
+        waiting=2,
+        granted=3,
+        buckets=(
+            BucketSnapshot(0, 3.2, shards),
+            BucketSnapshot(1, 0.0, ()),
+            BucketSnapshot(2, 1.0, ()),
+            BucketSnapshot(3, 0.0, ()),
+            BucketSnapshot(4, 0.0, ()),
+        ),
+        limit=LimitSnapshot(1000, 927, 50_000.0),
+    )
+    assert lines(seen) == [
+        "Some ledger, 2026-11-24 12:00:00 UTC",
+        "",
+        "left today  927 of 1000, resets in 13 h 53 min (2026-11-25 01:53:20)",
+        "granted     3",
+        "waiting     2, in 1 of 5 bucket(s)",
+        "",
+        "bucket 0: ready in 3.2 s",
+        "  shard 16     waits 1 min 15 s, since 11:58:45; due in 3.2 s (12:00:03)",
+        "  shard 32     waits     7.0 s, since 11:59:53; due in 2 h 13 min (14:13:20)",
+        "bucket 2: ready in 1.0 s",
+        "ready: bucket 1, 3-4",
+    ]
+
+
+def test_a_long_line_is_told_in_short():
+    shards = tuple(WaitingShard(n, 1.0, float(n)) for n in range(40))
+    seen = QueueSnapshot(40, 0, (BucketSnapshot(0, 0.0, shards),), LimitSnapshot(9, 9, 0.0))
+    assert "left today  9 of 9, not begun" in lines(seen)
+    assert lines(seen)[-1] == "  and 35 more, the last due in 39.0 s (12:00:39)"
+    assert len(lines(seen)) == 13
+
+
+def test_what_is_never_due_or_in_a_thousand_years_is_told_too():
+    shards = (WaitingShard(1, 1.0, None), WaitingShard(2, 1.0, 1e12))
+    seen = QueueSnapshot(2, 0, (BucketSnapshot(0, 0.0, shards),), None)
+    assert lines(seen)[-2].endswith("due never: the budget is all reserve")
+    assert lines(seen)[-1].endswith("due in 277777777 h 46 min")
+
+
+def test_a_file_is_shown_with_those_who_wait_in_it(file, capsys):
+    with SqliteQueue(file, LIMIT) as queue:
+        queue.enqueue(5)
+        queue.enqueue(9)
+        queue.snapshot()
+        assert cli.main(["status", "--sqlite", file]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"SQLite file {file!r}, ")
+        assert "left today  930 of 1000, resets in 2 h 0 min" in printed
+        assert "  shard 5 " in printed
+        assert "waiting     2, in 1 of 4 bucket(s)" in printed
+
+
+def test_programs_get_the_fields_of_the_snapshot(file, capsys):
+    with SqliteQueue(file, LIMIT) as queue:
+        queue.enqueue(5)
+        assert cli.main(["status", "--json", "--sqlite", file]) == 0
+        told = json.loads(capsys.readouterr().out)
+        seen = queue.snapshot()
+    assert told.keys() == {"waiting", "granted", "buckets", "limit"}
+    assert told["buckets"][1]["shards"][0]["shard_id"] == 5
+    assert told["limit"]["remaining"] == seen.limit.remaining
+
+
+@redis_servers.needs_redis
+def test_a_server_is_shown_and_its_password_is_not(tmp_path, capsys):
+    server = redis_servers.RedisServer(tmp_path)
+    try:
+        server.client().config_set("requirepass", "hunter2")
+        url = f"redis://:hunter2@127.0.0.1:{server.port}/0"
+        with RedisQueue(url, LIMIT, name="mine") as queue:
+            queue.enqueue(5)
+            assert cli.main(["status", "--redis", url, "--name", "mine"]) == 0
+        assert cli.main(["status", "--redis", f"redis://:hunter3@127.0.0.1:{server.port}/0"]) == 1
+    finally:
+        server.stop()
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"Redis server 127.0.0.1:{server.port}/0 (mine), ")
+    assert "waiting     1, in 1 of 4 bucket(s)" in printed.out
+    assert "hunter" not in printed.out + printed.err
+
+
+def test_looking_leaves_no_trace(file):
+    SqliteQueue(file, LIMIT).close()
+    with open(file, "rb") as kept:  # noqa: PTH123
+        before = kept.read()
+    assert cli.main(["status", "--sqlite", file]) == 0
+    with open(file, "rb") as kept:  # noqa: PTH123
+        assert kept.read() == before
+
+
+def test_a_file_that_is_not_there_is_not_made(tmp_path, capsys):
+    file = tmp_path / "nothing.sqlite3"
+    assert cli.main(["status", "--sqlite", str(file)]) == 1
+    assert not file.exists()
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_an_account_that_is_not_there_is_said_to_be_none(file, capsys):
+    SqliteQueue(file).close()
+    assert cli.main(["status", "--sqlite", file, "--name", "other"]) == 1
+    assert "(other) holds no account of that name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--sqlite", "a", "--redis", "b"],
+        ["--redis", "http://localhost"],
+        ["--sqlite", ""],
+        ["--sqlite", "x", "--name", "no good"],
+        ["--sqlite", "x", "--watch", "0"],
+        ["--sqlite", "x", "--watch", "nan"],
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["status", *options])
+    assert end.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_watching_shows_it_again_and_survives_what_goes_wrong(file):
+    queue = SqliteQueue(file, LIMIT)
+    watch = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "gateway_queue_sync", "status"),
+            *("--json", "--watch", "0.05", "--sqlite", file),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert json.loads(watch.stdout.readline())["waiting"] == 0
+        future = queue.enqueue(1)
+        while json.loads(watch.stdout.readline())["waiting"] != 1:
+            pass
+        future.cancel()
+        queue.close()
+        with contextlib.suppress(FileNotFoundError):
+            queue._account._path.unlink()
+        while "No such file" not in watch.stderr.readline():
+            pass
+        SqliteQueue(file, LIMIT).close()
+        assert json.loads(watch.stdout.readline())
+    finally:
+        watch.terminate()
+        watch.communicate()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway_queue_sync import LargeBotQueue, LocalQueue, QueueClosed, SessionStartLimit
+from gateway_queue_sync import LargeBotQueue, LocalQueue, QueueClosed, SessionStartLimit, cli
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -95,3 +95,19 @@ def test_the_commands_are_there():
     ]
     assert commands[0] == "python3 -m gateway_queue_sync demo"
     assert shlex.split(commands[1])[:4] == ["python3", "-m", "venv", ".venv"]
+
+
+def test_the_shared_queue_grants_and_can_be_looked_at(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = block("python", "SqliteQueue(").replace(
+        "reserve=50", "reserve=50, interval=0.01, margin=0.02"
+    )
+    names = {}
+    exec(code, names)
+    names["queue"].close()
+    assert capsys.readouterr().out.startswith("<Permit shard_id=7 bucket=0 ")
+    command = shlex.split(block("sh", "status --sqlite"))
+    assert command[:3] == ["python3", "-m", "gateway_queue_sync"]
+    assert command.pop() == "--watch"
+    assert cli.main(command[3:]) == 0
+    assert "left today  999 of 1000" in capsys.readouterr().out

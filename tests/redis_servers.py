@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,70 @@ class RedisServer:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+
+def until(predicate: Callable[[], object], what: str = "what was waited for") -> None:
+    """Wait until something is true."""
+    give_up = time.monotonic() + PATIENCE
+    while not predicate():
+        assert time.monotonic() < give_up, f"{what} did not come within {PATIENCE:g} s"
+        time.sleep(0.002)
+
+
+class RedisCluster:
+    """Three servers that share the slots. They gossip on ports of their own, 10,000 above."""
+
+    def __init__(self, folder: Path) -> None:
+        self.nodes: list[RedisServer] = []
+        try:
+            while len(self.nodes) < 3:
+                self.nodes.append(_ClusterNode(folder))
+            self._introduce()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _introduce(self) -> None:
+        with contextlib.ExitStack() as opened:
+            clients = [opened.enter_context(node.client()) for node in self.nodes]
+            for number, client in enumerate(clients):
+                slots = range(16_384 * number // 3, 16_384 * (number + 1) // 3)
+                client.execute_command("CLUSTER ADDSLOTS", *slots)
+                client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+            for node in self.nodes[1:]:
+                clients[0].execute_command("CLUSTER MEET", "127.0.0.1", node.port)
+            for client in clients:
+                until(partial(self._is_complete, client), "the cluster")
+
+    def _is_complete(self, client: redis.Redis) -> bool:
+        info = client.execute_command("CLUSTER INFO")
+        return (info["cluster_state"], info["cluster_known_nodes"]) == ("ok", "3")
+
+    def client(self, **settings: object) -> redis.RedisCluster:
+        return redis.RedisCluster(host="127.0.0.1", port=self.nodes[0].port, **settings)
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            node.stop()
+
+
+class _ClusterNode(RedisServer):
+    def __init__(self, folder: Path) -> None:
+        port = free_port()
+        while port > 55_535 or not is_free(port + 10_000):
+            port = free_port()
+        self.port = port
+        self.options = (
+            *("--cluster-enabled", "yes", "--cluster-node-timeout", "2000"),
+            *("--cluster-config-file", f"nodes-{port}.conf"),
+        )
+        self.folder = folder
+        self.process = None
+        self.start()
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as listener, contextlib.suppress(OSError):
+        listener.bind(("127.0.0.1", port))
+        return True
+    return False

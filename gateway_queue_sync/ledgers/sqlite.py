@@ -18,7 +18,8 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
-from dataclasses import astuple, fields
+from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
@@ -47,6 +48,9 @@ REMOTE = ("nfs", "cifs", "smb", "9p", "fuse.", "afs", "ceph", "gluster", "lustre
 _BUCKET = [field.name for field in fields(Bucket)]
 _GRANT = [field.name for field in fields(SharedGrant)]
 _ACCOUNT = [f.name for f in fields(SharedAccount) if f.name not in ("buckets", "fresh")]
+_bucket_row, _grant_row, _account_row = (
+    attrgetter(*columns) for columns in (_BUCKET, _GRANT, _ACCOUNT)
+)
 _TABLES = (
     f"""CREATE TABLE account (name PRIMARY KEY, {", ".join(_ACCOUNT)}, fresh_last_us,
         fresh_closed_until_us, clock, touched_us) WITHOUT ROWID""",
@@ -117,12 +121,12 @@ class Tables:
         if relaid:
             self._run("DELETE FROM bucket WHERE name = ?", (self._name,))
         for number, bucket in account.buckets.items():
-            row = (self._name, number, *astuple(bucket))
+            row = (self._name, number, *_bucket_row(bucket))
             self._run(_insert("bucket", len(row)), row)
         fresh = account.fresh
         row = (
             self._name,
-            *[getattr(account, name) for name in _ACCOUNT],
+            *_account_row(account),
             *(fresh.last_us, fresh.closed_until_us, self._clock, self._wall_us),
         )
         self._run(_insert("account", len(row)), row)
@@ -185,7 +189,7 @@ class Tables:
         return SharedGrant(**values)
 
     def put_permit(self, owner: str, grant: SharedGrant) -> None:
-        row = (self._name, owner, *astuple(grant))
+        row = (self._name, owner, *_grant_row(grant))
         self._run(_insert("permit", len(row)), row)
 
     def forget_permits(self, period: int, before_us: int) -> None:

@@ -10,39 +10,18 @@ from threading import get_ident
 from typing import NoReturn
 
 from gateway_queue_sync import forecast, rules, waiting
-from gateway_queue_sync.clock import Clock
 from gateway_queue_sync.errors import QueueClosed, reentered
-from gateway_queue_sync.events import Observer
 from gateway_queue_sync.ledgers.memory import MemoryLedger
 from gateway_queue_sync.lines import Ticket
 from gateway_queue_sync.models import Permit, QueueSnapshot, Report, SessionStartLimit
-from gateway_queue_sync.queue import GatewayQueue, WhenExhausted
+from gateway_queue_sync.queue import GatewayQueue
 from gateway_queue_sync.rules import MICROSECOND, Denial, Grant
-from gateway_queue_sync.waiting import Refresh
 
 
 class InMemoryQueue(GatewayQueue):
     """What the queues of one process are."""
 
-    def __init__(
-        self,
-        ledger: MemoryLedger,
-        *,
-        clock: Clock,
-        observer: Observer | None = None,
-        refresh: Refresh | None = None,
-        reserve: int = 0,
-        when_exhausted: WhenExhausted = "wait",
-    ) -> None:
-        super().__init__(
-            ledger,
-            clock=clock,
-            observer=observer,
-            refresh=refresh,
-            reserve=reserve,
-            when_exhausted=when_exhausted,
-        )
-        self._account = ledger
+    _ledger: MemoryLedger
 
     def snapshot(self) -> QueueSnapshot:
         """Return who waits where, until when, and what is left of the budget; works when closed, too.
@@ -55,11 +34,11 @@ class InMemoryQueue(GatewayQueue):
             now_us = self._now_us()
             outlook = self._outlook(range(self._ledger.max_concurrency))
             tickets = {number: line.waiting() for number, line in self._lines.by_bucket.items()}
-            granted = self._account.state()[0].granted
+            granted = self._ledger.state()[0].granted
         return forecast.snapshot(outlook, tickets, now_us, granted)
 
     def __repr__(self) -> str:
-        account, _, wall_us = self._account.state()
+        account, _, wall_us = self._ledger.state()
         return self._describe(account.granted, rules.budget(account, wall_us))
 
     def __reduce__(self) -> NoReturn:
@@ -90,7 +69,7 @@ class InMemoryQueue(GatewayQueue):
                     self._lines.by_bucket and self._has_line(shard_id)
                 ):
                     return None
-                grant = self._account.take(shard_id, self._reserve, self._refresh is not None)
+                grant = self._ledger.take(shard_id, self._reserve, self._refresh is not None)
             if isinstance(grant, Grant):
                 return self._permit(grant, 0.0) if self._is_in_time(grant) else grant
         except BaseException:
@@ -111,27 +90,27 @@ class InMemoryQueue(GatewayQueue):
     def _ask(self, ticket: Ticket) -> Grant | Denial | None:
         if not self._is_its_turn(ticket):
             return None
-        period = self._account.state()[0].period
+        period = self._ledger.state()[0].period
         can_refresh = self._refresh is not None and ticket.trusted_period != period
-        answer = self._account.take(ticket.shard_id, self._reserve, can_refresh)
+        answer = self._ledger.take(ticket.shard_id, self._reserve, can_refresh)
         if isinstance(answer, Grant):
             self._accept(ticket, answer)
         return answer
 
     def _hand_on(self, ticket: Ticket, grant: Grant) -> bool:
         self._leave(ticket)
-        return self._account.restamp(grant)
+        return self._ledger.restamp(grant)
 
     def _return_grant(self, grant: Grant) -> None:
-        self._account.report(grant, Report.UNUSED)
-        account = self._account.state()[0]
+        self._ledger.report(grant, Report.UNUSED)
+        account = self._ledger.state()[0]
         if account.total is not None and account.remaining == self._reserve + 1:
             self._wake_all_firsts()  # there was nothing left to grant
         else:
             self._wake(self._lines.first(grant.shard_id % self._lines.max_concurrency))
 
     def _outlook(self, numbers: Iterable[int]) -> forecast.Outlook:
-        account, now_us, wall_us = self._account.state()
+        account, now_us, wall_us = self._ledger.state()
         return forecast.Outlook(
             window_us=account.window_us,
             period_us=account.period_us,
@@ -165,17 +144,17 @@ class InMemoryQueue(GatewayQueue):
             if self._closed:
                 raise QueueClosed
             try:
-                self._account.adopt(limit)
+                self._ledger.adopt(limit)
             finally:
                 self._let_know()
 
     def _renew(self, limit: SessionStartLimit, denial: Denial) -> SessionStartLimit | None:
         with self._mutex:
             try:
-                return self._account.renew(limit, denial.period, denial.granted)
+                return self._ledger.renew(limit, denial.period, denial.granted)
             finally:
                 self._let_know()
 
     def _trust(self, denial: Denial) -> bool:
         with self._mutex:
-            return self._account.trust(denial.period)
+            return self._ledger.trust(denial.period)

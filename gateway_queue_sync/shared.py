@@ -25,6 +25,7 @@ from gateway_queue_sync.errors import AcquireTimeout, BrokerError, QueueClosed, 
 from gateway_queue_sync.events import LeaveReason, Observer, ShardWaiting
 from gateway_queue_sync.ledgers.shared import DEFAULT_LEASE, LEAST_MARGIN, SharedLedger, Terms
 from gateway_queue_sync.lines import PermitFuture, Ticket
+from gateway_queue_sync.messages import Reply, Waiter
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
@@ -37,7 +38,6 @@ from gateway_queue_sync.models import (
 )
 from gateway_queue_sync.queue import GatewayQueue, WhenExhausted
 from gateway_queue_sync.rules import MICROSECOND, Budget, Denial, Grant, Reason, to_us
-from gateway_queue_sync.turns import Reply, Waiter
 from gateway_queue_sync.waiting import Errand, Refresh
 
 log = logging.getLogger("gateway_queue_sync")
@@ -135,6 +135,8 @@ class _Outage:
 class SharedQueue(GatewayQueue):
     """What the queues of many processes are."""
 
+    _ledger: SharedLedger
+
     def __init__(
         self,
         connect: Connect,
@@ -160,7 +162,6 @@ class SharedQueue(GatewayQueue):
             reserve=reserve,
             when_exhausted=when_exhausted,
         )
-        self._account = ledger
         self._outage: _Outage | None = None
         if limit is not None:
             self._check_limit(limit)
@@ -180,7 +181,7 @@ class SharedQueue(GatewayQueue):
         """
         self._begin()
         self._outage = None
-        self._account.begin_anew_after_fork()
+        self._ledger.begin_anew_after_fork()
 
     def snapshot(self) -> QueueSnapshot:
         """Return who waits where, in all processes, until when, and what is left of the budget.
@@ -192,7 +193,7 @@ class SharedQueue(GatewayQueue):
             RuntimeError: as ``acquire`` does.
         """
         self._check_thread()
-        return picture(self._look(), self._account.terms.period_us, self._reserve)
+        return picture(self._look(), self._ledger.terms.period_us, self._reserve)
 
     def close(self) -> None:
         """Grant no more permits: whoever waits here gets ``QueueClosed``; other processes go on.
@@ -202,12 +203,12 @@ class SharedQueue(GatewayQueue):
         super().close()
         if not self._inside():
             self._post()
-            self._account.close()
+            self._ledger.close()
 
     def __repr__(self) -> str:
-        limit = self._account.limit
+        limit = self._ledger.limit
         left = Budget(limit.total, limit.remaining, 0)
-        return self._describe(self._account.granted, left)
+        return self._describe(self._ledger.granted, left)
 
     # --- asking -----------------------------------------------------------------------------------
 
@@ -277,14 +278,14 @@ class SharedQueue(GatewayQueue):
         return before, None if eta_us is None else eta_us / MICROSECOND
 
     def _look(self) -> Reply:
-        reply = self._account.look()
-        if self._account.forgotten:  # nobody here is in what it has told
+        reply = self._ledger.look()
+        if self._ledger.forgotten:  # nobody here is in what it has told
             self._back()
-            reply = self._account.look()
+            reply = self._ledger.look()
         return reply
 
     def _outlook(self, reply: Reply) -> forecast.Outlook:
-        return _outlook(reply, self._account.terms.period_us, self._reserve)
+        return _outlook(reply, self._ledger.terms.period_us, self._reserve)
 
     # ----------------------------------------------------------------------------------------------
     # With the mutex held
@@ -314,7 +315,7 @@ class SharedQueue(GatewayQueue):
             if (
                 not ticket.waiting
             ):  # its future was cancelled meanwhile, and came to be known after all
-                self._account.left(ticket)
+                self._ledger.left(ticket)
             ticket.answer, ticket.until_us = answer, self._now_us() + answer.wait_us
             if not ticket.woken:
                 return answer
@@ -338,8 +339,8 @@ class SharedQueue(GatewayQueue):
         return True
 
     def _return_grant(self, grant: Grant) -> None:
-        self._account.report(grant, Report.UNUSED)
-        if self._account.limit.remaining <= self._reserve:
+        self._ledger.report(grant, Report.UNUSED)
+        if self._ledger.limit.remaining <= self._reserve:
             self._wake_all_firsts()  # there was nothing left to grant
         else:
             self._wake(self._lines.first(grant.shard_id % self._lines.max_concurrency))
@@ -355,7 +356,7 @@ class SharedQueue(GatewayQueue):
         assert isinstance(ticket, SharedTicket)
         if not ticket.known:
             ticket.known = True
-            self._account.joined(ticket)
+            self._ledger.joined(ticket)
         if ticket.future is not None:
             self._bell.notify()  # the futures' thread tells it
         elif self._chore() is not None and not self._asks_soon(self._lines.bucket(ticket)):
@@ -373,7 +374,7 @@ class SharedQueue(GatewayQueue):
         return first.woken or first.until_us - self._now_us() < SOON_US
 
     def _chore(self) -> Errand | None:
-        return self._post if self._account.has_news and self._outage is None else None
+        return self._post if self._ledger.has_news and self._outage is None else None
 
     def _eta(self, ticket: Ticket) -> float | None:
         return None  # the ledger would have to be asked; see _explain
@@ -388,9 +389,9 @@ class SharedQueue(GatewayQueue):
 
     def _consult(self, ticket: SharedTicket, heir: Ticket | None) -> tuple[Grant | Denial, int]:
         """Ask the ledger; one that is out of reach denies for a pause that grows."""
-        can_refresh = self._refresh is not None and ticket.trusted_period != self._account.period
+        can_refresh = self._refresh is not None and ticket.trusted_period != self._ledger.period
         try:
-            answer, heir_us = self._account.take(
+            answer, heir_us = self._ledger.take(
                 ticket,
                 stays=ticket.stays,
                 reserve=self._reserve,
@@ -420,17 +421,17 @@ class SharedQueue(GatewayQueue):
         outage, self._outage = self._outage, None
         if outage is not None and outage.failures >= WORTH_A_WARNING:
             away = (self._now_us() - outage.since_us) / MICROSECOND
-            log.warning("%r answers again, after %.1f s", self._account, away)
-        if self._account.forgotten:
+            log.warning("%r answers again, after %.1f s", self._ledger, away)
+        if self._ledger.forgotten:
             with self._mutex:
-                self._account.forgotten = False
+                self._ledger.forgotten = False
                 for ticket in self._lines:
-                    self._account.joined(ticket)
+                    self._ledger.joined(ticket)
 
     def _post(self) -> None:
         """Tell the ledger the news; what does not get through goes along with the next call."""
         try:
-            self._account.tell()
+            self._ledger.tell()
         except BrokerError as failure:
             log.info("%s; it will be told what happened here with the next call", failure)
             self._missed(failure)
@@ -441,7 +442,7 @@ class SharedQueue(GatewayQueue):
     def _step_out(self, ticket: Ticket, reason: LeaveReason) -> None:
         assert isinstance(ticket, SharedTicket)
         if ticket.known:
-            self._account.left(ticket)
+            self._ledger.left(ticket)
         super()._step_out(ticket, reason)
         if not ticket.known or self._outage is not None:
             return
@@ -474,13 +475,13 @@ class SharedQueue(GatewayQueue):
         if self._closed:
             raise QueueClosed
         try:
-            self._account.adopt(limit)
+            self._ledger.adopt(limit)
         finally:
             self._let_know()
 
     def _renew(self, limit: SessionStartLimit, denial: Denial) -> SessionStartLimit | None:
         try:
-            return self._account.renew(limit, denial)
+            return self._ledger.renew(limit, denial)
         except BrokerError as failure:
             log.warning("%s; the limit that was read is dropped, and will be read again", failure)
             return None
@@ -489,7 +490,7 @@ class SharedQueue(GatewayQueue):
 
     def _trust(self, denial: Denial) -> bool:
         try:
-            return self._account.trust(denial)
+            return self._ledger.trust(denial)
         except BrokerError:
             return False  # whoever asks next is told to read it again
 

@@ -20,153 +20,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from gateway_queue_sync import rules
+from gateway_queue_sync.messages import (
+    OUTCOMES,
+    News,
+    Order,
+    Outcome,
+    Reply,
+    Request,
+    Take,
+    Waiter,
+    in_order,
+)
 from gateway_queue_sync.models import SessionStartLimit
 from gateway_queue_sync.rules import NEVER, Account, Bucket, Denial, Grant, Reason
 
 LONGEST_GRACE_US = 100_000
 FORGOTTEN_AFTER_US = 60_000_000  # a process that has been silent for that long
 SETTLED_AFTER_US = 600_000_000  # a permit of an earlier period that nobody will report on
-
-OUTCOMES = (None, Grant, Reason.WINDOW, Reason.BUDGET, Reason.RESET)  # what Reply.outcome counts
-
-
-class News(NamedTuple):
-    """What a process tells of one of its tickets, and no answer is needed for.
-
-    ``joined``: it stands in a line, since ``at_us``, at ``place_us``. ``left``: it does not, and what
-    was granted to it is given back. ``sent`` and ``rejected`` (at ``at_us``) and ``unused`` are its
-    holder's reports on permit ``serial``. Hearing news twice changes nothing.
-    """
-
-    kind: Literal["joined", "left", "sent", "unused", "rejected"]
-    ticket: int
-    shard_id: int = 0
-    serial: int = 0
-    at_us: int = 0
-    place_us: int = 0
-
-
-class Next(NamedTuple):
-    """The ticket of the same process that is next in a line, since ``at_us``, at ``place_us``."""
-
-    ticket: int
-    shard_id: int
-    at_us: int
-    place_us: int
-
-
-class Take(NamedTuple):
-    """The wish for a permit of a ticket that is the first of its process for its bucket.
-
-    It waits since ``at_us``, at ``place_us``; one that does not ``stay`` only tries. ``reserve`` and
-    ``can_refresh`` are as in the rules. ``floor_us`` is the newest grant of the bucket that the process
-    has seen, by the ledger's clock, when ``granted`` permits had been: for a ledger that has lost some.
-    If the permit is granted, ``next`` takes the ticket's stead in the line.
-    """
-
-    ticket: int
-    shard_id: int
-    at_us: int
-    place_us: int
-    stays: bool = True
-    reserve: int = 0
-    can_refresh: bool = False
-    floor_us: int = NEVER
-    granted: int = 0
-    next: Next | None = None
-
-
-class Order(NamedTuple):
-    """A limit to adopt, or (``trust``) that none could be read.
-
-    ``open``: a process has begun with it. ``update``: as it is given. ``renew``: it was read at the
-    reset of ``period``, when ``granted`` permits had been.
-    """
-
-    kind: Literal["open", "update", "renew", "trust"]
-    limit: SessionStartLimit | None = None
-    period: int = 0
-    granted: int = 0
-
-
-class Request(NamedTuple):
-    """One message of a process to the ledger. With no ``owner`` it only looks, and leaves no trace.
-
-    ``at_us`` is when it was sent, by the clock of all times in it; ``None`` if that is the ledger's.
-    ``limit`` is what the process knows (with an ``open`` order: the order's, if it has one), for a
-    ledger that finds nothing.
-    """
-
-    owner: str
-    at_us: int | None
-    interval_us: int
-    margin_us: int
-    period_us: int
-    lease_us: int
-    limit: SessionStartLimit
-    news: tuple[News, ...] = ()
-    order: Order | None = None
-    take: Take | None = None
-    look: bool = False
-
-
-class Waiter(NamedTuple):
-    """A ticket that waits, for those who look: by the ledger's clock."""
-
-    ticket: int
-    shard_id: int
-    arrived_us: int
-    place_us: int
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Where it stands; among those of one process that came at one instant, as they came."""
-        return self.place_us, self.ticket
-
-
-class Outcome(NamedTuple):
-    """What came of a wish for a permit: whole numbers throughout.
-
-    ``kind`` counts ``OUTCOMES``. ``us`` is the permit's age, or the time to sleep before asking again;
-    ``left`` the session starts left after the permit; ``last_us`` the bucket's latest grant;
-    ``next_us`` how long the next of the process may sleep, 0 if it has to ask.
-    """
-
-    kind: int = 0
-    us: int = 0
-    serial: int = 0
-    bucket: int = 0
-    left: int = 0
-    last_us: int = NEVER
-    next_us: int = 0
-
-
-class Reply(NamedTuple):
-    """What the ledger answers: whole numbers throughout.
-
-    ``known`` is false if the ledger did not know the process, nor who waits there (to one that only
-    looks: if it knows nothing at all). ``booked`` is false if a renewal was overtaken. The rest tells
-    of the account, and of who waits if that was asked.
-    """
-
-    known: bool
-    booked: bool
-    total: int
-    remaining: int
-    resets_in_us: int
-    max_concurrency: int
-    period: int
-    granted: int
-    interval_us: int
-    margin_us: int
-    outcome: Outcome = Outcome()
-    ready_in_us: tuple[tuple[int, int], ...] = ()  # of the buckets that were used, by number
-    others_ready_in_us: int = 0  # of the buckets that were not
-    waiting: tuple[Waiter, ...] = ()  # as they stand
-    now_us: int = 0  # the ledger's clock
 
 
 @dataclass(slots=True)
@@ -262,11 +135,6 @@ class Store(Protocol):
 
     def waiters(self, since_us: int) -> list[Waiter]:
         """Return those who wait in processes with a lease after ``since_us``."""
-
-
-def in_order(waiters: Iterable[Waiter]) -> tuple[Waiter, ...]:
-    """Return those who wait as they stand."""
-    return tuple(sorted(waiters, key=lambda one: (one.place, one)))
 
 
 def answer(store: Store, request: Request, now_us: int, wall_us: int) -> Reply:

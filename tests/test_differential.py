@@ -9,10 +9,10 @@ from redis_servers import needs_redis
 
 from gateway_queue_sync.ledgers.shared import Terms
 from gateway_queue_sync.ledgers.sqlite import SqliteLedger
+from gateway_queue_sync.messages import OUTCOMES, News, Next, Order, Request, Take
 from gateway_queue_sync.models import SessionStartLimit
 from gateway_queue_sync.rules import NEVER, Grant
 from gateway_queue_sync.testing import FakeClock
-from gateway_queue_sync.turns import OUTCOMES, News, Next, Order, Request, Take
 
 S = 1_000_000
 STEPS = 12_000

@@ -42,7 +42,7 @@ def cut_off(queue, monkeypatch):
     def carry(request):
         raise BrokerError("out of reach") from OSError("no route")
 
-    monkeypatch.setattr(queue._account, "carry", carry)
+    monkeypatch.setattr(queue._ledger, "carry", carry)
 
 
 @pytest.fixture
@@ -413,7 +413,7 @@ def test_a_crash_loop_cannot_burn_the_budget_unseen(account, clock):
         queue = account.queue(limit(20, 20, 86_400.0), clock=clock, reserve=5)
         clock.advance(WINDOW)
         granted += queue.try_acquire(0) is not None
-        queue._account.close()  # and not the queue: it crashes
+        queue._ledger.close()  # and not the queue: it crashes
     assert granted == 15
 
 
@@ -497,7 +497,7 @@ def test_any_finite_head_start_will_do(two, clock, crew):
 
 def forget_all(queue):
     """Lose the ledger's state, as a server without a disk does, or whoever removes the file."""
-    account = queue._account
+    account = queue._ledger
     if hasattr(account, "_path"):
         account._path.unlink()
     else:
@@ -564,14 +564,14 @@ def test_a_ledger_that_lost_grants_is_held_to_what_its_processes_saw(two, clock)
 
 
 def copy_of(queue):
-    account = queue._account
+    account = queue._ledger
     if hasattr(account, "_path"):
         return account._path.read_bytes()
     return {key: account._client.dump(key) for key in account._keys}
 
 
 def put_back(queue, copy):
-    account = queue._account
+    account = queue._ledger
     if hasattr(account, "_path"):
         account.close()  # else SQLite would lose its locks
         account._closed = False
@@ -588,7 +588,7 @@ def put_back(queue, copy):
 
 def test_a_permit_whose_reply_was_lost_is_granted_once(two, clock, monkeypatch, crew):
     one, _ = two
-    carry, lost = one._account.carry, []
+    carry, lost = one._ledger.carry, []
 
     def lose_the_reply(request):
         reply = carry(request)
@@ -597,7 +597,7 @@ def test_a_permit_whose_reply_was_lost_is_granted_once(two, clock, monkeypatch, 
             raise BrokerError("the reply was lost") from OSError()
         return reply
 
-    monkeypatch.setattr(one._account, "carry", lose_the_reply)
+    monkeypatch.setattr(one._ledger, "carry", lose_the_reply)
     call = crew(one.acquire, 0)
     for _ in range(2):
         clock.settle(1)
@@ -610,7 +610,7 @@ def test_a_permit_whose_reply_was_lost_is_granted_once(two, clock, monkeypatch, 
 def test_a_permit_whose_reply_came_too_late_is_given_back(two, clock, monkeypatch, crew):
     """Asked for again it would look new, but the ledger knows its age."""
     one, _ = two
-    carry, lost = one._account.carry, []
+    carry, lost = one._ledger.carry, []
 
     def lose_the_reply(request):
         reply = carry(request)
@@ -620,7 +620,7 @@ def test_a_permit_whose_reply_came_too_late_is_given_back(two, clock, monkeypatc
             raise BrokerError("the reply was lost") from OSError()
         return reply
 
-    monkeypatch.setattr(one._account, "carry", lose_the_reply)
+    monkeypatch.setattr(one._ledger, "carry", lose_the_reply)
     call = crew(one.acquire, 0)
     clock.settle(1)
     clock.advance(clock.next_in)
@@ -747,7 +747,7 @@ def test_reports_change_the_window_for_all(two, clock):
 
 def test_hearing_a_report_twice_changes_nothing(two, clock, monkeypatch):
     one, other = two
-    carry = one._account.carry
+    carry = one._ledger.carry
 
     def lose_the_first_reply(request):
         carry(request)
@@ -756,7 +756,7 @@ def test_hearing_a_report_twice_changes_nothing(two, clock, monkeypatch):
 
     for report, ready_in in (("unused", 0.0), ("rejected", 2 * WINDOW), ("sent", WINDOW)):
         permit = one.acquire(0)
-        monkeypatch.setattr(one._account, "carry", lose_the_first_reply)
+        monkeypatch.setattr(one._ledger, "carry", lose_the_first_reply)
         getattr(permit, report)()
         one.snapshot()
         assert other.snapshot().buckets[0].ready_in == ready_in

@@ -182,7 +182,7 @@ def test_watching_shows_it_again_and_survives_what_goes_wrong(file):
         future.cancel()
         queue.close()
         with contextlib.suppress(FileNotFoundError):
-            queue._account._path.unlink()
+            queue._ledger._path.unlink()
         while "No such file" not in watch.stderr.readline():
             pass
         SqliteQueue(file, LIMIT).close()

@@ -28,8 +28,9 @@ DEFAULT_MARGIN IDENTIFY_INTERVAL SESSION_PERIOD
 FLOORS = [
     ["errors", "clock", "models"],
     ["events", "rules", "lines", "gateway_bot"],
-    ["forecast", "ledgers", "turns"],
-    ["ledgers.memory", "ledgers.shared", "ledgers.wire"],
+    ["forecast", "ledgers", "messages"],
+    ["ledgers.memory", "ledgers.wire", "turns"],
+    ["ledgers.shared", "ledgers.tables"],
     ["ledgers.sqlite", "ledgers.redis"],
     ["waiting"],
     ["queue"],

@@ -17,7 +17,7 @@ from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.errors import BrokerError
 from gateway_queue_sync.ledgers import wire
 from gateway_queue_sync.ledgers.shared import SharedLedger, Terms
-from gateway_queue_sync.turns import Reply, Request
+from gateway_queue_sync.messages import Reply, Request
 
 try:
     import redis

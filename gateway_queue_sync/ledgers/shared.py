@@ -17,18 +17,10 @@ from typing import Any, Protocol
 
 from gateway_queue_sync.clock import Clock
 from gateway_queue_sync.errors import BrokerError
+from gateway_queue_sync.messages import OUTCOMES, News, Next, Order, Reply, Request, Take
 from gateway_queue_sync.models import Report, SessionStartLimit
 from gateway_queue_sync.rules import MICROSECOND, NEVER, Denial, Grant, Reason
-from gateway_queue_sync.turns import (
-    OUTCOMES,
-    News,
-    Next,
-    Order,
-    Reply,
-    Request,
-    SharedGrant,
-    Take,
-)
+from gateway_queue_sync.turns import SharedGrant
 
 log = logging.getLogger("gateway_queue_sync")
 

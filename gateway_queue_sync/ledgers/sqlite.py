@@ -17,204 +17,22 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Iterable
-from dataclasses import fields
-from operator import attrgetter
 from pathlib import Path
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.errors import BrokerError, reentered
 from gateway_queue_sync.ledgers.shared import SharedLedger, Terms
-from gateway_queue_sync.rules import MICROSECOND, NEVER, Bucket
-from gateway_queue_sync.turns import (
-    Head,
-    Reply,
-    Request,
-    SharedAccount,
-    SharedGrant,
-    Waiter,
-    answer,
-)
+from gateway_queue_sync.ledgers.tables import APPLICATION_ID, CREATE, SCHEMA_VERSION, Tables
+from gateway_queue_sync.messages import Reply, Request
+from gateway_queue_sync.rules import MICROSECOND
+from gateway_queue_sync.turns import answer
 
 log = logging.getLogger("gateway_queue_sync")
 
-APPLICATION_ID = 0x47515359  # "GQSY": the file is this library's
-SCHEMA_VERSION = 1
 BUSY_TIMEOUT = 0.02  # s that SQLite waits for others by itself, deaf to Ctrl-C
 PATIENCE = 5.0  # s for what nobody tries again
 IN_USE_US = 60 * MICROSECOND  # for so long somebody who keeps another time counts as being there
 REMOTE = ("nfs", "cifs", "smb", "9p", "fuse.", "afs", "ceph", "gluster", "lustre", "gpfs")
-
-_BUCKET = [field.name for field in fields(Bucket)]
-_GRANT = [field.name for field in fields(SharedGrant)]
-_ACCOUNT = [f.name for f in fields(SharedAccount) if f.name not in ("buckets", "fresh")]
-_bucket_row, _grant_row, _account_row = (
-    attrgetter(*columns) for columns in (_BUCKET, _GRANT, _ACCOUNT)
-)
-_TABLES = (
-    f"""CREATE TABLE account (name PRIMARY KEY, {", ".join(_ACCOUNT)}, fresh_last_us,
-        fresh_closed_until_us, clock, touched_us) WITHOUT ROWID""",
-    f"""CREATE TABLE bucket (name, number, {", ".join(_BUCKET)},
-        PRIMARY KEY (name, number)) WITHOUT ROWID""",
-    """CREATE TABLE process (name, owner, lease_until_us,
-        PRIMARY KEY (name, owner)) WITHOUT ROWID""",
-    """CREATE TABLE head (name, number, owner, ticket, shard_id, place_us,
-        PRIMARY KEY (name, number, owner)) WITHOUT ROWID""",
-    f"""CREATE TABLE permit (name, owner, {", ".join(_GRANT)},
-        PRIMARY KEY (name, owner, ticket)) WITHOUT ROWID""",
-    """CREATE TABLE waiter (name, owner, ticket, shard_id, arrived_us, place_us,
-        PRIMARY KEY (name, owner, ticket)) WITHOUT ROWID""",
-    f"PRAGMA application_id = {APPLICATION_ID}",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
-)
-
-
-def _insert(table: str, columns: int) -> str:
-    return f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * columns)})"
-
-
-class Tables:
-    """The state of one account in the file, within a transaction: a ``turns.Store``."""
-
-    def __init__(self, connection: sqlite3.Connection, name: str, clock: str, wall_us: int) -> None:
-        self._run = connection.execute
-        self._name = name
-        self._clock = clock
-        self._wall_us = wall_us
-
-    def last_clock(self) -> tuple[str, int] | None:
-        """Return whose time was kept when the account was last used, and when that was."""
-        found = self._run("SELECT clock, touched_us FROM account WHERE name = ?", (self._name,))
-        row = found.fetchone()
-        return None if row is None else (row[0], row[1])
-
-    def begin_windows_anew(self, now_us: int) -> None:
-        """Forget what is kept by another clock: all but the budget. No bucket grants for a window."""
-        for table in ("bucket", "process", "head", "permit", "waiter"):
-            self._run(f"DELETE FROM {table} WHERE name = ?", (self._name,))
-        self._run(
-            "UPDATE account SET fresh_last_us = ?, fresh_closed_until_us = ?, opened_us = ?, "
-            "interval_until_us = ?, margin_until_us = ?, refresh_until_us = ?, clock = ? WHERE name = ?",
-            (now_us, *[NEVER] * 5, self._clock, self._name),
-        )
-
-    def account(self) -> SharedAccount | None:
-        row = self._run("SELECT * FROM account WHERE name = ?", (self._name,)).fetchone()
-        if row is None:
-            return None
-        values = dict(zip(_ACCOUNT, row[1:], strict=False))
-        values["refresh_owed"] = bool(values["refresh_owed"])
-        last_us, closed_until_us = row[len(_ACCOUNT) + 1 : len(_ACCOUNT) + 3]
-        fresh = Bucket(last_us=last_us, closed_until_us=closed_until_us)
-        return SharedAccount(fresh=fresh, **values)
-
-    def buckets(self, number: int | None = None) -> dict[int, Bucket]:
-        if number is None:
-            found = self._run("SELECT * FROM bucket WHERE name = ?", (self._name,))
-        else:
-            found = self._run(
-                "SELECT * FROM bucket WHERE name = ? AND number = ?", (self._name, number)
-            )
-        return {row[1]: Bucket(*row[2:]) for row in found}
-
-    def keep(self, account: SharedAccount, *, relaid: bool) -> None:
-        if relaid:
-            self._run("DELETE FROM bucket WHERE name = ?", (self._name,))
-        for number, bucket in account.buckets.items():
-            row = (self._name, number, *_bucket_row(bucket))
-            self._run(_insert("bucket", len(row)), row)
-        fresh = account.fresh
-        row = (
-            self._name,
-            *_account_row(account),
-            *(fresh.last_us, fresh.closed_until_us, self._clock, self._wall_us),
-        )
-        self._run(_insert("account", len(row)), row)
-
-    def renew_lease(self, owner: str, until_us: int) -> bool:
-        known = self._run(
-            "UPDATE process SET lease_until_us = ? WHERE name = ? AND owner = ?",
-            (until_us, self._name, owner),
-        ).rowcount
-        if not known:
-            self._run(_insert("process", 3), (self._name, owner, until_us))
-        return bool(known)
-
-    def end_leases(self, owners: Iterable[str], now_us: int) -> None:
-        for owner in owners:
-            self._run(
-                "UPDATE process SET lease_until_us = ? WHERE name = ? AND owner = ?",
-                (now_us, self._name, owner),
-            )
-
-    def forget_silent(self, before_us: int) -> None:
-        silent = self._run(
-            "SELECT owner FROM process WHERE name = ? AND lease_until_us < ?",
-            (self._name, before_us),
-        ).fetchall()
-        for (owner,) in silent:
-            for table in ("process", "head", "waiter"):
-                self._run(f"DELETE FROM {table} WHERE name = ? AND owner = ?", (self._name, owner))
-
-    def heads(self, number: int | None = None, since_us: int = NEVER) -> list[Head]:
-        found = self._run(
-            "SELECT head.owner, ticket, shard_id, place_us FROM head JOIN process USING (name, owner) "
-            "WHERE name = ? AND number = coalesce(?, number) AND lease_until_us > ?",
-            (self._name, number, since_us),
-        )
-        return [Head(*row) for row in found]
-
-    def put_head(self, number: int, head: Head) -> None:
-        row = (self._name, number, *head)
-        self._run(_insert("head", len(row)), row)
-
-    def drop_head(self, owner: str, ticket: int) -> None:
-        self._run(
-            "DELETE FROM head WHERE name = ? AND owner = ? AND ticket = ?",
-            (self._name, owner, ticket),
-        )
-
-    def drop_heads(self) -> None:
-        self._run("DELETE FROM head WHERE name = ?", (self._name,))
-
-    def permit(self, owner: str, ticket: int) -> SharedGrant | None:
-        row = self._run(
-            "SELECT * FROM permit WHERE name = ? AND owner = ? AND ticket = ?",
-            (self._name, owner, ticket),
-        ).fetchone()
-        if row is None:
-            return None
-        values = dict(zip(_GRANT, row[2:], strict=True))
-        values["returned"], values["refused"] = bool(values["returned"]), bool(values["refused"])
-        return SharedGrant(**values)
-
-    def put_permit(self, owner: str, grant: SharedGrant) -> None:
-        row = (self._name, owner, *_grant_row(grant))
-        self._run(_insert("permit", len(row)), row)
-
-    def forget_permits(self, period: int, before_us: int) -> None:
-        self._run(
-            "DELETE FROM permit WHERE name = ? AND period < ? AND stamp_us < ?",
-            (self._name, period, before_us),
-        )
-
-    def put_waiter(self, owner: str, waiter: Waiter) -> None:
-        row = (self._name, owner, *waiter)
-        self._run(_insert("waiter", len(row)).replace("OR REPLACE", "OR IGNORE"), row)
-
-    def drop_waiter(self, owner: str, ticket: int) -> None:
-        self._run(
-            "DELETE FROM waiter WHERE name = ? AND owner = ? AND ticket = ?",
-            (self._name, owner, ticket),
-        )
-
-    def waiters(self, since_us: int) -> list[Waiter]:
-        found = self._run(
-            "SELECT ticket, shard_id, arrived_us, place_us FROM waiter JOIN process USING (name, owner) "
-            "WHERE name = ? AND lease_until_us > ?",
-            (self._name, since_us),
-        )
-        return [Waiter(*row) for row in found]
 
 
 class SqliteLedger(SharedLedger):
@@ -319,7 +137,7 @@ class SqliteLedger(SharedLedger):
         if tables or not create:
             what = f"schema {version}; this version reads {SCHEMA_VERSION}" if tables else "nothing"
             raise BrokerError(f"{self!r} holds {what}") from ValueError(version)
-        for statement in _TABLES:
+        for statement in CREATE:
             connection.execute(statement)
 
     def _change_clock(

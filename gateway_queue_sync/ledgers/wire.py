@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from gateway_queue_sync.messages import Outcome, Reply, Request, Waiter, in_order
 from gateway_queue_sync.models import SessionStartLimit
 from gateway_queue_sync.rules import to_us
-from gateway_queue_sync.turns import Outcome, Reply, Request, Waiter, in_order
 
 
 def request_as_json(request: Request) -> dict[str, Any]:

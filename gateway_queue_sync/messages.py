@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from gateway_queue_sync.models import SessionStartLimit
-from gateway_queue_sync.rules import NEVER, Grant, Reason
+from gateway_queue_sync.rules import Grant, Reason
 
 OUTCOMES = (None, Grant, Reason.WINDOW, Reason.BUDGET, Reason.RESET)  # what Reply.outcome counts
 
@@ -43,9 +43,8 @@ class Take(NamedTuple):
     """The wish for a permit of a ticket that is the first of its process for its bucket.
 
     It waits since ``at_us``, at ``place_us``; one that does not ``stay`` only tries. ``reserve`` and
-    ``can_refresh`` are as in the rules. ``floor_us`` is the newest grant of the bucket that the process
-    has seen, by the ledger's clock, when ``granted`` permits had been: for a ledger that has lost some.
-    If the permit is granted, ``next`` takes the ticket's stead in the line.
+    ``can_refresh`` are as in the rules. If the permit is granted, ``next`` takes the ticket's stead in
+    the line.
     """
 
     ticket: int
@@ -55,8 +54,6 @@ class Take(NamedTuple):
     stays: bool = True
     reserve: int = 0
     can_refresh: bool = False
-    floor_us: int = NEVER
-    granted: int = 0
     next: Next | None = None
 
 
@@ -76,18 +73,23 @@ class Order(NamedTuple):
 class Request(NamedTuple):
     """One message of a process to the ledger. With no ``owner`` it only looks, and leaves no trace.
 
-    ``at_us`` is when it was sent, by the clock of all times in it; ``None`` if that is the ledger's.
-    ``limit`` is what the process knows (with an ``open`` order: the order's, if it has one), for a
-    ledger that finds nothing.
+    ``number`` counts a process's requests; those up to ``void`` that come later than this one were
+    given up, and do nothing. ``at_us`` is when it was sent, by the clock of all times in it; ``None``
+    if that is the ledger's. ``limit``, ``period`` and ``granted`` are what the process knows of the
+    account (with an ``open`` order: its limit, if it has one), for a ledger that has lost it.
     """
 
     owner: str
+    number: int
+    void: int
     at_us: int | None
     interval_us: int
     margin_us: int
     period_us: int
     lease_us: int
     limit: SessionStartLimit
+    period: int
+    granted: int
     news: tuple[News, ...] = ()
     order: Order | None = None
     take: Take | None = None
@@ -112,8 +114,8 @@ class Outcome(NamedTuple):
     """What came of a wish for a permit: whole numbers throughout.
 
     ``kind`` counts ``OUTCOMES``. ``us`` is the permit's age, or the time to sleep before asking again;
-    ``left`` the session starts left after the permit; ``last_us`` the bucket's latest grant;
-    ``next_us`` how long the next of the process may sleep, 0 if it has to ask.
+    ``left`` the session starts left after the permit; ``next_us`` how long the next of the process may
+    sleep, 0 if it has to ask.
     """
 
     kind: int = 0
@@ -121,18 +123,20 @@ class Outcome(NamedTuple):
     serial: int = 0
     bucket: int = 0
     left: int = 0
-    last_us: int = NEVER
     next_us: int = 0
 
 
 class Reply(NamedTuple):
-    """What the ledger answers: whole numbers throughout.
+    """What the ledger answers to the request of that ``number``: whole numbers throughout.
 
-    ``known`` is false if the ledger did not know the process, nor who waits there (to one that only
-    looks: if it knows nothing at all). ``booked`` is false if a renewal was overtaken. The rest tells
-    of the account, and of who waits if that was asked.
+    ``void`` says that it had been given up, and was not heard. ``known`` is false if the ledger did
+    not know the process, nor who waits there (to one that only looks: if it knows nothing at all).
+    ``booked`` is false if a renewal was overtaken. The rest tells of the account, and of who waits if
+    that was asked.
     """
 
+    number: int
+    void: bool
     known: bool
     booked: bool
     total: int
@@ -147,7 +151,8 @@ class Reply(NamedTuple):
     ready_in_us: tuple[tuple[int, int], ...] = ()  # of the buckets that were used, by number
     others_ready_in_us: int = 0  # of the buckets that were not
     waiting: tuple[Waiter, ...] = ()  # as they stand
-    now_us: int = 0  # the ledger's clock
+    now_us: int = 0  # by the ledger's clock
+    asked_us: int = 0  # when the request was sent, by the process's; filled in there
 
 
 def in_order(waiters: Iterable[Waiter]) -> tuple[Waiter, ...]:

@@ -293,7 +293,7 @@ def renew(
     if account.period != period:
         return None
     since = account.granted - granted
-    if since:
+    if since > 0:
         limit = replace(limit, remaining=max(0, limit.remaining - since))
     if limit.remaining < limit.total:
         limit = replace(limit, reset_after=max(limit.reset_after, SOONEST_REASK_US / MICROSECOND))

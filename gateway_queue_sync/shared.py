@@ -23,7 +23,12 @@ from gateway_queue_sync import forecast
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.errors import AcquireTimeout, BrokerError, QueueClosed, reentered
 from gateway_queue_sync.events import LeaveReason, Observer, ShardWaiting
-from gateway_queue_sync.ledgers.shared import DEFAULT_LEASE, LEAST_MARGIN, SharedLedger, Terms
+from gateway_queue_sync.ledgers.shared import (
+    DEFAULT_LEASE,
+    LEAST_MARGIN,
+    SharedLedger,
+    Terms,
+)
 from gateway_queue_sync.lines import PermitFuture, Ticket
 from gateway_queue_sync.messages import Reply, Waiter
 from gateway_queue_sync.models import (
@@ -37,7 +42,7 @@ from gateway_queue_sync.models import (
     seconds,
 )
 from gateway_queue_sync.queue import GatewayQueue, WhenExhausted
-from gateway_queue_sync.rules import MICROSECOND, Budget, Denial, Grant, Reason, to_us
+from gateway_queue_sync.rules import MICROSECOND, NEVER, Budget, Denial, Grant, Reason, to_us
 from gateway_queue_sync.waiting import Errand, Refresh
 
 log = logging.getLogger("gateway_queue_sync")
@@ -113,11 +118,6 @@ class SharedTicket(Ticket):
         self.known = False  # the ledger has heard of it, or may have
         self.told = False  # an observer was told of its permit
 
-    def foretell(self, answer: Denial, now_us: int) -> None:
-        """Take what the ledger said to the one before, for when this is the first."""
-        self.answer, self.until_us = answer, now_us + answer.wait_us
-        self.foretold = self.known = True
-
     def hand_over(self) -> None:  # noqa: D102 - as any ticket
         super().hand_over()
         self.known = False
@@ -130,6 +130,7 @@ class _Outage:
     failure: BrokerError
     since_us: int
     failures: int = 0
+    pause_until_us: int = NEVER
 
 
 class SharedQueue(GatewayQueue):
@@ -181,7 +182,7 @@ class SharedQueue(GatewayQueue):
         """
         self._begin()
         self._outage = None
-        self._ledger.begin_anew_after_fork()
+        self._ledger.after_fork_in_child()
 
     def snapshot(self) -> QueueSnapshot:
         """Return who waits where, in all processes, until when, and what is left of the budget.
@@ -193,7 +194,7 @@ class SharedQueue(GatewayQueue):
             RuntimeError: as ``acquire`` does.
         """
         self._check_thread()
-        return picture(self._look(), self._ledger.terms.period_us, self._reserve)
+        return picture(self._look(patient=True), self._ledger.terms.period_us, self._reserve)
 
     def close(self) -> None:
         """Grant no more permits: whoever waits here gets ``QueueClosed``; other processes go on.
@@ -257,13 +258,13 @@ class SharedQueue(GatewayQueue):
         return error
 
     def _explain(self, error: AcquireTimeout, ticket: Ticket) -> None:
-        if self._refresher is None:  # else the limit that is being read decides
+        if self._refresher is None and self._outage is None:  # else nobody knows
             with contextlib.suppress(BrokerError):
                 error.eta = self._position(ticket)[1]
 
     def _position(self, ticket: Ticket) -> tuple[int, float | None]:
         """Return how many wait before a place, in all processes, and in how many seconds it is due."""
-        reply = self._look()
+        reply = self._look(patient=False)
         place_us, number = ticket.place
         place = (place_us + reply.now_us - self._now_us(), number)
         number = ticket.shard_id % reply.max_concurrency
@@ -277,11 +278,11 @@ class SharedQueue(GatewayQueue):
         eta_us = forecast.eta_us(self._outlook(reply), number, before, lengths)
         return before, None if eta_us is None else eta_us / MICROSECOND
 
-    def _look(self) -> Reply:
-        reply = self._ledger.look()
+    def _look(self, *, patient: bool) -> Reply:
+        reply = self._ledger.look(patient=patient)
         if self._ledger.forgotten:  # nobody here is in what it has told
             self._back()
-            reply = self._ledger.look()
+            reply = self._ledger.look(patient=patient)
         return reply
 
     def _outlook(self, reply: Reply) -> forecast.Outlook:
@@ -309,7 +310,7 @@ class SharedQueue(GatewayQueue):
             self._reline_if_changed()
             if isinstance(answer, Grant):
                 if heir_us and isinstance(heir, SharedTicket):
-                    heir.foretell(Denial(heir_us, Reason.WINDOW), self._now_us())
+                    self._foretell(heir, Denial(heir_us, Reason.WINDOW))
                 self._accept(ticket, answer)
                 return answer
             if (
@@ -320,6 +321,14 @@ class SharedQueue(GatewayQueue):
             if not ticket.woken:
                 return answer
         return None
+
+    def _foretell(self, heir: SharedTicket, answer: Denial) -> None:
+        """Tell the next in line what the ledger said to the one before, for when it is the first."""
+        if heir.waiting:
+            heir.answer, heir.until_us = answer, self._now_us() + answer.wait_us
+            heir.foretold = heir.known = True
+        else:  # it has left meanwhile, and came to be known after all
+            self._ledger.left(heir)
 
     def _wake(self, ticket: Ticket | None) -> None:
         if isinstance(ticket, SharedTicket):
@@ -406,32 +415,43 @@ class SharedQueue(GatewayQueue):
         return answer, heir_us
 
     def _missed(self, failure: BrokerError) -> int:
-        """Note that the ledger is out of reach, and return how long to leave it alone."""
-        now_us = self._now_us()
-        outage = self._outage or _Outage(failure, now_us)
-        outage.failure, outage.failures = failure, outage.failures + 1
-        self._outage = outage
-        if outage.failures == WORTH_A_WARNING:
+        """Note that the ledger is out of reach, and return how long to leave it alone.
+
+        Those who fail in one pause have failed once.
+        """
+        with self._mutex:
+            now_us = self._now_us()
+            outage = self._outage or _Outage(failure, now_us)
+            outage.failure = failure
+            again = now_us >= outage.pause_until_us
+            if again:
+                outage.failures += 1
+                longest_us = min(LONGEST_PAUSE_US, FIRST_PAUSE_US << min(outage.failures - 1, 16))
+                pause_us = int(longest_us * random.uniform(0.5, 1.0))
+                outage.pause_until_us = now_us + pause_us
+            self._outage = outage
+        if again and outage.failures == WORTH_A_WARNING:
             log.warning("%s; no permit is granted until it can be asked again", failure)
-        longest_us = min(LONGEST_PAUSE_US, FIRST_PAUSE_US << min(outage.failures - 1, 16))
-        return int(longest_us * random.uniform(0.5, 1.0))
+        return outage.pause_until_us - now_us
 
     def _back(self) -> None:
         """Note that the ledger answers, and tell it anew who waits if it has forgotten that."""
-        outage, self._outage = self._outage, None
-        if outage is not None and outage.failures >= WORTH_A_WARNING:
-            away = (self._now_us() - outage.since_us) / MICROSECOND
-            log.warning("%r answers again, after %.1f s", self._ledger, away)
-        if self._ledger.forgotten:
-            with self._mutex:
+        if self._outage is None and not self._ledger.forgotten:
+            return
+        with self._mutex:
+            outage, self._outage = self._outage, None
+            if self._ledger.forgotten:
                 self._ledger.forgotten = False
                 for ticket in self._lines:
                     self._ledger.joined(ticket)
+        if outage is not None and outage.failures >= WORTH_A_WARNING:
+            away = (self._now_us() - outage.since_us) / MICROSECOND
+            log.warning("%r answers again, after %.1f s", self._ledger, away)
 
-    def _post(self) -> None:
+    def _post(self, *, patient: bool = False) -> None:
         """Tell the ledger the news; what does not get through goes along with the next call."""
         try:
-            self._ledger.tell()
+            self._ledger.tell(patient=patient)
         except BrokerError as failure:
             log.info("%s; it will be told what happened here with the next call", failure)
             self._missed(failure)
@@ -463,7 +483,7 @@ class SharedQueue(GatewayQueue):
     def _book_report(self, permit: Permit, report: Report) -> None:
         super()._book_report(permit, report)
         if self._outage is None:  # else it goes along when the ledger is asked again
-            self._post()
+            self._post(patient=True)  # which may be long after, if nobody waits here
 
     def _announce(self, ticket: Ticket, number: int) -> None:
         before, eta = 0, None
@@ -518,10 +538,29 @@ def _outlook(reply: Reply, period_us: int, reserve: int) -> forecast.Outlook:
 _queues: weakref.WeakSet[SharedQueue] = weakref.WeakSet()
 
 
-def _begin_anew_after_fork() -> None:
+_held: list[SharedLedger] = []  # between the hooks, for one fork at a time
+
+
+def _before_fork() -> None:
+    _held[:] = [queue._ledger for queue in list(_queues)]
+    for ledger in _held:
+        ledger.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    while _held:
+        _held.pop().after_fork_in_parent()
+
+
+def _after_fork_in_child() -> None:
+    _held.clear()
     for queue in list(_queues):
         queue._begin_anew_after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew_after_fork)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

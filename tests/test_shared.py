@@ -39,7 +39,7 @@ def warnings_in(caplog):
 def cut_off(queue, monkeypatch):
     """Take the ledger out of a queue's reach, as if its process were stopped or its network gone."""
 
-    def carry(request):
+    def carry(request, patience=0.0):
         raise BrokerError("out of reach") from OSError("no route")
 
     monkeypatch.setattr(queue._ledger, "carry", carry)
@@ -590,7 +590,7 @@ def test_a_permit_whose_reply_was_lost_is_granted_once(two, clock, monkeypatch, 
     one, _ = two
     carry, lost = one._ledger.carry, []
 
-    def lose_the_reply(request):
+    def lose_the_reply(request, patience=0.0):
         reply = carry(request)
         if request.take is not None and len(lost) < 2:
             lost.append(reply)
@@ -612,7 +612,7 @@ def test_a_permit_whose_reply_came_too_late_is_given_back(two, clock, monkeypatc
     one, _ = two
     carry, lost = one._ledger.carry, []
 
-    def lose_the_reply(request):
+    def lose_the_reply(request, patience=0.0):
         reply = carry(request)
         if request.take is not None and not lost:
             lost.append(reply)
@@ -749,7 +749,7 @@ def test_hearing_a_report_twice_changes_nothing(two, clock, monkeypatch):
     one, other = two
     carry = one._ledger.carry
 
-    def lose_the_first_reply(request):
+    def lose_the_first_reply(request, patience=0.0):
         carry(request)
         monkeypatch.undo()
         raise BrokerError("the reply was lost") from OSError()

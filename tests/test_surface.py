@@ -31,6 +31,7 @@ FLOORS = [
     ["forecast", "ledgers", "messages"],
     ["ledgers.memory", "ledgers.wire", "turns"],
     ["ledgers.shared", "ledgers.tables"],
+    ["ledgers.file"],
     ["ledgers.sqlite", "ledgers.redis"],
     ["waiting"],
     ["queue"],

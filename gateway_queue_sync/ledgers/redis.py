@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import inspect
 import json
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 SCRIPT = importlib.resources.files(__package__).joinpath("take.lua").read_text("utf-8")
 SHA1 = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
-KEYS = ("account", "process", "head", "permit", "waiter")
+KEYS = ("account", "process", "void", "head", "permit", "waiter")
 SOCKET_TIMEOUT = 1.0  # s, of a client that is made here: a deadline is kept that closely
 
 
@@ -50,41 +51,65 @@ class RedisLedger(SharedLedger):
 
     def __init__(self, client: Client | str, name: str, terms: Terms, clock: Clock) -> None:
         self.shares_clock = clock is not SYSTEM_CLOCK
-        self._ours = isinstance(client, str)
+        self._url = client if isinstance(client, str) else None
         self._client = made_from(client) if isinstance(client, str) else client
+        self._closed = False
         self._keys = [f"gateway_queue_sync:{{{name}}}:{key}" for key in KEYS]
-        self._where = (
-            f"{address(self._client)} ({name})" if name != "default" else address(self._client)
-        )
+        self._where = address(self._client) + ("" if name == "default" else f" ({name})")
         super().__init__(terms, clock)
 
     def __repr__(self) -> str:
         return f"Redis server {self._where}"
 
-    def carry(self, request: Request) -> Reply:
+    def after_fork_in_child(self) -> None:
+        """Be another process. redis-py's pool notices that itself, but would wait for its lock.
+
+        Some thread of the parent may have held it, which is not there to let go of it.
+        """
+        pool: Any = getattr(self._client, "connection_pool", None)
+        if hasattr(pool, "_lock"):
+            pool._lock = threading.RLock()
+        super().after_fork_in_child()
+
+    def carry(self, request: Request, patience: float = 0.0) -> Reply:
+        """Answer a request by the script; nobody holds a server, so nobody is waited for."""
         given = [json.dumps(wire.request_as_json(request), separators=(",", ":"))]
         if self.shares_clock:
             given += [str(self._clock.now_us()), str(self._clock.wall_us())]
         try:
-            answer = self._run(given)
+            reply = self._run(given)
+            if reply.number != request.number:
+                # An interrupt came between a request and its reply, which is still in the connection.
+                disconnect(self._client)
+                reply = self._run(given)
+            if reply.number != request.number:
+                raise ValueError(f"an answer to request {reply.number}")
         except (redis.RedisError, OSError) as error:
             raise BrokerError(f"{self!r}: {explained(error)}") from error
-        try:
-            return wire.reply_from_json(answer)
         except (TypeError, ValueError, LookupError) as error:
-            raise BrokerError(f"{self!r} answered nonsense") from error
+            raise BrokerError(f"{self!r} answered nonsense: {error}") from error
+        finally:
+            if self._closed:
+                self._hang_up()
+        return reply
 
-    def _run(self, given: list[str]) -> Any:
+    def _run(self, given: list[str]) -> Reply:
         count = len(self._keys)
         try:
-            return self._client.evalsha(SHA1, count, *self._keys, *given)
+            answer = self._client.evalsha(SHA1, count, *self._keys, *given)
         except (
             redis.exceptions.NoScriptError
         ):  # a server that was restarted, flushed or failed over to
-            return self._client.eval(SCRIPT, count, *self._keys, *given)
+            answer = self._client.eval(SCRIPT, count, *self._keys, *given)
+        return wire.reply_from_json(answer)
 
     def close(self) -> None:
-        if self._ours:
+        self._closed = True
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """Close what was made here; a client that was given is its owner's."""
+        if self._url is not None:
             self._client.close()
 
 
@@ -99,16 +124,26 @@ def made_from(url: str) -> redis.Redis:
     """
     once_more = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
     try:
-        return redis.Redis.from_url(
+        client = redis.Redis.from_url(
             url,
             retry=once_more,
             socket_timeout=SOCKET_TIMEOUT,
             socket_connect_timeout=SOCKET_TIMEOUT,
         )
-    except (ValueError, TypeError):
+        client.connection_pool.make_connection()  # which checks the rest
+    except (ValueError, TypeError, AttributeError):
         raise ValueError(
             "the URL must be like redis://host:6379/0, rediss://... (TLS) or unix://path"
         ) from None
+    return client
+
+
+def disconnect(client: Client) -> None:
+    """Close the connections that are not in use just now: the next call opens new ones."""
+    if isinstance(client, redis.RedisCluster):
+        client.disconnect_connection_pools()  # type: ignore[no-untyped-call]
+    else:
+        client.connection_pool.disconnect(inuse_connections=False)
 
 
 def checked(client: object) -> Client | str:
@@ -157,9 +192,12 @@ def _settings_of(client: Client) -> dict[str, Any]:
             "process"
         )
     pool = client.connection_pool
-    names = inspect.signature(redis.Redis).parameters
     given = pool.connection_kwargs
-    settings = {name: given[name] for name in names if name in given}
+    settings = {
+        name: given[name]
+        for name, parameter in inspect.signature(redis.Redis).parameters.items()
+        if name in given and given[name] is not parameter.default  # which need not pickle
+    }
     settings["ssl"] = issubclass(pool.connection_class, redis.SSLConnection)
     settings["unix_socket_path"] = given.get("path")
     return settings

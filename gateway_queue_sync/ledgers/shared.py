@@ -7,6 +7,7 @@ is lost on the way, the ledger hears of everything once it is back.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import threading
@@ -16,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gateway_queue_sync.clock import Clock
-from gateway_queue_sync.errors import BrokerError
+from gateway_queue_sync.errors import BrokerError, reentered
 from gateway_queue_sync.messages import OUTCOMES, News, Next, Order, Reply, Request, Take
 from gateway_queue_sync.models import Report, SessionStartLimit
-from gateway_queue_sync.rules import MICROSECOND, NEVER, Denial, Grant, Reason
+from gateway_queue_sync.rules import MICROSECOND, Denial, Grant, Reason
 from gateway_queue_sync.turns import SharedGrant
 
 log = logging.getLogger("gateway_queue_sync")
@@ -27,6 +28,10 @@ log = logging.getLogger("gateway_queue_sync")
 DISCORDS_DEFAULT = SessionStartLimit(total=1000, remaining=1000, reset_after=0.0, max_concurrency=1)
 DEFAULT_LEASE = 5.0
 """Seconds for which a process counts that was not heard of."""
+
+PATIENCE = 5.0  # s for a ledger that others hold, where nobody would try again
+SHORT_PATIENCE = 0.5  # s, where somebody only tries
+LEAST_PATIENCE = 0.2  # s, for those who ask again: others may be busy with it for as long
 
 LEAST_MARGIN = 0.02  # s; what any machine needs to bring a permit back
 MOST_NEWS = 1_000  # in one call
@@ -80,10 +85,18 @@ class SharedLedger(ABC):
         self._owner = secrets.token_hex(8)
         self._news: deque[News] = deque()
         self._telling = threading.RLock()  # news arrives in its order: one call at a time has some
-        self._floors: dict[int, tuple[int, int]] = {}  # the newest grant seen of each bucket
+        self._numbers = itertools.count(1)
+        self._void = 0  # no request up to this one is waited for any more
+        self._failure: BrokerError | None = None  # why the latest call failed, if it did
         self.forgotten = False
 
-    def begin_anew_after_fork(self) -> None:
+    def before_fork(self) -> None:  # noqa: B027 - most have nothing to do
+        """Make ready for a fork of this process."""
+
+    def after_fork_in_parent(self) -> None:  # noqa: B027
+        """Go on after a fork."""
+
+    def after_fork_in_child(self) -> None:
         """Be another process from now on, in a forked child."""
         self._begin()
 
@@ -129,7 +142,7 @@ class SharedLedger(ABC):
         """Begin, with a limit if there is news of it; else the ledger's, or Discord's default."""
         if limit is not None:
             self.limit = limit
-        self._call(order=Order("open", limit))
+        self._call(PATIENCE, order=Order("open", limit))
         self.forgotten = False  # nobody waits yet
 
     def take(
@@ -146,7 +159,6 @@ class SharedLedger(ABC):
         The second value is how long the heir, who is next in line here, may sleep if the permit was
         granted, in microseconds; 0 if it has to ask.
         """
-        bucket = ticket.shard_id % self.max_concurrency
         take = Take(
             ticket.number,
             ticket.shard_id,
@@ -155,15 +167,12 @@ class SharedLedger(ABC):
             stays,
             reserve,
             can_refresh,
-            *self._floors.get(bucket, (NEVER, 0)),
             None
             if heir is None
             else Next(heir.number, heir.shard_id, heir.arrived_us, heir.place[0]),
         )
-        asked_us = self._clock.now_us()
-        reply = self._call(take=take)
+        reply = self._call(LEAST_PATIENCE if stays else SHORT_PATIENCE, take=take)
         outcome = reply.outcome
-        self._floors[ticket.shard_id % reply.max_concurrency] = outcome.last_us, reply.granted
         kind = OUTCOMES[outcome.kind]
         if isinstance(kind, Reason):
             if kind is Reason.RESET and outcome.us:
@@ -171,7 +180,9 @@ class SharedLedger(ABC):
             wait_us = self._left_us(outcome.us, reply)
             left = reply.remaining, reply.resets_in_us, reply.period, reply.granted
             return Denial(wait_us, kind, *left), 0
-        seen_us = reply.now_us if self.shares_clock else asked_us
+        if kind is not Grant:
+            raise BrokerError(f"{self!r} answered nonsense") from ValueError(outcome)
+        seen_us = reply.now_us if self.shares_clock else reply.asked_us
         grant = SharedGrant(
             outcome.serial,
             ticket.shard_id,
@@ -189,36 +200,37 @@ class SharedLedger(ABC):
             return sleep_us  # by half a round trip too long, rather than too short and ask twice
         return max(0, sleep_us + reply.now_us - self._clock.now_us())
 
-    def tell(self) -> None:
+    def tell(self, *, patient: bool = False) -> None:
         """Tell the news, if there is any and this thread is not in the midst of that."""
-        while self._news and not self._telling._is_owned():  # type: ignore[attr-defined]
-            with self._telling:
-                self._tell()
+        while self._news and not self._is_inside():
+            self._tell(LEAST_PATIENCE if patient else 0.0)
 
     def adopt(self, limit: SessionStartLimit) -> None:
         """Take a limit as it is given."""
-        self._call(order=Order("update", limit))
+        self._call(PATIENCE, order=Order("update", limit))
 
     def renew(self, limit: SessionStartLimit, denial: Denial) -> SessionStartLimit | None:
         """Adopt what was read at the reset that a denial told of, or return ``None``: overtaken."""
-        reply = self._call(order=Order("renew", limit, denial.period, denial.granted))
+        reply = self._call(PATIENCE, order=Order("renew", limit, denial.period, denial.granted))
         return self.limit if reply.booked else None
 
     def trust(self, denial: Denial) -> bool:
         """Let the last known total count at the reset that a denial told of; false: overtaken."""
-        return self._call(order=Order("trust", None, denial.period)).booked
+        return self._call(PATIENCE, order=Order("trust", None, denial.period)).booked
 
-    def look(self) -> Reply:
+    def look(self, *, patient: bool) -> Reply:
         """Return the account, and who waits for which bucket in which order."""
-        return self._call(look=True)
+        return self._call(PATIENCE if patient else 0.0, look=True)
 
     def peek(self) -> Reply:
         """Return what ``look`` does, as a stranger that leaves no trace."""
-        return self.carry(self._request((), {"look": True})._replace(owner=""))
+        return self.carry(self._request(look=True)._replace(owner=""), PATIENCE)
 
     @abstractmethod
-    def carry(self, request: Request) -> Reply:
+    def carry(self, request: Request, patience: float = 0.0) -> Reply:
         """Have the ledger answer a request, in one atomic step.
+
+        If others hold it, it may wait for so many seconds, where nobody would try again.
 
         Raises:
             BrokerError: it is out of reach or answers nonsense; whether it has heard is not known.
@@ -228,35 +240,64 @@ class SharedLedger(ABC):
     def close(self) -> None:
         """Let go of what is held open; a later call opens it anew, and closes it again."""
 
-    def _call(self, **what: Any) -> Reply:
+    def _is_inside(self) -> bool:
+        """Return whether this thread is in the midst of a call: a signal handler has interrupted it."""
+        return bool(self._telling._is_owned())  # type: ignore[attr-defined]
+
+    def _call(self, patience: float, **what: Any) -> Reply:
         """Send a request with the news there is; two with news never cross."""
-        if self._news and not self._telling._is_owned():  # type: ignore[attr-defined]
-            with self._telling:
-                reply = self._tell(**what)
+        if self._is_inside():
+            raise reentered()
+        if self._news:
+            reply = self._tell(patience, **what)
             if reply is not None:
                 return reply
-        return self._learn(self.carry(self._request((), what)))
+        return self._send((), patience, **what)
 
-    def _tell(self, **what: Any) -> Reply | None:
-        """Send a request with news, unless somebody else has just told it."""
-        news = tuple(self._news.copy())[:MOST_NEWS]
-        if not news:
-            return None
-        reply = self._learn(self.carry(self._request(news, what)))
-        for _ in news:
-            self._news.popleft()
-        return reply
+    def _tell(self, patience: float, **what: Any) -> Reply | None:
+        """Send a request with news, unless somebody else has just told it, or failed to."""
+        seen = self._failure
+        with self._telling:
+            failure = self._failure
+            if failure is not None and failure is not seen:
+                raise BrokerError(*failure.args) from failure.__cause__
+            news = tuple(self._news.copy())[:MOST_NEWS]
+            if not news:
+                return None
+            reply = self._send(news, patience, **what)
+            for _ in news:
+                self._news.popleft()
+            return reply
 
-    def _request(self, news: tuple[News, ...], what: dict[str, Any]) -> Request:
+    def _send(self, news: tuple[News, ...], patience: float, **what: Any) -> Reply:
+        """Send a request; one that fails is void from now on, should it still come to be heard."""
+        request = self._request(news, **what)
+        try:
+            reply = self.carry(request, patience)
+            if reply.void:
+                raise BrokerError(f"{self!r} heard too late") from TimeoutError()
+        except BaseException as error:
+            self._void = max(self._void, request.number)
+            if isinstance(error, BrokerError):
+                self._failure = error
+            raise
+        self._failure = None
+        return self._learn(reply._replace(asked_us=request.at_us or 0))
+
+    def _request(self, news: tuple[News, ...] = (), **what: Any) -> Request:
         terms = self.terms
         return Request(
             self._owner,
+            next(self._numbers),
+            self._void,
             None if self.shares_clock else self._clock.now_us(),
             terms.interval_us,
             terms.margin_us,
             terms.period_us,
             terms.lease_us,
             self.limit,
+            self.period,
+            self.granted,
             news,
             **what,
         )
@@ -272,9 +313,8 @@ class SharedLedger(ABC):
             )
         except (TypeError, ValueError) as error:
             raise BrokerError(f"{self!r} answered nonsense: {error}") from error
-        if limit.max_concurrency != self.limit.max_concurrency:
-            self._floors = {}
-        self.limit, self.period, self.granted = limit, reply.period, reply.granted
+        if reply.granted >= self.granted:  # it was not overtaken by another one on its way
+            self.limit, self.period, self.granted = limit, reply.period, reply.granted
         self.forgotten = self.forgotten or not reply.known
         self._compare(reply)
         return reply

@@ -8,12 +8,10 @@ after a reboot the windows are started anew in any case.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
 import sqlite3
-import stat
 import threading
 import time
 import weakref
@@ -21,18 +19,16 @@ from pathlib import Path
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.errors import BrokerError, reentered
+from gateway_queue_sync.ledgers.file import OpenFile, remote_file_system
 from gateway_queue_sync.ledgers.shared import SharedLedger, Terms
-from gateway_queue_sync.ledgers.tables import APPLICATION_ID, CREATE, SCHEMA_VERSION, Tables
+from gateway_queue_sync.ledgers.tables import CREATE, Kept, Tables
 from gateway_queue_sync.messages import Reply, Request
 from gateway_queue_sync.rules import MICROSECOND
 from gateway_queue_sync.turns import answer
 
 log = logging.getLogger("gateway_queue_sync")
 
-BUSY_TIMEOUT = 0.02  # s that SQLite waits for others by itself, deaf to Ctrl-C
-PATIENCE = 5.0  # s for what nobody tries again
 IN_USE_US = 60 * MICROSECOND  # for so long somebody who keeps another time counts as being there
-REMOTE = ("nfs", "cifs", "smb", "9p", "fuse.", "afs", "ceph", "gluster", "lustre", "gpfs")
 
 
 class SqliteLedger(SharedLedger):
@@ -50,64 +46,57 @@ class SqliteLedger(SharedLedger):
     def __init__(self, path: str, name: str, terms: Terms, clock: Clock) -> None:
         self._path = Path(path)
         self._name = name
-        self._time_kept = _time_kept() if clock is SYSTEM_CLOCK else "given by hand"
+        self._boot = _boot()
+        self._closed = False
         super().__init__(terms, clock)
 
     def _begin(self) -> None:
         super()._begin()
         self._io = threading.RLock()
-        self._connection: sqlite3.Connection | None = None
+        self._file: OpenFile | None = None
         self._closer: weakref.finalize[..., SqliteLedger] | None = None
-        self._file: tuple[int, int] | None = None
-        self._closed = False
+        self._lost = False  # the file was deleted or replaced just now
 
     def __repr__(self) -> str:
         name = "" if self._name == "default" else f" ({self._name})"
         return f"SQLite file {str(self._path)!r}{name}"
 
-    def begin_anew_after_fork(self) -> None:
-        """Be another process, with a connection of its own.
-
-        The parent's is abandoned, unused and unclosed for good: closing it could wait for a lock of
-        the parent's, or roll back what the parent is just writing.
-        """
-        if self._connection is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
-        if self._closer is not None:
-            self._closer.detach()
-        super().begin_anew_after_fork()
-
-    def carry(self, request: Request) -> Reply:
-        """Answer a request within one transaction.
-
-        One that nobody would try again waits a while for others who hold the file.
-        """
-        give_up = time.monotonic() + PATIENCE
+    def carry(self, request: Request, patience: float = 0.0) -> Reply:
+        """Answer a request within one transaction."""
+        if self._io._is_owned():  # type: ignore[attr-defined]
+            raise reentered()
+        give_up = time.monotonic() + patience
         while True:
+            first = self._file is None
             try:
                 return self._carry(request)
             except sqlite3.Error as error:
                 if _is_busy(error):
-                    if (request.order or request.look) and time.monotonic() < give_up:
+                    if time.monotonic() < give_up:
                         continue
                 else:
-                    self._disconnect()  # what is wrong with the file may be gone when it is opened anew
+                    self._disconnect()
+                    if not first:
+                        continue  # what is wrong may be what the connection remembers
                 raise BrokerError(f"{self!r}: {_explained(error)}") from error
             except OSError as error:
                 self._disconnect()
                 raise BrokerError(f"{self!r}: {error.strerror or error}") from error
 
+    def _is_inside(self) -> bool:
+        return super()._is_inside() or bool(self._io._is_owned())  # type: ignore[attr-defined]
+
     def _carry(self, request: Request) -> Reply:
-        if self._io._is_owned():  # type: ignore[attr-defined]
-            raise reentered()
         with self._io:
             while True:
-                connection = self._connected(create=bool(request.owner))
+                file = self._opened(create=bool(request.owner))
+                connection = file.connection
                 try:
-                    connection.execute("BEGIN IMMEDIATE")
-                    if self._is_current():
-                        reply = self._answer(connection, request)
+                    connection.execute("BEGIN IMMEDIATE" if request.owner else "BEGIN")
+                    if file.is_current():
+                        reply = self._answer(file, request)
                         connection.execute("COMMIT")
+                        self._lost = False
                         return reply
                 finally:
                     if connection.in_transaction:
@@ -116,112 +105,103 @@ class SqliteLedger(SharedLedger):
                         self._disconnect()
                 log.warning("%r was deleted or replaced; going on with what is there now", self)
                 self._disconnect()
+                self._lost = True
 
-    def _answer(self, connection: sqlite3.Connection, request: Request) -> Reply:
-        self._check_schema(connection, create=bool(request.owner))
+    def _answer(self, file: OpenFile, request: Request) -> Reply:
+        if not file.holds_tables():
+            if not request.owner:
+                raise BrokerError(f"{self!r} holds nothing") from LookupError()
+            for statement in CREATE:
+                file.connection.execute(statement)
         now_us, wall_us = self._clock.now_us(), self._clock.wall_us()
-        tables = Tables(connection, self._name, self._time_kept, wall_us)
-        last = tables.last_clock()
-        if last is not None and request.owner and not _is_same_time(last[0], self._time_kept):
-            self._change_clock(tables, *last, now_us, wall_us)
-        return answer(tables, request, now_us, wall_us)
+        kept = Kept(self._which_clock(), file.identity, wall_us)
+        tables = Tables(file.connection, self._name, kept)
+        try:
+            if request.owner:
+                self._check_kept(tables, kept, now_us)
+            return answer(tables, request, now_us, wall_us)
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+            raise BrokerError(f"{self!r} holds nonsense: {error!r}") from error
 
-    def _check_schema(self, connection: sqlite3.Connection, *, create: bool) -> None:
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version == SCHEMA_VERSION:
+    # --- what was kept, and how -------------------------------------------------------------------
+
+    def _which_clock(self) -> str:
+        """Return what tells the clock of this process from others, by which spacing cannot go.
+
+        Where a machine does not tell its boots apart, that is when its clock was at zero.
+        """
+        if self._clock is not SYSTEM_CLOCK:
+            return "given by hand"
+        return self._boot or str(self._clock.wall_us() - self._clock.now_us())
+
+    def _check_kept(self, tables: Tables, mine: Kept, now_us: int) -> None:
+        """Start the windows anew if the account was kept by another clock, or is from another file."""
+        last = tables.last_kept()
+        if last is None:
             return
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if application != APPLICATION_ID and tables:
-            raise BrokerError(f"{self!r} belongs to another program") from ValueError(application)
-        if tables or not create:
-            what = f"schema {version}; this version reads {SCHEMA_VERSION}" if tables else "nothing"
-            raise BrokerError(f"{self!r} holds {what}") from ValueError(version)
-        for statement in CREATE:
-            connection.execute(statement)
-
-    def _change_clock(
-        self, tables: Tables, kept: str, touched_us: int, now_us: int, wall_us: int
-    ) -> None:
-        """Go on by this process's clock with what was kept by another one."""
-        same_boot = kept.split()[:1] == self._time_kept.split()[:1]
-        if same_boot and abs(wall_us - touched_us) < IN_USE_US:
-            raise BrokerError(
-                f"{self!r} is in use by processes of another time namespace, whose monotonic clock "
-                "cannot be compared with this one's; give each namespace a file of its own"
-            ) from ValueError(kept)
-        log.warning("%r was kept by another clock (a reboot?); no bucket grants for a window", self)
+        if not _is_same_clock(last.clock, mine.clock):
+            same_boot = last.clock.split()[:1] == mine.clock.split()[:1]
+            if same_boot and abs(mine.touched_us - last.touched_us) < IN_USE_US:
+                raise BrokerError(
+                    f"{self!r} is in use by processes of another time namespace, whose monotonic "
+                    "clock cannot be compared with this one's; give each a file of its own"
+                ) from ValueError(last.clock)
+            why = "was kept by another clock (a reboot?)"
+        elif self._lost and last.file != mine.file:  # and nobody has noticed before
+            why = "was replaced by an older copy"
+        else:
+            return
+        log.warning("%r %s: no bucket grants for a window", self, why)
         tables.begin_windows_anew(now_us)
 
     # --- the file ---------------------------------------------------------------------------------
 
-    def _connected(self, *, create: bool) -> sqlite3.Connection:
-        if self._connection is not None:
-            if self._connection.in_transaction:  # an interrupt came in the way of ending it
-                self._connection.rollback()
-            return self._connection
-        self._file = _secured(self._path, create=create)
-        connection = sqlite3.connect(
-            self._path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
-        )
-        self._closer = weakref.finalize(self, connection.close)
-        self._connection = connection
-        connection.execute("PRAGMA journal_mode = TRUNCATE")
-        connection.execute("PRAGMA synchronous = OFF")
-        file_system = _remote_file_system(self._path)
-        if file_system is not None:
-            log.warning(
-                "%r is on a network file system (%s): locks may not hold there, and then the spacing "
-                "does not either; use a local disk, or RedisQueue",
-                self,
-                file_system,
-            )
-        return connection
-
-    def _is_current(self) -> bool:
-        """Return whether the open file is still the one of that name."""
-        try:
-            return _identity(self._path.stat()) == self._file
-        except FileNotFoundError:
-            return False
+    def _opened(self, *, create: bool) -> OpenFile:
+        if self._file is None:
+            file = OpenFile(self._path, create=create)
+            self._closer = weakref.finalize(self, file.close)
+            self._file = file
+            file_system = remote_file_system(self._path)
+            if file_system is not None:
+                log.warning(
+                    "%r is on a network file system (%s): locks may not hold there, and then the "
+                    "spacing does not either; use a local disk, or RedisQueue",
+                    self,
+                    file_system,
+                )
+        elif self._file.connection.in_transaction:  # an interrupt came in the way of ending it
+            self._file.connection.rollback()
+        return self._file
 
     def _disconnect(self) -> None:
         with self._io:
-            connection, self._connection = self._connection, None
+            file, self._file = self._file, None
             if self._closer is not None:
                 self._closer.detach()
-            if connection is not None:
-                connection.close()
+            if file is not None:
+                file.close()
 
     def close(self) -> None:
         self._closed = True
         if not self._io._is_owned():  # type: ignore[attr-defined]
             self._disconnect()
 
+    # --- forks ------------------------------------------------------------------------------------
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
+    def before_fork(self) -> None:
+        """Let no transaction be under way: SQLite in the child would wait for its end for ever."""
+        self._io.acquire()
 
+    def after_fork_in_parent(self) -> None:
+        self._io.release()
 
-def _secured(path: Path, *, create: bool) -> tuple[int, int]:
-    """Return which file it is, after making sure that it is ours alone.
-
-    It is not opened if it exists: closing it would drop the locks that this process has on it.
-    """
-    if create:
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(path, flags, 0o600))
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(None, "is no regular file")
-    if hasattr(os, "geteuid"):
-        if found.st_uid != os.geteuid():
-            raise OSError(None, f"belongs to user {found.st_uid}, not to {os.geteuid()}")
-        if stat.S_IMODE(found.st_mode) & 0o077:
-            log.warning("%s could be read by other users; now it cannot", path)
-            path.chmod(0o600)
-    return _identity(found)
+    def after_fork_in_child(self) -> None:
+        """Be another process, with a connection of its own; the parent's is never used nor closed."""
+        if self._file is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._file.connection))
+        if self._closer is not None:
+            self._closer.detach()
+        super().after_fork_in_child()
 
 
 def _is_busy(error: sqlite3.Error) -> bool:
@@ -257,16 +237,20 @@ def _is_same_time(one: str, other: str) -> bool:
     return one == other
 
 
-def _remote_file_system(path: Path) -> str | None:
-    """Return the type of the network file system that a file is on, ``None`` for a local one."""
+def _boot() -> str | None:
+    """Return what tells this machine's monotonic clock from others: its boot and time namespace."""
     try:
-        mounts = Path("/proc/self/mountinfo").read_text("utf-8", "replace").splitlines()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     except OSError:
         return None
-    found, longest = "", -1
-    for line in mounts:
-        before, _, after = line.partition(" - ")
-        point = before.split()[4].replace("\\040", " ")
-        if path.is_relative_to(point) and len(point) >= longest:
-            found, longest = after.split()[0], len(point)
-    return found if found.startswith(REMOTE) else None
+    try:
+        return f"{boot} {os.readlink('/proc/self/ns/time')}"  # noqa: PTH115 - it is no path
+    except OSError:
+        return boot
+
+
+def _is_same_clock(one: str, other: str) -> bool:
+    """Return whether two of these are one clock; where a machine has no boot id, more or less."""
+    if one.isdigit() and other.isdigit():
+        return abs(int(one) - int(other)) < IN_USE_US
+    return one == other

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import fields
 from operator import attrgetter
+from typing import NamedTuple
 
 from gateway_queue_sync.messages import Waiter
 from gateway_queue_sync.rules import NEVER, Bucket
@@ -22,10 +23,10 @@ _bucket_row, _grant_row, _account_row = (
 )
 CREATE = (
     f"""CREATE TABLE account (name PRIMARY KEY, {", ".join(_ACCOUNT)}, fresh_last_us,
-        fresh_closed_until_us, clock, touched_us) WITHOUT ROWID""",
+        fresh_closed_until_us, clock, file, touched_us) WITHOUT ROWID""",
     f"""CREATE TABLE bucket (name, number, {", ".join(_BUCKET)},
         PRIMARY KEY (name, number)) WITHOUT ROWID""",
-    """CREATE TABLE process (name, owner, lease_until_us,
+    """CREATE TABLE process (name, owner, lease_until_us, void,
         PRIMARY KEY (name, owner)) WITHOUT ROWID""",
     """CREATE TABLE head (name, number, owner, ticket, shard_id, place_us,
         PRIMARY KEY (name, number, owner)) WITHOUT ROWID""",
@@ -42,29 +43,37 @@ def _insert(table: str, columns: int) -> str:
     return f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * columns)})"
 
 
+class Kept(NamedTuple):
+    """By which clock an account was kept, in which file, and when by the wall clock."""
+
+    clock: str
+    file: str
+    touched_us: int
+
+
 class Tables:
     """The state of one account in the file, within a transaction."""
 
-    def __init__(self, connection: sqlite3.Connection, name: str, clock: str, wall_us: int) -> None:
+    def __init__(self, connection: sqlite3.Connection, name: str, kept: Kept) -> None:
         self._run = connection.execute
         self._name = name
-        self._clock = clock
-        self._wall_us = wall_us
+        self._kept = kept
 
-    def last_clock(self) -> tuple[str, int] | None:
-        """Return whose time was kept when the account was last used, and when that was."""
-        found = self._run("SELECT clock, touched_us FROM account WHERE name = ?", (self._name,))
-        row = found.fetchone()
-        return None if row is None else (row[0], row[1])
+    def last_kept(self) -> Kept | None:
+        """Return where, when and by which clock the account was last kept; ``None``: never."""
+        row = self._run(
+            "SELECT clock, file, touched_us FROM account WHERE name = ?", (self._name,)
+        ).fetchone()
+        return None if row is None else Kept(*row)
 
     def begin_windows_anew(self, now_us: int) -> None:
-        """Forget what is kept by another clock: all but the budget. No bucket grants for a window."""
-        for table in ("bucket", "process", "head", "permit", "waiter"):
-            self._run(f"DELETE FROM {table} WHERE name = ?", (self._name,))
+        """Forget all but the budget: no bucket grants for a window."""
+        self.begin_anew()
+        self._run("DELETE FROM bucket WHERE name = ?", (self._name,))
         self._run(
             "UPDATE account SET fresh_last_us = ?, fresh_closed_until_us = ?, opened_us = ?, "
-            "interval_until_us = ?, margin_until_us = ?, refresh_until_us = ?, clock = ? WHERE name = ?",
-            (now_us, *[NEVER] * 5, self._clock, self._name),
+            "interval_until_us = ?, margin_until_us = ?, refresh_until_us = ? WHERE name = ?",
+            (now_us, *[NEVER] * 5, self._name),
         )
 
     def account(self) -> SharedAccount | None:
@@ -96,18 +105,22 @@ class Tables:
         row = (
             self._name,
             *_account_row(account),
-            *(fresh.last_us, fresh.closed_until_us, self._clock, self._wall_us),
+            *(fresh.last_us, fresh.closed_until_us, *self._kept),
         )
         self._run(_insert("account", len(row)), row)
 
-    def renew_lease(self, owner: str, until_us: int) -> bool:
-        known = self._run(
-            "UPDATE process SET lease_until_us = ? WHERE name = ? AND owner = ?",
-            (until_us, self._name, owner),
-        ).rowcount
-        if not known:
-            self._run(_insert("process", 3), (self._name, owner, until_us))
-        return bool(known)
+    def begin_anew(self) -> None:
+        for table in ("process", "head", "permit", "waiter"):
+            self._run(f"DELETE FROM {table} WHERE name = ?", (self._name,))
+
+    def renew_lease(self, owner: str, until_us: int, void: int) -> tuple[bool, int]:
+        row = self._run(
+            "SELECT void FROM process WHERE name = ? AND owner = ?", (self._name, owner)
+        ).fetchone()
+        if row is not None:
+            void = max(void, row[0])
+        self._run(_insert("process", 4), (self._name, owner, until_us, void))
+        return row is not None, void
 
     def end_leases(self, owners: Iterable[str], now_us: int) -> None:
         for owner in owners:

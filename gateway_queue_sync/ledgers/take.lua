@@ -6,13 +6,14 @@
 --
 -- KEYS  1 account   hash: its fields, and `b:<number>` for each bucket
 --       2 process   sorted set: owner by when its lease ends
---       3 head      hash: `<number> <owner>` -> ticket, shard id, place
---       4 permit    hash: `<owner> <ticket>` -> serial, shard id, bucket, stamp, remaining, period,
+--       3 void      hash: owner -> up to which of its requests it has given them up
+--       4 head      hash: `<number> <owner>` -> ticket, shard id, place
+--       5 permit    hash: `<owner> <ticket>` -> serial, shard id, bucket, stamp, remaining, period,
 --                   returned, refused
---       5 waiter    hash: `<owner> <ticket>` -> shard id, arrival, place
+--       6 waiter    hash: `<owner> <ticket>` -> shard id, arrival, place
 -- ARGV  1 the request as JSON   2, 3 the time by both clocks, if it is not this server's (for tests)
 
-local ACCOUNT, PROCESS, HEAD, PERMIT, WAITER = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local ACCOUNT, PROCESS, VOID, HEAD, PERMIT, WAITER = unpack(KEYS)
 local NEVER = -2 ^ 62
 local LONGEST_CLOSURE, SOONEST_REASK = 60e6, 1e6
 local LONGEST_GRACE, FORGOTTEN_AFTER, SETTLED_AFTER = 100e3, 60e6, 600e6
@@ -36,8 +37,8 @@ else
 end
 local shift = request.at_us and now - request.at_us or 0
 local account, buckets = {}, {}
-local lost, relaid = false, false
-local outcome = {0, 0, 0, 0, 0, NEVER, 0}
+local new, relaid = false, false
+local outcome = {0, 0, 0, 0, 0, 0}
 
 local function whole(number)
   return string.format('%.0f', number)
@@ -186,6 +187,7 @@ local function forget_silent(before)
   for _, name in ipairs(silent) do
     gone[name] = true
     redis.call('ZREM', PROCESS, name)
+    redis.call('HDEL', VOID, name)
   end
   for _, field in ipairs(redis.call('HKEYS', HEAD)) do
     if gone[string.match(field, ' (.*)$')] then
@@ -329,7 +331,7 @@ local function renew(limit, period, granted)
   if account.period ~= period then
     return false
   end
-  limit.remaining = math.max(0, limit.remaining - (account.granted - granted))
+  limit.remaining = math.max(0, limit.remaining - math.max(0, account.granted - granted))
   if limit.remaining < limit.total then
     limit.reset_after_us = math.max(limit.reset_after_us, SOONEST_REASK)
   end
@@ -354,17 +356,18 @@ end
 -- turns.py ------------------------------------------------------------------------------------------
 
 local function begin()
-  lost, relaid = true, true
+  new, relaid = true, true
   account = {
     window_us = request.interval_us + request.margin_us, period_us = request.period_us,
-    max_concurrency = 1, total = 0, remaining = 0, resets_at_us = NOT_BEGUN, span_us = 0, period = 0,
-    refresh_owed = 0, granted = 0, interval_us = 0, margin_us = 0, interval_until_us = NEVER,
+    max_concurrency = 1, total = 0, remaining = 0, resets_at_us = NOT_BEGUN, span_us = 0,
+    period = request.period, refresh_owed = 0, granted = request.granted, interval_us = 0, margin_us = 0, interval_until_us = NEVER,
     margin_until_us = NEVER, opened_us = NEVER, refresher = '', refresh_until_us = NEVER,
     fresh_last_us = now, fresh_closed_until_us = NEVER,
   }
-  adopt(request.limit)
-  local opening = request.order and request.order.kind == 'open'
-  account.refresh_owed = opening and 0 or 1
+  local order = request.order
+  local fresh = order and (order.kind == 'open' or order.kind == 'renew')
+  adopt(fresh and order.limit or request.limit)
+  account.refresh_owed = fresh and 0 or 1
 end
 
 local function agree_on_window()
@@ -432,6 +435,19 @@ local function open_with(limit)
   end
 end
 
+local function make_good()
+  load_buckets()
+  local closed_until = account.fresh_closed_until_us
+  for _, bucket in pairs(buckets) do
+    closed_until = math.max(closed_until, bucket.closed_until)
+  end
+  account.fresh_last_us, account.fresh_closed_until_us = now, closed_until
+  buckets, relaid = {}, true
+  open_with(request.limit)
+  account.period = math.max(account.period, request.period)
+  account.granted, account.refresh_owed = request.granted, 1
+end
+
 local function obey(order)
   if account.refresher == owner then
     account.refresher = ''
@@ -439,7 +455,7 @@ local function obey(order)
   if order.kind == 'trust' then
     return trust(order.period)
   end
-  if not order.limit or order.kind == 'open' and lost then
+  if not order.limit or new and (order.kind == 'open' or order.kind == 'renew') then
     return true
   end
   if order.kind == 'renew' then
@@ -504,10 +520,10 @@ end
 
 local function tell_grant(permit, next_us)
   local age = math.max(0, now - permit.stamp)
-  outcome = {GRANT, age, permit.serial, permit.bucket, permit.remaining, permit.stamp, next_us}
+  outcome = {GRANT, age, permit.serial, permit.bucket, permit.remaining, next_us}
 end
 
-local function tell_denial(reason, resets_in_us, rank, opens_at, bucket)
+local function tell_denial(reason, resets_in_us, rank, opens_at)
   local us
   if reason == RESET then
     us = claim_refresh()
@@ -517,7 +533,7 @@ local function tell_denial(reason, resets_in_us, rank, opens_at, bucket)
     end
     us = sleep(rank, opens_at)
   end
-  outcome = {reason, us, 0, 0, 0, bucket.last, 0}
+  outcome = {reason, us, 0, 0, 0, 0}
 end
 
 local function ahead_of(head, all)
@@ -558,9 +574,6 @@ local function answer_take(wish)
   end
   local number = wish.shard_id % account.max_concurrency
   local bucket = bucket_of(wish.shard_id)
-  if wish.granted > account.granted then
-    bucket.last = math.max(bucket.last, math.min(wish.floor_us, now))
-  end
   local head = {
     owner = owner, ticket = wish.ticket, shard_id = wish.shard_id, place = wish.place_us + shift,
   }
@@ -579,7 +592,7 @@ local function answer_take(wish)
     if wish.stays then
       stand(number, head, wish.at_us)
     end
-    return tell_denial(reason, resets_in_us, #ahead, opens_at, bucket)
+    return tell_denial(reason, resets_in_us, #ahead, opens_at)
   end
   if account.period ~= period then
     account.opened_us = opens_at
@@ -615,14 +628,14 @@ local function look()
   return ready, math.max(0, closed_for(fresh)), waiting
 end
 
-local function reply(known, booked)
+local function reply(known, booked, void)
   local total, remaining, in_us = budget()
   local ready, others, waiting = {}, 0, {}
   if request.look then
     ready, others, waiting = look()
   end
   return {
-    known and 1 or 0, booked and 1 or 0, total, remaining, in_us, account.max_concurrency,
+    request.number, void and 1 or 0, known and 1 or 0, booked and 1 or 0, total, remaining, in_us, account.max_concurrency,
     account.period, account.granted, account.interval_us, account.margin_us, outcome, ready, others,
     waiting, now,
   }
@@ -632,10 +645,21 @@ if not load_account() then
   begin()
 end
 if owner == '' then
-  return reply(not lost, false)
+  return reply(not new, false)
+end
+local given_up = math.max(request.void, tonumber(redis.call('HGET', VOID, owner) or 0))
+redis.call('HSET', VOID, owner, whole(given_up)) -- the first to write: refused where memory is short
+if new then
+  redis.call('DEL', PROCESS, HEAD, PERMIT, WAITER)
 end
 local period = account.period
 local known = redis.call('ZADD', PROCESS, whole(now + request.lease_us), owner) == 0
+if request.number <= given_up then
+  return reply(known, false, true)
+end
+if request.granted > account.granted then
+  make_good()
+end
 agree_on_window()
 for _, news in ipairs(request.news) do
   hear(news)

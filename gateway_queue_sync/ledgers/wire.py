@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gateway_queue_sync.messages import Outcome, Reply, Request, Waiter, in_order
+from gateway_queue_sync.messages import OUTCOMES, Outcome, Reply, Request, Waiter, in_order
 from gateway_queue_sync.models import SessionStartLimit
 from gateway_queue_sync.rules import to_us
 
@@ -44,12 +44,15 @@ def reply_from_json(row: list[Any]) -> Reply:
     Raises:
         TypeError, ValueError, LookupError: it is none.
     """
-    known, booked, *numbers, outcome, ready_in_us, others_us, waiting, now_us = row
+    number, void, known, booked, *numbers, outcome, ready_in_us, others_us, waiting, now_us = row
     ready = sorted((int(number), int(in_us)) for number, in_us in ready_in_us)
     waiters = in_order(Waiter(*map(int, waiter)) for waiter in waiting)
+    outcome = Outcome(*map(int, outcome))
+    if outcome.kind not in range(len(OUTCOMES)):
+        raise ValueError(f"an outcome of kind {outcome.kind}")
     return Reply._make(
         (
-            *(bool(known), bool(booked), *map(int, numbers)),
-            *(Outcome(*map(int, outcome)), tuple(ready), int(others_us), waiters, int(now_us)),
+            *(int(number), bool(void), bool(known), bool(booked), *map(int, numbers)),
+            *(outcome, tuple(ready), int(others_us), waiters, int(now_us), 0),
         )
     )

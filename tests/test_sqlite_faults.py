@@ -1,0 +1,1969 @@
+"""What can befall the file of a ``SqliteQueue``: real files, locks, disks, users, forks and signals.
+
+Whatever happens to it, no permit comes early: the queue waits, or says what is wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import logging
+import os
+import platform
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from test_interruptions import is_whole, run_interrupted_everywhere
+from test_waiting import in_line, limit
+
+from gateway_queue_sync import (
+    AcquireTimeout,
+    BrokerError,
+    QueueClosed,
+    SqliteQueue,
+    shared,
+)
+from gateway_queue_sync.clock import SystemClock
+from gateway_queue_sync.ledgers import shared as ledgers
+from gateway_queue_sync.ledgers.tables import SCHEMA_VERSION
+from gateway_queue_sync.testing import Referee
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 20.0  # s for what must come
+WINDOW = 5.25
+QUICK = {"interval": 0.05, "margin": 0.05}  # where time is real
+NOBODY = 65534
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+TIME_NAMESPACE = Path("/proc/self/ns/time")
+
+needs_root = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else"
+)
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+needs_time_namespaces = pytest.mark.skipif(
+    not BOOT_ID.exists() or not os.path.lexists(TIME_NAMESPACE),
+    reason="this system has no boot id or no time namespaces",
+)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "bot.sqlite3"
+
+
+@pytest.fixture
+def make(path, clock):
+    """Make queues on the file, on a clock driven by hand; the first window is over."""
+    queues = []
+
+    def make(given=None, **settings):
+        if not queues:
+            SqliteQueue(path, clock=clock).close()
+            clock.advance(WINDOW)
+        queues.append(SqliteQueue(path, given, clock=clock, lease=1e6, **settings))
+        return queues[-1]
+
+    yield make
+    for queue in queues:
+        queue.close()
+
+
+def sql(path, *statements):
+    """Run statements on the file as another program, and return what the last one found."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return [connection.execute(statement).fetchall() for statement in statements][-1]
+
+
+def is_sound(path):
+    return sql(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+def told(caplog, words):
+    """The warnings with these words in them."""
+    messages = [
+        record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
+    ]
+    return [message for message in messages if words in message]
+
+
+def shortest(stamps):
+    """The shortest time between two grants."""
+    return min(later - earlier for earlier, later in itertools.pairwise(stamps))
+
+
+def soon(is_so, what="it did not come to that"):
+    give_up = time.monotonic() + PATIENCE
+    while not is_so():
+        assert time.monotonic() < give_up, what
+        time.sleep(0.002)
+
+
+def run(code, *arguments, python=sys.executable, before=(), timeout=30):
+    """Run a program of its own, warnings as errors, and return what it said; it must end well."""
+    done = subprocess.run(
+        [*before, str(python), "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+    return done.stdout.split("\n")[:-1]
+
+
+# --- a file that a stopped process holds locked ---------------------------------------------------
+
+
+class Holder:
+    """A process that holds a lock on the file, and is stopped."""
+
+    CODE = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+for statement in sys.argv[2].split(";"):
+    cursor = connection.execute(statement)
+    cursor.fetchone()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+    def __init__(self, path, how):
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-c", self.CODE, str(path), how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self.process.stdout.readline() == b"held\n"
+        self.process.send_signal(signal.SIGSTOP)
+
+    def kill(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def hold(path):
+    """Hold the file from now on, in a stopped process."""
+    holders = []
+
+    def hold(how="BEGIN IMMEDIATE"):
+        holders.append(Holder(path, how))
+        return holders[-1]
+
+    yield hold
+    for holder in holders:
+        holder.kill()
+
+
+@pytest.fixture
+def queue(path):
+    """A queue in real time, past its first window."""
+    with SqliteQueue(path, **QUICK) as queue:
+        sql(path, "UPDATE account SET fresh_last_us = fresh_last_us - 1000000")
+        yield queue
+
+
+def how_long(call, *args, **kwargs):
+    """How long a call takes, and what it raises."""
+    began = time.monotonic()
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        call(*args, **kwargs)
+    return time.monotonic() - began, caught.value
+
+
+def test_a_locked_file_is_named_in_a_broker_error_at_the_timeout(path, queue, hold):
+    hold()
+    took, error = how_long(queue.acquire, 0, timeout=0.3)
+    assert type(error) is BrokerError
+    assert isinstance(error.__cause__, sqlite3.OperationalError)
+    assert str(path) in str(error)
+    assert "another process holds it locked" in str(error)
+    assert 0.3 <= took < 2
+
+
+def test_a_try_does_not_wait_for_a_locked_file(queue, hold):
+    hold()
+    took, error = how_long(queue.try_acquire, 0)
+    assert type(error) is BrokerError
+    assert took < 1
+
+
+def test_a_try_outlasts_what_another_process_is_in_the_midst_of(path, queue):
+    """A thread that computes makes every transaction of its process take a tenth of a second."""
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    timer = threading.Timer(0.1, other.execute, ("COMMIT",))
+    timer.start()
+    try:
+        assert queue.try_acquire(0) is not None
+    finally:
+        timer.join()
+        other.close()
+
+
+def test_the_timeout_is_kept_on_a_locked_file_if_somebody_observes(path, hold):
+    with SqliteQueue(path, **QUICK, observer=lambda event: None) as queue:
+        hold()
+        took, error = how_long(queue.acquire, 0, timeout=0.3)
+    assert type(error) is BrokerError
+    assert took < 2
+
+
+def test_the_timeout_is_kept_by_who_waits_when_the_file_is_locked(path, hold, crew):
+    with SqliteQueue(path, interval=20) as queue:
+        began = time.monotonic()
+        call = crew(queue.acquire, 0, timeout=0.6)
+        soon(lambda: queue.snapshot().waiting)
+        hold()
+        assert call.exception(PATIENCE) is not None
+        assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("call", ["open", "snapshot", "update"])
+def test_what_nobody_tries_again_waits_for_a_locked_file_and_then_says_so(
+    path, queue, hold, monkeypatch, call
+):
+    calls = {
+        "open": lambda: SqliteQueue(path),
+        "snapshot": queue.snapshot,
+        "update": lambda: queue.update(limit()),
+    }
+    hold()
+    monkeypatch.setattr(ledgers, "PATIENCE", 0.2)
+    took, error = how_long(calls[call])
+    assert type(error) is BrokerError
+    assert "another process holds it locked" in str(error)
+    assert 0.2 <= took < 2
+
+
+def test_a_report_does_not_wait_for_a_locked_file_and_is_booked_later(queue, hold):
+    permit = queue.acquire(0)
+    holder = hold()
+    began = time.monotonic()
+    permit.unused()
+    assert time.monotonic() - began < 1
+    holder.kill()
+    assert queue.snapshot().limit.remaining == 1000
+
+
+def test_closing_does_not_wait_for_a_locked_file(queue, hold):
+    permit = queue.acquire(0)
+    hold()
+    began = time.monotonic()
+    permit.sent()
+    queue.close()
+    assert time.monotonic() - began < 1
+
+
+def test_a_queue_that_had_to_wait_while_it_opened_syncs_nothing_either(path, queue, hold):
+    """A sync in the way of a grant makes it late; so SQLite is told not to, however it opens."""
+    holder = hold("BEGIN EXCLUSIVE")
+    threading.Timer(0.2, holder.process.kill).start()
+    with SqliteQueue(path, **QUICK) as late:
+        connection = late._ledger._file.connection
+        assert connection.execute("PRAGMA synchronous").fetchone() == (0,)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("truncate",)
+
+
+def test_ctrl_c_ends_a_wait_for_a_locked_file(path, queue, hold):
+    """Not after a busy wait in C, which is deaf to it: the best of five shows it."""
+    code = """
+    import sys, threading, time
+    from gateway_queue_sync import SqliteQueue
+    queue = SqliteQueue(sys.argv[1], interval=0.05, margin=0.05)
+    print("open", flush=True)
+    sys.stdin.readline()
+    def tell():
+        while not (queue._threads and queue._outage):
+            time.sleep(0.001)
+        print("waits", flush=True)
+    for _ in range(5):
+        threading.Thread(target=tell).start()
+        try:
+            queue.acquire(0)
+        except KeyboardInterrupt:
+            print(time.monotonic(), flush=True)
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=ROOT,
+    )
+    took = []
+    try:
+        assert child.stdout.readline() == "open\n"
+        hold()
+        child.stdin.write("locked\n")
+        child.stdin.flush()
+        for attempt in range(5):
+            assert child.stdout.readline() == "waits\n"
+            time.sleep(0.013 * attempt)  # in the midst of SQLite's own wait, or of a pause
+            sent = time.monotonic()
+            child.send_signal(signal.SIGINT)
+            took.append(float(child.stdout.readline()) - sent)
+    finally:
+        child.kill()
+        child.communicate()
+    assert min(took) < 0.1
+    assert max(took) < 4
+
+
+def test_a_killed_holder_leaves_no_lock(queue, hold):
+    holder = hold()
+    with pytest.raises(BrokerError):
+        queue.acquire(0, timeout=0.1)
+    holder.kill()
+    assert queue.try_acquire(0) is not None
+
+
+def test_who_waits_goes_on_soon_after_the_holder_is_killed(queue, hold, crew):
+    holder = hold()
+    calls = [crew(queue.acquire, shard) for shard in range(2)]
+    soon(lambda: queue._outage is not None and queue._outage.failures > 2)
+    killed = time.monotonic()
+    holder.kill()
+    for call in calls:
+        call.now()
+    assert time.monotonic() - killed < 4
+
+
+def test_a_future_outlasts_a_locked_file(queue, hold):
+    holder = hold()
+    future = queue.enqueue(0)
+    soon(lambda: queue._outage is not None)
+    holder.kill()
+    assert future.result(PATIENCE).shard_id == 0
+
+
+def test_each_outage_is_warned_of_once(queue, hold, crew, caplog, monkeypatch):
+    monkeypatch.setattr(shared, "LONGEST_PAUSE_US", 100_000)
+    queue.update(limit(max_concurrency=2))
+    for outage in (1, 2):
+        holder = hold()
+        calls = [crew(queue.acquire, shard) for shard in range(4)]
+        soon(lambda: queue._outage is not None and queue._outage.failures > 5)
+        holder.kill()
+        for call in calls:
+            call.now()
+        assert len(told(caplog, "no permit is granted until it can be asked again")) == outage
+        assert len(told(caplog, "answers again")) == outage
+
+
+def test_a_stopped_reader_costs_no_permit_and_no_budget(queue, hold):
+    """A transaction that cannot end while somebody reads is undone."""
+    before = queue.snapshot().limit.remaining
+    holder = hold("BEGIN; SELECT * FROM account")
+    with pytest.raises(BrokerError):
+        queue.acquire(0, timeout=0.1)
+    holder.kill()
+    assert queue.snapshot().limit.remaining == before
+    assert queue.try_acquire(0) is not None
+
+
+def test_a_transaction_that_kill_cut_short_is_undone(path, make):
+    """Its changes are in the file already, and what they were before in a journal beside it."""
+    queue = make(limit(10, 7, 100.0))
+    holder = Holder(
+        path,
+        "PRAGMA journal_mode = TRUNCATE; PRAGMA cache_size = 1; BEGIN IMMEDIATE; "
+        "UPDATE account SET remaining = 3, granted = 9; "
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 9999) "
+        "INSERT INTO waiter SELECT 'default', 'x', i, i, i, i FROM n",
+    )
+    holder.kill()
+    assert path.with_name(path.name + "-journal").stat().st_size > 0
+    assert queue.snapshot().limit.remaining == 7
+    assert is_sound(path)
+
+
+# --- a file that is lost --------------------------------------------------------------------------
+
+
+def deleted(path):
+    path.unlink()
+
+
+def replaced_by_an_empty_one(path):
+    new = path.with_suffix(".new")
+    new.touch(0o600)
+    new.replace(path)
+
+
+def emptied(path):
+    os.truncate(path, 0)
+
+
+def put_back(path):
+    path.with_suffix(".old").replace(path)
+
+
+LOSSES = [deleted, replaced_by_an_empty_one, emptied, put_back]
+
+
+def keep_a_copy(path):
+    shutil.copy2(path, path.with_suffix(".old"))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("who", ["who was granted", "another process"])
+def test_after_the_file_is_lost_nobody_is_granted_early(loss, who, path, make, clock):
+    queues = {"who was granted": make(), "another process": make()}
+    keep_a_copy(path)
+    queues["who was granted"].acquire(0)
+    loss(path)
+    for _ in range(20):
+        clock.advance(WINDOW / 21)
+        assert queues[who].try_acquire(0) is None
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_window_after_the_file_is_lost_there_are_permits_again(loss, path, make, clock):
+    queue, other = make(), make()
+    keep_a_copy(path)
+    queue.acquire(0)
+    loss(path)
+    queue.try_acquire(0)
+    clock.advance(WINDOW)
+    assert queue.try_acquire(0) is not None
+    clock.advance(WINDOW)
+    assert other.try_acquire(0) is not None
+
+
+@pytest.mark.parametrize("loss", [deleted, replaced_by_an_empty_one, emptied])
+def test_who_made_the_file_makes_it_anew_when_it_is_lost(loss, path, clock):
+    with SqliteQueue(path, clock=clock) as queue:
+        clock.advance(WINDOW)
+        queue.acquire(0)
+        loss(path)
+        assert queue.try_acquire(0) is None
+        clock.advance(WINDOW)
+        assert queue.try_acquire(0) is not None
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_spacing_holds_over_all_who_notice_that_the_file_is_lost(loss, path, make, clock):
+    queues = make(), make(), make()
+    keep_a_copy(path)
+    queues[0].acquire(0)
+    loss(path)
+    grants = [clock.now_us()]
+    for _ in range(60):
+        clock.advance(0.25)
+        grants += [clock.now_us() for queue in reversed(queues) if queue.try_acquire(0)]
+    assert len(grants) >= 3
+    assert shortest(grants) >= WINDOW * 1e6
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_budget_goes_on_from_what_the_process_knew(loss, path, make, clock):
+    queue = make(limit(10, 8, 100.0))
+    keep_a_copy(path)
+    queue.acquire(0)
+    loss(path)
+    left = queue.snapshot().limit
+    assert (left.total, left.remaining, left.resets_in) == (10, 7, 100.0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_who_waits_when_the_file_is_lost_goes_on_and_nobody_comes_early(loss, path, crew):
+    referee = Referee(interval=QUICK["interval"])
+    queues = [SqliteQueue(path, **QUICK) for _ in range(2)]
+    keep_a_copy(path)
+
+    def identify(queue, shard_id):
+        queue.acquire(shard_id)
+        referee.identify(shard_id)
+
+    calls = [crew(identify, queues[shard % 2], shard) for shard in range(3)]
+    soon(lambda: referee.accepted)
+    loss(path)
+    for call in calls:
+        call.now()
+    assert not referee.refusals
+    for queue in queues:
+        queue.close()
+
+
+def test_a_file_that_is_lost_is_warned_of_once(path, make, caplog):
+    queue = make()
+    path.unlink()
+    for _ in range(3):
+        queue.try_acquire(0)
+    (message,) = told(caplog, "deleted or replaced")
+    assert str(path) in message
+
+
+def test_the_limit_is_read_anew_after_a_loss(path, make, clock):
+    read = []
+
+    def refresh():
+        read.append(True)
+        return limit(10, 4, 50.0)
+
+    queue = make(limit(10, 8, 100.0), refresh=refresh)
+    path.unlink()
+    assert queue.try_acquire(0) is None
+    clock.advance(WINDOW)
+    assert queue.acquire(0).remaining == 3
+    assert len(read) == 1
+
+
+def test_an_older_state_written_over_the_file_grants_nothing_for_a_window(path, make, clock):
+    """The process has seen more permits than the file tells of."""
+    queue = make()
+    keep_a_copy(path)
+    queue.acquire(0)
+    clock.advance(1)
+    path.write_bytes(path.with_suffix(".old").read_bytes())
+    assert queue.snapshot().granted == 1
+    clock.advance(WINDOW - 0.000_001)
+    assert queue.try_acquire(0) is None
+    clock.advance(0.000_001)
+    assert queue.try_acquire(0) is not None
+
+
+# --- a file that cannot be read -------------------------------------------------------------------
+
+
+def halved(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def cut_by_a_page(path):
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+def garbled(path):
+    path.write_bytes(random.Random(1).randbytes(path.stat().st_size))
+
+
+def garbled_below_the_header(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + random.Random(1).randbytes(len(content) - 4096))
+
+
+def made_a_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def made_anothers(path):
+    path.unlink()
+    sql(path, "CREATE TABLE account (name, password)", "PRAGMA user_version = 1")
+
+
+SPOILT = {
+    halved: "malformed; to begin anew move it away",
+    cut_by_a_page: "malformed; to begin anew move it away",
+    garbled: "not a database; to begin anew move it away",
+    made_a_folder: "is no regular file",
+    made_anothers: "belongs to another program",
+}
+
+
+def test_a_file_that_is_spoilt_below_its_header_opens_no_queue(path, make):
+    make().close()
+    garbled_below_the_header(path)
+    with pytest.raises(BrokerError, match="malformed; to begin anew move it away"):
+        SqliteQueue(path)
+
+
+def move_away(path):
+    path.rename(path.with_suffix(".spoilt"))
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_a_spoilt_file_is_a_broker_error_that_says_what_is_wrong(spoil, path, make, clock):
+    queue = make()
+    spoil(path)
+    for call in (queue.try_acquire, lambda shard: queue.acquire(shard, timeout=0)):
+        with pytest.raises(BrokerError) as caught:
+            call(0)
+        assert str(path) in str(caught.value)
+        assert SPOILT[spoil] in str(caught.value)
+        assert caught.value.__cause__ is not None
+        clock.advance(WINDOW)
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_a_spoilt_file_opens_no_queue_and_stays_as_it_is(spoil, path, make):
+    make()
+    spoil(path)
+    before = path.read_bytes() if path.is_file() else None
+    with pytest.raises(BrokerError, match=SPOILT[spoil].split(";")[0]):
+        SqliteQueue(path)
+    assert before == (path.read_bytes() if path.is_file() else None)
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_a_spoilt_file_that_is_moved_away_costs_a_window(spoil, path, make, clock):
+    queue = make(limit(10, 8, 1000.0))
+    queue.acquire(0)
+    spoil(path)
+    with pytest.raises(BrokerError):
+        queue.try_acquire(0)
+    move_away(path)
+    assert queue.try_acquire(0) is None
+    clock.advance(WINDOW - 0.000_001)
+    assert queue.try_acquire(0) is None
+    clock.advance(0.000_001)
+    assert queue.try_acquire(0).remaining == 6
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
+def test_who_waits_on_a_spoilt_file_goes_on_when_the_right_one_is_back(spoil, path, queue, crew):
+    keep_a_copy(path)
+    spoil(path)
+    call = crew(queue.acquire, 0)
+    soon(lambda: queue._outage is not None)
+    assert not call.done()
+    move_away(path)
+    put_back(path)
+    assert call.now().shard_id == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "nonsense"),
+    [
+        ("remaining", "'many'"),
+        ("total", "NULL"),
+        ("max_concurrency", "0"),
+        ("resets_at_us", "'soon'"),
+        ("interval_us", "x'00ff'"),
+        ("granted", str(2**63 - 1)),
+        ("fresh_last_us", "NULL"),
+    ],
+)
+def test_nonsense_in_the_file_is_a_broker_error(column, nonsense, path, make):
+    queue = make(limit(10, 8, 100.0))
+    sql(path, f"UPDATE account SET {column} = {nonsense}")
+    with pytest.raises(BrokerError) as caught:
+        queue.try_acquire(0)
+    assert str(path) in str(caught.value)
+
+
+# --- a file that cannot be written ----------------------------------------------------------------
+
+
+@pytest.fixture
+def nobodys():
+    """A folder of an unprivileged user's."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if not all(parent.stat().st_mode & 0o001 for parent in folder.parents):
+            pytest.skip("unprivileged users cannot reach the folder for temporary files")
+        try:
+            os.chown(folder, NOBODY, -1)
+            os.seteuid(NOBODY)
+            os.seteuid(0)
+        except PermissionError:
+            pytest.skip("this root may not become somebody else")
+        yield folder
+
+
+def as_nobody(path, code):
+    """Run code as an unprivileged user, in a process of its own, and return what it said."""
+    return run(
+        """
+        import encodings.ascii, os, sys     # whatever is loaded later may be out of its reach
+        import gateway_queue_sync.ledgers.sqlite
+        from gateway_queue_sync import BrokerError, SqliteQueue
+        path = sys.argv[1]
+        folder = os.path.dirname(path)
+        def opened():
+            return SqliteQueue(path, interval=0.05, margin=0.05)
+        def failure(call, *args):
+            try:
+                return call(*args)
+            except BrokerError as error:
+                return str(error)
+        os.seteuid(65534)
+        try:
+            exec(sys.argv[2])
+        finally:
+            os.seteuid(0)
+        """,
+        path,
+        textwrap.dedent(code),
+    )
+
+
+@needs_root
+def test_a_read_only_file_is_refused_until_it_may_be_written(nobodys):
+    path = nobodys / "bot"
+    error, again = as_nobody(
+        path,
+        """
+        opened().close()
+        os.chmod(path, 0o400)
+        print(failure(opened))
+        os.chmod(path, 0o600)
+        print(opened().try_acquire(0))
+        """,
+    )
+    assert str(path) in error
+    assert "readonly" in error
+    assert again == "None"  # though opening asked for nothing, its first window is not over
+
+
+@needs_root
+def test_a_file_that_may_not_be_read_is_refused(nobodys):
+    path = nobodys / "bot"
+    (error,) = as_nobody(
+        path,
+        """
+        opened().close()
+        os.chmod(path, 0)
+        print(failure(opened))
+        """,
+    )
+    assert str(path) in error
+    assert "unable to open" in error
+
+
+@needs_root
+def test_a_read_only_folder_in_which_to_make_the_file_is_refused(nobodys):
+    path = nobodys / "bot"
+    (error,) = as_nobody(
+        path,
+        """
+        os.chmod(folder, 0o500)
+        print(failure(opened))
+        os.chmod(folder, 0o700)
+        """,
+    )
+    assert error.endswith(f"{str(path)!r}: Permission denied")
+
+
+@needs_root
+def test_a_folder_that_becomes_read_only_grants_nothing_until_it_is_not(nobodys):
+    """SQLite keeps a journal beside the file while it writes."""
+    path = nobodys / "bot"
+    error, again = as_nobody(
+        path,
+        """
+        queue = opened()
+        queue.acquire(0).unused()
+        os.unlink(path + "-journal")
+        os.chmod(folder, 0o500)
+        print(failure(queue.try_acquire, 0))
+        os.chmod(folder, 0o700)
+        print(queue.acquire(0).remaining)
+        queue.close()
+        """,
+    )
+    assert str(path) in error
+    assert "readonly" in error or "unable to open" in error
+    assert again == "999"
+
+
+@needs_root
+def test_a_folder_that_becomes_out_of_reach_grants_nothing_until_it_is_not(nobodys):
+    path = nobodys / "bot"
+    error, again = as_nobody(
+        path,
+        """
+        queue = opened()
+        queue.acquire(0).unused()
+        os.chmod(folder, 0)
+        print(failure(queue.try_acquire, 0))
+        os.chmod(folder, 0o700)
+        print(queue.acquire(0).remaining)
+        queue.close()
+        """,
+    )
+    assert error.endswith(f"{str(path)!r}: Permission denied")
+    assert again == "999"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 128 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    command = [mount, "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    if mount is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def filled_up(disk):
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 512)
+    yield
+    ballast.unlink()
+
+
+def test_a_full_disk_opens_no_queue_until_there_is_room(small_disk):
+    path = small_disk / "bot"
+    with filled_up(small_disk), pytest.raises(BrokerError) as caught:
+        SqliteQueue(path)
+    assert str(path) in str(caught.value)
+    assert "full" in str(caught.value)
+    SqliteQueue(path).close()
+    assert is_sound(path)
+
+
+def test_a_disk_that_fills_up_grants_nothing_until_there_is_room(small_disk, clock):
+    path = small_disk / "bot"
+    with SqliteQueue(path, limit(10, 8, 100.0), clock=clock) as queue:
+        clock.advance(WINDOW)
+        with filled_up(small_disk), pytest.raises(BrokerError) as caught:
+            queue.try_acquire(0)
+        assert str(path) in str(caught.value)
+        assert "full" in str(caught.value)
+        assert queue.try_acquire(0).remaining == 7
+    assert is_sound(path)
+
+
+def test_a_file_that_may_not_grow_opens_no_queue_until_it_may(path):
+    pytest.importorskip("resource", reason="this system has no resource limits")
+    error, again = run(
+        """
+        import resource, sys
+        from gateway_queue_sync import BrokerError, SqliteQueue
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, most))
+        try:
+            SqliteQueue(sys.argv[1])
+        except BrokerError as error:
+            print(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        with SqliteQueue(sys.argv[1]) as queue:
+            print(queue.snapshot().limit.remaining)
+        """,
+        path,
+    )
+    assert str(path) in error
+    assert "disk" in error
+    assert again == "1000"
+
+
+def made_a_pipe(path):
+    os.mkfifo(path)
+
+
+def made_a_loop(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "make_it", "words"),
+    [
+        ("folder", Path.mkdir, "is no regular file"),
+        ("pipe", made_a_pipe, "is no regular file"),
+        ("loop", made_a_loop, "symbolic links"),
+        ("missing/bot", None, "No such file or directory"),
+        ("x" * 300, None, "name too long"),
+        ("/dev/null", None, "is no regular file"),
+        ("/dev/null/bot", None, "Not a directory"),
+    ],
+)
+def test_what_can_be_no_file_is_refused_with_the_reason(tmp_path, name, make_it, words):
+    path = tmp_path / name
+    if make_it is not None:
+        make_it(path)
+    with pytest.raises(BrokerError) as caught:
+        SqliteQueue(path)
+    assert str(path) in str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_a_folder_that_is_missing_is_no_harm_once_it_is_there(tmp_path):
+    path = tmp_path / "later" / "bot"
+    with pytest.raises(BrokerError):
+        SqliteQueue(path)
+    path.parent.mkdir()
+    with SqliteQueue(path) as queue:
+        assert queue.try_acquire(0) is None
+
+
+# --- other versions, other programs ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
+def test_another_schema_is_refused_with_both_versions_and_left_alone(path, make, version):
+    make().close()
+    sql(path, f"PRAGMA user_version = {version}")
+    before = path.read_bytes()
+    with pytest.raises(BrokerError) as caught:
+        SqliteQueue(path)
+    assert str(path) in str(caught.value)
+    assert f"schema {version}; this version reads {SCHEMA_VERSION}" in str(caught.value)
+    assert path.read_bytes() == before
+
+
+@pytest.fixture(params=[0, SCHEMA_VERSION, 7])
+def anothers(request, path):
+    """Another program's database, of any version."""
+    sql(
+        path,
+        "PRAGMA journal_mode = WAL",
+        "CREATE TABLE account (name, password)",
+        "INSERT INTO account VALUES ('default', 'secret')",
+        f"PRAGMA user_version = {request.param}",
+    )
+    path.chmod(0o644)
+    return path
+
+
+def test_another_programs_database_is_refused(anothers):
+    with pytest.raises(BrokerError) as caught:
+        SqliteQueue(anothers)
+    assert str(anothers) in str(caught.value)
+    assert "belongs to another program" in str(caught.value)
+
+
+def test_another_programs_database_keeps_its_content(anothers):
+    before = anothers.read_bytes()
+    with pytest.raises(BrokerError):
+        SqliteQueue(anothers)
+    assert anothers.read_bytes() == before
+
+
+def test_another_programs_database_keeps_its_mode(anothers):
+    with pytest.raises(BrokerError):
+        SqliteQueue(anothers)
+    assert mode(anothers) == 0o644
+
+
+# --- whose file it is -----------------------------------------------------------------------------
+
+
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+@needs_root
+def test_a_file_of_another_user_is_refused_until_it_is_ours(path, make):
+    make().close()
+    try:
+        os.chown(path, NOBODY, -1)
+    except PermissionError:
+        pytest.skip("this root may not give files away")
+    with pytest.raises(BrokerError) as caught:
+        SqliteQueue(path)
+    assert str(path) in str(caught.value)
+    assert f"belongs to user {NOBODY}, not to 0" in str(caught.value)
+    os.chown(path, 0, -1)
+    SqliteQueue(path).close()
+
+
+def test_a_file_that_others_can_read_is_closed_to_them_with_a_warning(path, make, caplog):
+    make().close()
+    path.chmod(0o644)
+    SqliteQueue(path).close()
+    assert mode(path) == 0o600
+    (message,) = told(caplog, "could be read by other users")
+    assert str(path) in message
+
+
+def test_a_new_file_is_for_its_owner_alone_whatever_the_umask(path, clock, caplog):
+    before = os.umask(0)
+    try:
+        with SqliteQueue(path, clock=clock) as queue:
+            clock.advance(WINDOW)
+            queue.acquire(0)
+            assert {file.name: mode(file) for file in path.parent.iterdir()} == {
+                path.name: 0o600,
+                path.name + "-journal": 0o600,
+            }
+    finally:
+        os.umask(before)
+    assert not told(caplog, "")
+
+
+def test_a_link_leads_to_the_real_file(tmp_path, path, make):
+    queue = make()
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with SqliteQueue(link, clock=queue._ledger._clock) as linked:
+        queue.acquire(0)
+        assert linked.try_acquire(0) is None
+    assert link.is_symlink()
+    assert not (tmp_path / "link-journal").exists()
+
+
+def test_a_link_that_leads_to_nothing_yet_has_the_file_made_where_it_leads(tmp_path, path):
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    SqliteQueue(link).close()
+    assert link.is_symlink()
+    assert path.is_file()
+
+
+def test_a_link_that_is_turned_away_later_does_not_take_the_queue_along(tmp_path, path, clock):
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with SqliteQueue(link, clock=clock) as queue:
+        link.unlink()
+        link.symlink_to(tmp_path / "elsewhere")
+        clock.advance(WINDOW)
+        assert queue.try_acquire(0) is not None
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_two_names_of_one_file_are_one_account(tmp_path, path, make, clock):
+    queue = make()
+    os.link(path, tmp_path / "name")
+    with SqliteQueue(tmp_path / "name", clock=clock) as named:
+        queue.acquire(0)
+        assert named.try_acquire(0) is None
+        clock.advance(WINDOW)
+        named.acquire(0)
+        assert queue.snapshot().granted == 2
+
+
+def test_a_relative_path_means_the_same_file_wherever_the_process_goes(
+    tmp_path, path, make, clock, monkeypatch
+):
+    queue = make()
+    monkeypatch.chdir(tmp_path)
+    with SqliteQueue(path.name, clock=clock) as relative:
+        monkeypatch.chdir("/")
+        relative._ledger.close()  # the next call opens the file anew
+        relative.acquire(0)
+    assert queue.snapshot().granted == 1
+
+
+# --- network file systems -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mounted(monkeypatch):
+    """Say what is mounted: pairs of a mount point and a type of file system."""
+    read_text = Path.read_text
+
+    def mounted(*mounts):
+        lines = [
+            f"{20 + n} 1 0:{n} / {point} rw,relatime shared:{n} master:2 - {kind} source:/x rw\n"
+            for n, (point, kind) in enumerate([("/", "ext4"), *mounts])
+        ]
+
+        def fake(self, *args, **kwargs):
+            if str(self) == "/proc/self/mountinfo":
+                return "".join(lines)
+            return read_text(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "read_text", fake)
+
+    return mounted
+
+
+@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph"])
+def test_a_network_file_system_is_warned_of(tmp_path, path, mounted, caplog, kind):
+    mounted((tmp_path, kind))
+    SqliteQueue(path).close()
+    (message,) = told(caplog, f"is on a network file system ({kind})")
+    assert str(path) in message
+
+
+@pytest.mark.parametrize("kind", ["ext4", "tmpfs", "overlay", "fuseblk"])
+def test_a_local_file_system_is_not_warned_of(tmp_path, path, mounted, caplog, kind):
+    mounted(("/", "nfs"), (tmp_path, kind))
+    SqliteQueue(path).close()
+    assert not told(caplog, "")
+
+
+def test_only_what_is_mounted_above_the_file_counts(tmp_path, path, mounted, caplog):
+    mounted((path.parent / "bot", "nfs"), (path.parent / "other", "nfs"))
+    SqliteQueue(path).close()
+    assert not told(caplog, "")
+
+
+def test_of_two_mounts_in_one_place_the_later_counts(tmp_path, path, mounted, caplog):
+    mounted((tmp_path, "ext4"), (tmp_path, "nfs"))
+    SqliteQueue(path).close()
+    assert told(caplog, "network file system")
+
+
+def test_a_mount_point_may_have_a_space_in_it(tmp_path, mounted, caplog):
+    share = tmp_path / "my share"
+    share.mkdir()
+    mounted((str(share).replace(" ", r"\040"), "nfs4"))
+    SqliteQueue(share / "bot").close()
+    assert told(caplog, "is on a network file system (nfs4)")
+
+
+# --- forks ----------------------------------------------------------------------------------------
+
+FORKING = """
+import contextlib, os, sqlite3, sys, threading, time, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+from gateway_queue_sync import QueueClosed, SqliteQueue
+path = sys.argv[1]
+queue = SqliteQueue(path, interval=0.05, margin=0.05)
+queue.acquire(0)
+
+def transaction_in_a_thread():
+    \"\"\"Begin one that takes its time; it is under way when this returns.\"\"\"
+    inside = threading.Event()
+    answer = queue._ledger._answer
+    def slowly(*args):
+        queue._ledger._answer = answer
+        inside.set()
+        time.sleep(0.2)
+        return answer(*args)
+    queue._ledger._answer = slowly
+    thread = threading.Thread(target=queue.acquire, args=(1,))
+    thread.start()
+    inside.wait()
+    return thread
+
+def fork(in_child):
+    \"\"\"Run that in a child, which ends with its outcome.\"\"\"
+    child = os.fork()
+    if child:
+        return child
+    status = 99
+    try:
+        status = in_child()
+    finally:
+        os._exit(status)
+
+def status_of(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def is_sound():
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return connection.execute("PRAGMA integrity_check").fetchone()[0]
+"""
+
+
+@needs_fork
+def test_a_forked_child_works_on_as_another_process(path):
+    (said,) = run(
+        FORKING
+        + """
+owner, connection = queue._ledger._owner, queue._ledger._file.connection
+def in_child():
+    queue.acquire(1, timeout=5)
+    mine = queue._ledger
+    return 7 if mine._owner != owner and mine._file.connection is not connection else 1
+child = fork(in_child)
+queue.acquire(2, timeout=5)
+print(status_of(child), queue.snapshot().granted, queue._ledger._owner == owner)
+queue.close()
+""",
+        path,
+    )
+    assert said == "7 3 True"
+
+
+@needs_fork
+def test_parent_and_forked_children_keep_the_spacing(path):
+    stamps = run(
+        FORKING
+        + """
+def grants():
+    for _ in range(2):
+        queue.acquire(0, timeout=10)
+        os.write(1, b"%f\\n" % time.monotonic())
+    return 0
+children = [fork(grants) for _ in range(2)]
+grants()
+assert [status_of(child) for child in children] == [0, 0]
+queue.close()
+""",
+        path,
+    )
+    stamps = sorted(map(float, stamps))
+    assert len(stamps) == 6
+    assert shortest(stamps) >= QUICK["interval"]
+
+
+@needs_fork
+def test_a_child_forked_in_the_midst_of_a_transaction_works_on(path):
+    """What SQLite remembers of the parent's locks must not make the child wait for itself."""
+    (said,) = run(
+        FORKING
+        + """
+thread = transaction_in_a_thread()
+child = fork(lambda: 0 if queue.acquire(2, timeout=2) else 1)
+thread.join()
+print(status_of(child), queue.snapshot().granted, is_sound())
+queue.close()
+""",
+        path,
+    )
+    assert said == "0 3 ok"
+
+
+@needs_fork
+@pytest.mark.parametrize("leave", ["sys.exit(0)", "os._exit(0)"])
+def test_a_child_that_ends_leaves_the_parents_transaction_alone(path, leave):
+    (said,) = run(
+        FORKING
+        + f"""
+thread = transaction_in_a_thread()
+child = os.fork()
+if child == 0:
+    {leave}
+status = status_of(child)
+thread.join()
+print(status, queue.snapshot().granted, queue.snapshot().limit.remaining, is_sound())
+queue.close()
+""",
+        path,
+    )
+    assert said == "0 2 998 ok"
+
+
+@needs_fork
+def test_who_waits_in_the_parent_goes_on_and_does_not_wait_in_the_child(path):
+    (said,) = run(
+        FORKING
+        + """
+threads = [threading.Thread(target=queue.acquire, args=(shard,)) for shard in (1, 2)]
+for thread in threads:
+    thread.start()
+child = fork(lambda: len(queue._threads))
+for thread in threads:
+    thread.join()
+print(status_of(child), queue.snapshot().granted)
+queue.close()
+""",
+        path,
+    )
+    assert said == "0 3"
+
+
+@needs_fork
+def test_the_child_of_a_closed_queue_grants_nothing_and_leaves_nothing_open(path):
+    (said,) = run(
+        FORKING
+        + """
+queue.close()
+def in_child():
+    try:
+        queue.acquire(0)
+    except QueueClosed:
+        queue.snapshot()
+        return 7 if queue._ledger._file is None else 8
+print(status_of(fork(in_child)))
+""",
+        path,
+    )
+    assert said == "7"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_a_queue_can_be_handed_to_multiprocessing(tmp_path, path, method):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import multiprocessing, sys, time
+            from gateway_queue_sync import SqliteQueue
+
+            def shard(queue, shard_id, stamps):
+                with queue.acquire(shard_id, timeout=20):
+                    stamps.put(time.monotonic())
+
+            if __name__ == "__main__":
+                path, method = sys.argv[1:]
+                if method not in multiprocessing.get_all_start_methods():
+                    sys.exit("none")
+                context = multiprocessing.get_context(method)
+                with SqliteQueue(path, interval=0.05, margin=0.05) as queue:
+                    stamps = context.SimpleQueue()
+                    processes = [
+                        context.Process(target=shard, args=(queue, shard_id, stamps))
+                        for shard_id in range(2)
+                    ]
+                    for process in processes:
+                        process.start()
+                    shard(queue, 2, stamps)
+                    for process in processes:
+                        process.join()
+                    print(*(stamps.get() for _ in range(3)), queue.snapshot().granted)
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, script, path, method],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    if done.stderr == "none\n":
+        pytest.skip(f"this system knows no {method}")
+    assert done.stderr == ""
+    *stamps, granted = map(float, done.stdout.split())
+    assert granted == 3
+    stamps.sort()
+    assert shortest(stamps) >= QUICK["interval"]
+
+
+# --- other clocks ---------------------------------------------------------------------------------
+
+ANOTHER_BOOT = "'a1b2c3d4-0000-4000-8000-000000000000 time:[4026531834]'"
+
+
+def kept_by(path, clock, touched=0.0):
+    """Have the account kept by another clock, and used so many seconds ago."""
+    sql(path, f"UPDATE account SET clock = {clock}, touched_us = touched_us - {touched * 1e6:.0f}")
+
+
+def test_after_a_reboot_no_bucket_grants_for_a_window(path, make, clock, caplog):
+    make(limit(max_concurrency=3)).close()
+    kept_by(path, ANOTHER_BOOT)
+    queue = make()
+    clock.advance(WINDOW - 0.000_001)
+    assert [queue.try_acquire(shard) for shard in range(3)] == [None] * 3
+    clock.advance(0.000_001)
+    assert None not in [queue.try_acquire(shard) for shard in range(3)]
+    (message,) = told(caplog, "kept by another clock (a reboot?)")
+    assert str(path) in message
+
+
+def test_a_reboot_keeps_the_budget(path, make, clock):
+    queue = make(limit(10, 8, 100.0))
+    queue.acquire(0)
+    queue.close()
+    kept_by(path, ANOTHER_BOOT)
+    left = make().snapshot().limit
+    assert (left.total, left.remaining, left.resets_in) == (10, 7, 100.0)
+
+
+def test_a_reboot_forgets_who_waited_before_it(path, make, clock, crew):
+    queue = make()
+    queue.acquire(0)
+    in_line(queue, crew, clock, [1])
+    kept_by(path, ANOTHER_BOOT)
+    assert make().snapshot().waiting == 0
+    queue.close()
+
+
+def test_a_clock_that_was_far_ahead_before_the_reboot_costs_a_window(path, make, clock):
+    """The monotonic clock begins anew: what was stamped before lies in the future."""
+    queue = make()
+    clock.advance(1e6)
+    queue.acquire(0).rejected()
+    queue.close()
+    sql(path, "UPDATE bucket SET last_us = last_us + 1000000000000")
+    kept_by(path, ANOTHER_BOOT)
+    queue = make()
+    clock.advance(WINDOW)
+    assert queue.try_acquire(0) is not None
+
+
+@needs_time_namespaces
+def test_another_time_namespace_that_used_the_file_just_now_is_refused(path, queue):
+    kept_by(path, f"'{BOOT_ID.read_text().strip()} time:[1]'")
+    for call in (lambda: SqliteQueue(path), lambda: queue.acquire(0, timeout=0.1)):
+        with pytest.raises(BrokerError) as caught:
+            call()
+        assert str(path) in str(caught.value)
+        assert "another time namespace" in str(caught.value)
+
+
+@needs_time_namespaces
+def test_another_time_namespace_that_used_the_file_long_ago_costs_a_window(path, queue, caplog):
+    kept_by(path, f"'{BOOT_ID.read_text().strip()} time:[1]'", touched=61)
+    assert queue.try_acquire(0) is None
+    assert queue.acquire(0, timeout=PATIENCE).waited >= 0.09
+    assert told(caplog, "kept by another clock")
+
+
+@needs_time_namespaces
+def test_a_real_time_namespace_is_refused_and_does_no_harm(path, queue):
+    before = ["unshare", "--time", "--monotonic", "100000"]
+    if shutil.which("unshare") is None or subprocess.run([*before, "true"], check=False).returncode:
+        pytest.skip("no time namespace can be made here")
+    queue.snapshot()
+    (said,) = run(
+        """
+        import sys, time
+        from gateway_queue_sync import BrokerError, SqliteQueue
+        try:
+            SqliteQueue(sys.argv[1])
+        except BrokerError as error:
+            print(error)
+        """,
+        path,
+        before=before,
+    )
+    assert "another time namespace" in said
+    assert queue.acquire(0, timeout=PATIENCE).remaining == 999
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Take things of Linux away."""
+    read_text, readlink = Path.read_text, os.readlink
+
+    def without(*gone):
+        def fake(read):
+            def reading(path, *args, **kwargs):
+                if str(path) in map(str, gone):
+                    raise FileNotFoundError(path)
+                return read(path, *args, **kwargs)
+
+            return reading
+
+        monkeypatch.setattr(Path, "read_text", fake(read_text))
+        monkeypatch.setattr(os, "readlink", fake(readlink))
+
+    return without
+
+
+@pytest.fixture
+def step_wall(monkeypatch):
+    """Step the machine's wall clock by so many seconds."""
+    wall_us = SystemClock.wall_us
+
+    def step_wall(by):
+        stepped = staticmethod(lambda: wall_us() + int(by * 1e6))
+        monkeypatch.setattr(SystemClock, "wall_us", stepped)
+
+    return step_wall
+
+
+def test_without_a_boot_id_a_machine_is_known_by_when_it_began(path, without, step_wall, caplog):
+    without(BOOT_ID)
+    SqliteQueue(path, **QUICK).close()
+    step_wall(30)  # as it may be set by NTP
+    SqliteQueue(path, **QUICK).close()
+    assert not told(caplog, "kept by another clock")
+
+
+def test_without_a_boot_id_a_reboot_is_known_by_when_the_machine_began(
+    path, without, step_wall, caplog
+):
+    without(BOOT_ID)
+    SqliteQueue(path, **QUICK).close()
+    step_wall(300)
+    with SqliteQueue(path, **QUICK) as queue:
+        assert queue.try_acquire(0) is None
+    assert told(caplog, "kept by another clock")
+
+
+def test_without_a_boot_id_a_set_clock_costs_a_window_once(path, without, step_wall, crew, caplog):
+    """Processes from before and after agree on which clock it is."""
+    without(BOOT_ID)
+    with SqliteQueue(path, **QUICK) as before:
+        step_wall(300)
+        with SqliteQueue(path, **QUICK) as after:
+            calls = [crew(queue.acquire, 0, timeout=2) for queue in (before, after)]
+            for call in calls:
+                call.now()
+    assert len(told(caplog, "kept by another clock")) == 1
+
+
+@needs_time_namespaces
+def test_a_machine_without_time_namespaces_is_known_by_its_boot_id(
+    path, without, step_wall, caplog
+):
+    without(TIME_NAMESPACE)
+    SqliteQueue(path, **QUICK).close()
+    step_wall(300)
+    SqliteQueue(path, **QUICK).close()
+    assert not told(caplog, "kept by another clock")
+
+
+# --- the budget, the wall clock, and starting again -----------------------------------------------
+
+
+@pytest.mark.parametrize("by", [-1e6, -3600.0, 3600.0, 1e6])
+def test_a_wall_clock_that_is_set_moves_no_window(make, clock, by):
+    queue = make()
+    queue.acquire(0)
+    clock.set_wall(clock.wall_us() / 1e6 + by)
+    clock.advance(WINDOW - 0.000_001)
+    assert queue.try_acquire(0) is None
+    clock.advance(0.000_001)
+    assert queue.try_acquire(0) is not None
+
+
+def test_a_wall_clock_that_is_set_back_pushes_the_reset_no_farther_than_it_was(make, clock):
+    queue = make(limit(10, 0, 100.0))
+    clock.advance(60)
+    clock.set_wall(clock.wall_us() / 1e6 - 1e6)
+    assert queue.snapshot().limit.resets_in == 100.0
+    assert queue.try_acquire(0) is None
+    clock.advance(100)
+    assert queue.acquire(0).remaining == 9
+
+
+def test_the_budget_outlives_the_process(make, clock):
+    with make(limit(10, 8, 100.0)) as queue:
+        queue.acquire(0)
+        clock.advance(30)
+    left = make().snapshot().limit
+    assert (left.total, left.remaining, left.resets_in) == (10, 7, 70.0)
+
+
+def test_the_window_outlives_the_process(make, clock):
+    with make() as queue:
+        queue.acquire(0)
+    clock.advance(WINDOW - 0.000_001)
+    with make() as queue:
+        assert queue.try_acquire(0) is None
+        clock.advance(0.000_001)
+        assert queue.try_acquire(0) is not None
+
+
+def test_a_crash_loop_cannot_refill_the_budget(make, clock):
+    """Fifty starts, each with the limit that its first one was told."""
+    told_then = limit(1000, 1000, 0.0)
+    for start in range(50):
+        queue = make(told_then)
+        assert queue.acquire(0).remaining == 999 - start
+        clock.advance(WINDOW)
+    assert queue.snapshot().limit.resets_in == 86_400.0 - 50 * WINDOW
+
+
+def test_a_crash_loop_neither_moves_the_window_nor_comes_early(make, clock):
+    make().acquire(0)
+    for _ in range(20):
+        assert make(limit()).try_acquire(0) is None
+        clock.advance(WINDOW / 20)
+    assert make(limit()).try_acquire(0) is not None
+
+
+def test_within_the_period_a_smaller_remaining_is_news(make, clock):
+    make(limit(1000, 900, 3600.0))
+    left = make(limit(1000, 300, 1800.0)).snapshot().limit
+    assert (left.remaining, left.resets_in) == (300, 1800.0)
+
+
+def test_within_the_period_total_and_buckets_are_taken_as_given(make, clock):
+    make(limit(1000, 900, 3600.0))
+    snapshot = make(limit(2000, 2000, 0.0, max_concurrency=16)).snapshot()
+    assert (snapshot.limit.total, len(snapshot.buckets)) == (2000, 16)
+    assert (snapshot.limit.remaining, snapshot.limit.resets_in) == (900, 3600.0)
+
+
+def test_a_remaining_is_never_more_than_the_total_that_is_given(make, clock):
+    make(limit(1000, 900, 3600.0))
+    left = make(limit(100, 100, 0.0)).snapshot().limit
+    assert (left.total, left.remaining) == (100, 100)
+
+
+def test_after_the_period_a_limit_is_taken_as_it_is(make, clock):
+    make(limit(10, 0, 100.0))
+    clock.advance(100)
+    left = make(limit(20, 15, 50.0)).snapshot().limit
+    assert (left.total, left.remaining, left.resets_in) == (20, 15, 50.0)
+
+
+# --- closing --------------------------------------------------------------------------------------
+
+
+def open_files(path):
+    """Which of the file's descriptors this process has open."""
+    folder = Path("/proc/self/fd")
+    if not folder.exists():
+        pytest.skip("this system does not tell which files are open")
+    links = []
+    for entry in folder.iterdir():
+        with contextlib.suppress(OSError):
+            links.append(os.readlink(entry))  # noqa: PTH115 - it may be no path
+    return [link for link in links if link.startswith(str(path))]
+
+
+def test_a_closed_queue_has_no_file_open(path, make):
+    queue = make()
+    queue.acquire(0)
+    assert open_files(path)
+    queue.close()
+    assert not open_files(path)
+
+
+def test_the_file_of_a_closed_queue_can_be_removed(path, make, caplog):
+    queue = make()
+    queue.close()
+    path.unlink()
+    queue.close()
+    assert not told(caplog, "")
+    assert not path.exists()
+
+
+def test_a_report_after_close_is_booked_and_leaves_nothing_open(path, make, clock):
+    queue = make()
+    permit = queue.acquire(0)
+    queue.close()
+    permit.unused()
+    assert not open_files(path)
+    assert make().snapshot().limit.remaining == 1000
+
+
+def test_a_look_after_close_leaves_nothing_open(path, make):
+    queue = make()
+    queue.close()
+    assert queue.snapshot().granted == 0
+    assert not open_files(path)
+
+
+def test_a_queue_that_could_not_be_made_leaves_nothing_open(path, make):
+    make().close()
+    sql(path, "PRAGMA user_version = 9")
+    with pytest.raises(BrokerError):
+        SqliteQueue(path)
+    gc.collect()
+    assert not open_files(path)
+
+
+def is_new_enough(version):
+    return tuple(map(int, version.split(".")[:2])) >= (3, 11)
+
+
+def pythons():
+    """Every other CPython that this library works with and pyenv has, by version."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    for python in sorted(root.glob("versions/3.*/bin/python3")):
+        version = python.parts[-3]
+        if version != platform.python_version() and is_new_enough(version):
+            yield pytest.param(python, id=version)
+
+
+@pytest.mark.parametrize("python", [pytest.param(sys.executable, id="this"), *pythons()])
+def test_a_queue_that_nobody_closes_leaks_no_connection(path, python):
+    """Some Pythons warn when a connection is collected that was not closed."""
+    said = run(
+        """
+        import gc, sys
+        from gateway_queue_sync import SqliteQueue
+        def use(name):
+            queue = SqliteQueue(sys.argv[1], interval=0.05, margin=0.05, name=name)
+            queue.try_acquire(0)
+            queue.snapshot()
+            return queue
+        use("collected")
+        gc.collect()
+        kept_to_the_end = use("kept")
+        closed = use("closed")
+        closed.close()
+        closed.snapshot()
+        print("done")
+        """,
+        path,
+        python=python,
+    )
+    assert said == ["done"]
+
+
+# --- re-entry -------------------------------------------------------------------------------------
+
+needs_signals = pytest.mark.skipif(
+    not hasattr(signal, "SIGUSR1"), reason="this system has no such signals"
+)
+
+
+@pytest.fixture
+def amid(monkeypatch):
+    """Have a signal handled in the midst of the queue's next transaction; this tells what it raised."""
+    before = signal.getsignal(signal.SIGUSR1)
+
+    def amid(queue, handler):
+        outcome, answer = [], queue._ledger._answer
+
+        def handle(signum, frame):
+            try:
+                outcome.append(handler())
+            except Exception as error:  # noqa: BLE001
+                outcome.append(error)
+
+        def interrupted(*args):
+            monkeypatch.undo()
+            signal.raise_signal(signal.SIGUSR1)
+            return answer(*args)
+
+        signal.signal(signal.SIGUSR1, handle)
+        monkeypatch.setattr(queue._ledger, "_answer", interrupted)
+        return outcome
+
+    yield amid
+    signal.signal(signal.SIGUSR1, before)
+
+
+CALLS = {
+    "acquire": lambda queue, permit: queue.acquire(0),
+    "try_acquire": lambda queue, permit: queue.try_acquire(0),
+    "snapshot": lambda queue, permit: queue.snapshot(),
+    "update": lambda queue, permit: queue.update(limit()),
+}
+
+
+@needs_signals
+@pytest.mark.parametrize("name", CALLS)
+def test_a_handler_in_the_midst_of_a_transaction_is_refused(make, amid, name):
+    queue = make(limit(max_concurrency=2))
+    permit = queue.acquire(1)
+    outcome = amid(queue, lambda: CALLS[name](queue, permit))
+    queue.acquire(0)
+    (error,) = outcome
+    assert isinstance(error, RuntimeError)
+    assert "signal handler" in str(error)
+    assert queue.snapshot().granted == 2
+
+
+@needs_signals
+def test_what_a_handler_reports_in_the_midst_of_a_transaction_is_told_after_it(make, amid):
+    queue = make(limit(max_concurrency=2))
+    permit = queue.acquire(1)
+    outcome = amid(queue, permit.unused)
+    queue.acquire(0)
+    assert outcome == [None]
+    assert queue.snapshot().limit.remaining == 999
+
+
+@needs_signals
+def test_what_a_handler_was_refused_harms_nobody(make, amid, clock):
+    queue = make(limit(10, 8, 100.0))
+    amid(queue, lambda: queue.acquire(0))
+    assert queue.acquire(0).remaining == 7
+    assert queue.snapshot().waiting == 0
+    clock.advance(WINDOW)
+    assert queue.acquire(0).remaining == 6
+    assert is_whole(queue)
+
+
+@needs_signals
+@pytest.mark.parametrize("call", ["snapshot", "acquire"])
+def test_a_handler_may_close_the_queue_in_the_midst_of_a_transaction(path, make, amid, call):
+    queue = make()
+    outcome = amid(queue, queue.close)
+    with contextlib.suppress(QueueClosed):
+        queue.snapshot() if call == "snapshot" else queue.acquire(0)
+    assert outcome == [None]
+    assert queue.closed
+    soon(lambda: not open_files(path), "closing left the file open")
+
+
+@needs_signals
+def test_a_permit_that_a_closing_handler_came_in_the_way_of_is_given_back(make, amid):
+    queue = make(limit(10, 8, 100.0))
+    amid(queue, queue.close)
+    with pytest.raises(QueueClosed):
+        queue.acquire(0)
+    assert make().snapshot().limit.remaining == 8
+
+
+HANDLING = """
+import faulthandler, signal, sys, threading, time
+from gateway_queue_sync import SqliteQueue
+faulthandler.dump_traceback_later(8, exit=True)     # it is stuck
+queue = SqliteQueue(sys.argv[1], interval=0.05, margin=0.05)
+permit = queue.acquire(0)
+answer = queue._ledger._answer
+
+def another_reports_meanwhile(*args):
+    queue._ledger._answer = answer
+    reporting = threading.Thread(target=permit.sent)
+    reporting.start()
+    while not queue._ledger.has_news:
+        time.sleep(0.001)
+    time.sleep(0.05)                                # until it waits for its turn to tell
+    signal.raise_signal(signal.SIGUSR1)
+    return answer(*args)
+
+queue._ledger._answer = another_reports_meanwhile
+"""
+
+
+@needs_signals
+@pytest.mark.parametrize("call", ["queue.snapshot()", "queue.acquire(1)", "queue.try_acquire(1)"])
+def test_a_handler_is_refused_while_another_thread_has_something_to_tell(path, call):
+    """That thread waits for the one that the handler has interrupted."""
+    (said,) = run(
+        HANDLING
+        + f"""
+def handler(signum, frame):
+    try:
+        {call}
+    except RuntimeError as error:
+        print(error)
+signal.signal(signal.SIGUSR1, handler)
+queue.snapshot()
+queue.close()
+""",
+        path,
+    )
+    assert "signal handler" in said
+
+
+@needs_signals
+def test_a_handler_may_close_the_queue_while_another_thread_has_something_to_tell(path):
+    (said,) = run(
+        HANDLING
+        + """
+signal.signal(signal.SIGUSR1, lambda signum, frame: queue.close())
+queue.snapshot()
+print(queue.closed)
+""",
+        path,
+    )
+    assert said == "True"
+
+
+# --- exceptions raised into callers ---------------------------------------------------------------
+
+
+# CPython 3.13 does not report all instructions again of code that was traced before.
+ENOUGH = 20 if sys.version_info < (3, 13) else 1
+
+
+def no_transaction_is_open(path):
+    """Whether another process could begin one at once."""
+    sql(path, "PRAGMA busy_timeout = 0", "BEGIN IMMEDIATE", "ROLLBACK")
+    return True
+
+
+@pytest.mark.parametrize("name", ["try_acquire", "sent", "snapshot"])
+def test_an_interrupt_at_any_point_of_a_call_leaves_no_transaction_open(path, make, clock, name):
+    queue = make(limit(10**6, 10**6), period=1e9)
+    permits = []
+    calls = {
+        "try_acquire": lambda: queue.try_acquire(0),
+        "sent": lambda: permits.pop().sent(),
+        "snapshot": queue.snapshot,
+    }
+
+    def prepare():
+        clock.advance(60)
+        if name == "sent":
+            permits.append(queue.acquire(0))
+
+    def check(outcome, injector):
+        assert no_transaction_is_open(path), injector.where
+        assert is_whole(queue), injector.where
+
+    assert run_interrupted_everywhere(calls[name], check, prepare) > ENOUGH
+
+
+def test_an_interrupt_at_any_point_of_an_acquire_loses_next_to_nothing(path, make, clock):
+    total = 10**6
+    queue = make(limit(total, total), period=1e9)
+    lost = []
+
+    def prepare():
+        clock.advance(60)
+
+    def check(outcome, injector):
+        if outcome is not None:
+            outcome.unused()
+        missing = total - queue.snapshot().limit.remaining
+        assert missing - len(lost) in (0, 1), injector.where
+        if missing > len(lost):
+            lost.append(injector.where)
+
+    assert run_interrupted_everywhere(lambda: queue.acquire(0), check, prepare) > ENOUGH
+    handed_over = {"acquire", "_wait_for_turn", "_take_turns"}
+    assert {where.split(":")[0].split(".")[-1] for where in lost} <= handed_over, lost
+
+
+def test_interrupts_at_random_instants_cost_no_more_than_what_was_handed_over(path):
+    """Ctrl-C again and again, while other threads and another queue contend for the file."""
+    seed = 20261124
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    total = 10**6
+    settings = {"interval": 0.001, "margin": 0.02, "period": 1e6}
+    queue = SqliteQueue(path, limit(total, total, max_concurrency=4096), **settings)
+    other = SqliteQueue(path, **settings)
+    with contending((queue, queue, other)) as taken:
+        interrupted = interrupt_at_random(rng, queue, taken)
+    assert interrupted > 200
+    assert is_whole(queue)
+    assert no_transaction_is_open(path)
+    charged = total - queue.snapshot().limit.remaining
+    assert 0 <= charged - len(taken) <= interrupted / 20
+    queue.close()
+    other.close()
+    assert is_sound(path)
+
+
+@contextlib.contextmanager
+def contending(queues):
+    """Have a thread for each of the queues take permits of one bucket all the while."""
+    taken, stop = [], threading.Event()
+
+    def contend(queue):
+        while not stop.is_set():
+            with contextlib.suppress(AcquireTimeout, BrokerError):
+                taken.append(queue.acquire(0, timeout=1))
+
+    threads = [threading.Thread(target=contend, args=(queue,)) for queue in queues]
+    for thread in threads:
+        thread.start()
+    try:
+        yield taken
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def interrupt_at_random(rng, queue, taken):
+    """Ask for permits, and be interrupted; return how often that came in the way."""
+
+    def ask(shard_id):
+        if rng.random() < 0.3:
+            return queue.try_acquire(shard_id)
+        return queue.acquire(shard_id, timeout=rng.choice([None, 0, 0.005]))
+
+    def handler(signum, frame):
+        if may_be_interrupted(frame):
+            raise KeyboardInterrupt
+
+    interrupted = 0
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for bucket in range(1, 2001):
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.000_02, 0.001_5))
+            try:
+                permit = ask(rng.choice([0, bucket, bucket]))
+            except (AcquireTimeout, BrokerError):  # another queue may be in the midst of something
+                continue
+            except KeyboardInterrupt:
+                interrupted += 1
+                continue
+            if permit is not None:
+                taken.append(permit)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return interrupted
+
+
+def may_be_interrupted(frame):
+    """Whether a call to the package is under way here, and in it nothing that no exception leaves."""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "gateway_queue_sync" in name:
+            return True
+        if (
+            "coverage" in name
+            or "hypothesis" in name
+            or name.endswith(("weakref.py", "_weakrefset.py"))
+        ):
+            return False
+        frame = frame.f_back
+    return False

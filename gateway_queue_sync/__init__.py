@@ -5,6 +5,8 @@ with queue.acquire(shard_id):      # blocks this thread until its shard may iden
     websocket.send(identify)
 """
 
+from typing import TYPE_CHECKING
+
 from gateway_queue_sync.errors import (
     AcquireTimeout,
     BrokerError,
@@ -36,6 +38,7 @@ from gateway_queue_sync.models import (
     WaitingShard,
 )
 from gateway_queue_sync.policies import (
+    HttpQueue,
     LargeBotQueue,
     LocalQueue,
     NoOpQueue,
@@ -44,17 +47,23 @@ from gateway_queue_sync.policies import (
 )
 from gateway_queue_sync.queue import GatewayQueue, Queue
 
+if TYPE_CHECKING:
+    from gateway_queue_sync.broker import serve as serve
+
 __version__ = "0.1.0"
 
 __all__ = [
     # queues
     "GatewayQueue",
+    "HttpQueue",
     "LargeBotQueue",
     "LocalQueue",
     "NoOpQueue",
     "Queue",
     "RedisQueue",
     "SqliteQueue",
+    # a broker
+    "serve",
     # values
     "BucketSnapshot",
     "LimitSnapshot",
@@ -84,3 +93,11 @@ __all__ = [
     "IDENTIFY_INTERVAL",
     "SESSION_PERIOD",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "serve":  # loads asyncio, which few need
+        from gateway_queue_sync.broker import serve  # noqa: PLC0415
+
+        return serve
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

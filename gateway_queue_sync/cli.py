@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import gateway_queue_sync
 from gateway_queue_sync import demo, status
+from gateway_queue_sync.broker import command as serve
 
-COMMANDS = (demo, status)
+COMMANDS = (demo, serve, status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -218,6 +218,13 @@ def redis_ledger(client_or_url: Client | str) -> Connect:
     return partial(RedisLedger, checked(client_or_url))
 
 
+def http_ledger(url: str, secret: str | None = None) -> Connect:
+    """Return what makes a ledger of a broker."""
+    from gateway_queue_sync.ledgers.http import HttpLedger  # noqa: PLC0415 - loads http.client
+
+    return partial(HttpLedger, url, secret)
+
+
 class SqliteQueue(SharedQueue):
     """Every process of one machine, or one that a supervisor restarts: an account in an SQLite file.
 
@@ -366,3 +373,77 @@ class RedisQueue(SharedQueue):
         limit, refresh = _from_discord(token, base_url)
         settings["refresh"] = refresh
         return cls(client_or_url, limit, **settings)
+
+
+class HttpQueue(SharedQueue):
+    """Every process that reaches a broker: an account that ``python -m gateway_queue_sync serve`` keeps.
+
+    Spacing, order, budget and limits hold over all queues of one broker and the clients of its plain
+    wire, in any language. What the broker promises when machines fail is what its own ledger does.
+    It pickles as its settings, the secret included, and works on in a forked child.
+
+    Args:
+        url: the broker's, such as ``http://127.0.0.1:8787``; ``https://`` through a proxy that has it.
+        limit: as for ``SqliteQueue``.
+        secret: what the broker was given to ask for; it shows in no log, repr or error.
+        refresh: as for ``SqliteQueue``, and so are the others. A call takes 2 s at most.
+        reserve: session starts.
+        when_exhausted: ``"wait"`` or ``"raise"``.
+        period: seconds.
+        interval: seconds.
+        margin: seconds, at least 0.02; longer than a round trip to the broker, since a permit's age is
+            counted from when it was asked for.
+        lease: seconds.
+        clock: what tells the time here; the broker has its own.
+        observer: called with each event.
+
+    Raises:
+        BrokerError: the broker cannot be reached, or refuses.
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        limit: SessionStartLimit | None = None,
+        *,
+        secret: str | None = None,
+        **settings: Unpack[SharedSettings],
+    ) -> None:
+        self._given = url, secret
+        self._settings = settings
+        super().__init__(http_ledger(url, secret), limit, **settings)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        url, secret = self._given
+        return _made_again, (partial(type(self), secret=secret), str, (url,), self._settings)
+
+    @classmethod
+    def from_token(
+        cls,
+        token: str,
+        url: str,
+        *,
+        secret: str | None = None,
+        base_url: str | None = None,
+        **settings: Unpack[SharedSettings],
+    ) -> Self:
+        """Read the limit from Discord now, and again whenever it resets; one process does for all.
+
+        Blocks while it reads. The token is kept for the re-reading; it shows in no log, repr or
+        error, but it goes along when the queue is pickled.
+
+        Args:
+            token: the bot's token, with or without ``Bot`` before it.
+            url: the broker's, as for ``HttpQueue``.
+            secret: as for ``HttpQueue``.
+            base_url: where Discord's REST API is, if not at Discord.
+            settings: as for ``HttpQueue``.
+
+        Raises:
+            GatewayBotError: the token is wrong, or Discord could not be asked.
+            BrokerError, TypeError, ValueError: as ``HttpQueue`` does; also for what cannot be a token.
+        """
+        limit, refresh = _from_discord(token, base_url)
+        settings["refresh"] = refresh
+        return cls(url, limit, secret=secret, **settings)

@@ -174,6 +174,18 @@ class GatewayQueue(Waiting):
             raise
         return future
 
+    def _enqueue_as_of(self, arrived_us: int, shard_id: int, priority_us: int) -> Future[Permit]:
+        """Join the line at the place of an arrival, without asking the ledger: an event loop may not.
+
+        The thread that serves all futures asks, on a free bucket, too.
+        """
+        future = PermitFuture()
+        ticket = self._ticket(shard_id, priority_us, None, future, arrived_us)
+        future.on_cancel = partial(self._leave_cancelled, ticket)
+        self._check_thread()
+        self._join_as_future(ticket, asks=False)
+        return future
+
     def _explain(self, error: AcquireTimeout, ticket: Ticket) -> None:
         """Say in the error of a ticket that timed out when its permit would have come."""
 
@@ -183,10 +195,12 @@ class GatewayQueue(Waiting):
         priority_us: int,
         answer: Permit | Grant | None,
         future: PermitFuture | None = None,
+        arrived_us: int | None = None,
     ) -> Ticket:
         """Return a place in line, that of a permit which came too late if there is one."""
         late = answer if isinstance(answer, Grant) else None
-        arrived_us = self._now_us() if late is None else late.stamp_us
+        if arrived_us is None:
+            arrived_us = self._now_us() if late is None else late.stamp_us
         ticket = Ticket(shard_id, arrived_us, priority_us, future)
         ticket.grant = late
         return ticket
@@ -256,17 +270,17 @@ class GatewayQueue(Waiting):
 
     # --- futures ----------------------------------------------------------------------------------
 
-    def _join_as_future(self, ticket: Ticket) -> Grant | None:
+    def _join_as_future(self, ticket: Ticket, *, asks: bool = True) -> Grant | None:
         """Stand in line for a future; return its grant if it need not wait there."""
         with self._mutex:
             try:
                 if ticket.finished:
                     return None  # cancelled, or failed by close, while its permit came too late
                 self._join(ticket)
-                answer = self._ask(ticket)
+                answer = self._ask(ticket) if asks else None
                 if isinstance(answer, Grant):
                     return answer
-                if answer is not None:
+                if self._lines.first(self._lines.bucket(ticket)) is ticket:
                     self._look_at(ticket)
                 announcement = self._announcement(ticket)
                 if self._server is None or not self._server.is_alive():

@@ -29,6 +29,7 @@ from gateway_queue_sync.ledgers.shared import (
     SharedLedger,
     Terms,
 )
+from gateway_queue_sync.ledgers.wire import LARGEST_NUMBER
 from gateway_queue_sync.lines import PermitFuture, Ticket
 from gateway_queue_sync.messages import Reply, Waiter
 from gateway_queue_sync.models import (
@@ -51,7 +52,6 @@ FIRST_PAUSE_US = 50_000  # before a ledger that is out of reach is asked again; 
 LONGEST_PAUSE_US = 2_000_000
 WORTH_A_WARNING = 3  # failures in a row
 SOON_US = 100_000  # for so long others need not know that somebody joined
-LARGEST_NUMBER = (1 << 53) - 1  # that all ledgers hold exactly
 LONGEST_HEAD_START_US = 1 << 51  # 71 years: more makes no difference
 
 
@@ -236,11 +236,13 @@ class SharedQueue(GatewayQueue):
         priority_us: int,
         answer: Permit | Grant | None,
         future: PermitFuture | None = None,
+        arrived_us: int | None = None,
     ) -> Ticket:
         if shard_id > LARGEST_NUMBER:
             raise ValueError(f"shard_id must be at most {LARGEST_NUMBER}, not {shard_id}")
         priority_us = max(-LONGEST_HEAD_START_US, min(priority_us, LONGEST_HEAD_START_US))
-        return SharedTicket(shard_id, self._now_us(), priority_us, future)
+        arrived_us = self._now_us() if arrived_us is None else arrived_us
+        return SharedTicket(shard_id, arrived_us, priority_us, future)
 
     def _wait_for_turn(self, ticket: Ticket, timeout: float | None) -> Permit:
         assert isinstance(ticket, SharedTicket)

@@ -15,15 +15,13 @@ from datetime import datetime, timedelta
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.errors import BrokerError
-from gateway_queue_sync.ledgers.shared import SharedLedger, Terms
-from gateway_queue_sync.models import SESSION_PERIOD, BucketSnapshot, QueueSnapshot, seconds
+from gateway_queue_sync.ledgers.shared import STRANGER, SharedLedger
+from gateway_queue_sync.models import BucketSnapshot, QueueSnapshot, seconds
 from gateway_queue_sync.policies import redis_ledger, sqlite_ledger
-from gateway_queue_sync.rules import to_us
 from gateway_queue_sync.shared import account_name, picture
 
 FIRST_SHOWN = 5  # of those who wait in a bucket
 CLEAR = "\x1b[H\x1b[2J"
-STRANGER = Terms(interval_us=1, margin_us=0, period_us=to_us(SESSION_PERIOD), lease_us=0)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -87,13 +87,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def account(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+def account(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     """Make queues that keep accounts of the kind that the test is run for."""
     if request.param == "redis" and redis_servers.BINARY is None:
         pytest.skip(redis_servers.WITHOUT)
-    return accounts.make(
-        request.param, tmp_path, lambda: request.getfixturevalue("redis_server").url
-    )
+    with contextlib.closing(
+        accounts.make(request.param, tmp_path, lambda: request.getfixturevalue("redis_server").url)
+    ) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -416,5 +416,6 @@ def test_buckets_that_changed_behind_the_lines_back_are_noticed(account, clock, 
     calls = in_line(queue, crew, clock, [2, 1, 3])
     queue._ledger.adopt(limit(max_concurrency=4))
     assert queue.try_acquire(0) is None
+    crew.settle(clock)
     clock.advance(WINDOW)
     assert [call.now().bucket for call in calls] == [2, 1, 3]

@@ -16,6 +16,10 @@ class Ledger(Protocol):
         """How old a permit may be when it reaches its caller; 0: any age."""
 
     @property
+    def window_us(self) -> int:
+        """How long a bucket rests after a permit, as far as is known."""
+
+    @property
     def max_concurrency(self) -> int:
         """How many buckets there are, as far as is known."""
 

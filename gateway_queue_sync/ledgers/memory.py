@@ -21,6 +21,10 @@ class MemoryLedger:
         self.margin_us = margin_us
 
     @property
+    def window_us(self) -> int:
+        return self._account.window_us
+
+    @property
     def max_concurrency(self) -> int:
         return self._account.max_concurrency
 

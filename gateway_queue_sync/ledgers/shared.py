@@ -19,8 +19,8 @@ from typing import Any, Protocol
 from gateway_queue_sync.clock import Clock
 from gateway_queue_sync.errors import BrokerError, reentered
 from gateway_queue_sync.messages import OUTCOMES, News, Next, Order, Reply, Request, Take
-from gateway_queue_sync.models import Report, SessionStartLimit
-from gateway_queue_sync.rules import MICROSECOND, Denial, Grant, Reason
+from gateway_queue_sync.models import SESSION_PERIOD, Report, SessionStartLimit
+from gateway_queue_sync.rules import MICROSECOND, Denial, Grant, Reason, to_us
 from gateway_queue_sync.turns import SharedGrant
 
 log = logging.getLogger("gateway_queue_sync")
@@ -45,6 +45,10 @@ class Terms:
     margin_us: int
     period_us: int
     lease_us: int
+
+
+STRANGER = Terms(interval_us=1, margin_us=0, period_us=to_us(SESSION_PERIOD), lease_us=0)
+"""The terms of who only looks: they have no effect."""
 
 
 class Waits(Protocol):
@@ -77,6 +81,7 @@ class SharedLedger(ABC):
         self._clock = clock
         self._disagrees = False
         self.margin_us = terms.margin_us
+        self.window_us = terms.interval_us + terms.margin_us
         self.limit = DISCORDS_DEFAULT
         self.period = self.granted = 0
         self._begin()
@@ -320,8 +325,9 @@ class SharedLedger(ABC):
         return reply
 
     def _compare(self, reply: Reply) -> None:
-        """Warn, once, that another process wants a longer window."""
+        """Remember the window that counts; warn, once, if another process wants a longer one."""
         terms = self.terms
+        self.window_us = reply.interval_us + reply.margin_us
         disagrees = reply.interval_us > terms.interval_us or reply.margin_us > terms.margin_us
         if disagrees and not self._disagrees:
             log.warning(

@@ -1,0 +1,345 @@
+"""The broker's desk: takes each client's wish to the queue, and each permit to its client.
+
+All of it runs in the thread of one event loop. What may block (the ledger) is done in a pool of threads,
+and waiting is left to the queue's futures: a client that waits costs memory, and no thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import importlib.resources
+import json
+import logging
+import math
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import asdict
+from functools import partial
+
+from gateway_queue_sync.broker import wire
+from gateway_queue_sync.broker.connection import Connection
+from gateway_queue_sync.broker.metrics import Metrics
+from gateway_queue_sync.broker.places import Place, Places
+from gateway_queue_sync.errors import BrokerError, QueueClosed, SessionLimitExhausted
+from gateway_queue_sync.ledgers.shared import SHORT_PATIENCE, SharedLedger
+from gateway_queue_sync.ledgers.wire import reply_as_json, request_from_json
+from gateway_queue_sync.messages import OUTCOMES, Reply, Request
+from gateway_queue_sync.models import LimitSnapshot, Permit
+from gateway_queue_sync.queue import GatewayQueue
+from gateway_queue_sync.rules import MICROSECOND, Grant
+
+log = logging.getLogger("gateway_queue_sync.broker")
+
+TICK = 1.0  # s
+LONGEST_HOLD = 60.0  # s before the budget is looked at again for a client that is held
+
+
+class Desk:
+    """What the clients of one broker are told.
+
+    Attributes:
+        connections: all there are.
+        metrics: what is counted.
+    """
+
+    def __init__(
+        self,
+        queue: GatewayQueue,
+        loop: asyncio.AbstractEventLoop,
+        pool: Executor,
+        *,
+        secret: str | None,
+        strict: bool,
+        most_connections: int,
+    ) -> None:
+        self._queue = queue
+        self._loop = loop
+        self._pool = pool
+        self._secret = None if secret is None else secret.encode()
+        self._strict = strict
+        self._most_connections = most_connections
+        self._places = Places()
+        self._stopping = False
+        self._looking = False
+        self.connections: set[Connection] = set()
+        self.metrics = Metrics()
+        self._page = importlib.resources.files(__package__).joinpath("page.html").read_bytes()
+        loop.call_later(TICK, self._tick)
+
+    # --- connections come and go ------------------------------------------------------------------
+
+    def arrived(self, connection: Connection) -> None:
+        """Take note of a new connection."""
+        self.connections.add(connection)
+
+    def left(self, connection: Connection) -> None:
+        """Let go of a connection; the place of a client that waited is kept for a while."""
+        self.connections.discard(connection)
+        self._leave_line(connection)
+
+    def stop(self) -> list[Future[Permit]]:
+        """Grant nobody any more, close all connections, and return the futures of those who waited."""
+        self._stopping = True
+        waiting = [one for one in self.connections if one.future is not None]
+        futures = [one.future for one in waiting if one.future is not None]
+        for connection in waiting:
+            connection.future = None
+            if connection.head is not None and connection.head.is_ours:
+                connection.head.close_connection = True
+                connection.refuse(503, "the broker is shutting down")
+        for connection in self.connections:
+            connection.close()
+        return futures
+
+    def _tick(self) -> None:
+        self._loop.call_later(TICK, self._tick)
+        self._places.sweep(self._queue._now_us())
+        if any(
+            one.future is not None and one.head and one.head.is_ours for one in self.connections
+        ):
+            self._look_at_budget()
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def asked(self, connection: Connection, head: wire.Head) -> None:
+        """Take a request on whatever path."""
+        if head.is_reserved:
+            self._asked_reserved(connection, head)
+        elif head.is_browser:
+            connection.answer(wire.Answer(303, headers=(("Location", "/status"),)))
+        elif not self._is_authorised(head):
+            connection.refuse(401, "the secret is wrong or missing", ("WWW-Authenticate", "Bearer"))
+        elif self._stopping:
+            connection.refuse(503, "the broker is shutting down")
+        elif len(self.connections) > self._most_connections:
+            connection.refuse(503, "too many connections")
+        else:
+            ask, wrong = wire.read_ask(head.query)
+            for what in wrong:
+                log.warning("%s %.100r: %s", head.command, head.path, what)
+            if wrong and self._strict:
+                connection.refuse(400, wrong[0])
+            else:
+                self._stand_in_line(connection, ask)
+
+    def _asked_reserved(self, connection: Connection, head: wire.Head) -> None:
+        if head.command not in ("GET", "HEAD"):
+            connection.refuse(405, f"{head.path} takes GET only", ("Allow", "GET, HEAD"))
+        elif head.path == "/status":
+            connection.answer(wire.Answer(200, self._page, "text/html; charset=utf-8"))
+        elif head.path == "/favicon.ico":
+            connection.answer(wire.Answer(404))
+        elif head.path == "/healthz":
+            self._answer_later(connection, self._health)
+        elif not self._is_authorised(head):
+            connection.refuse(401, "the secret is wrong or missing", ("WWW-Authenticate", "Bearer"))
+        elif head.path == "/recent.json":
+            connection.answer(wire.as_json(self._recent()))
+        elif head.path == "/metrics":
+            self._answer_later(connection, self._figures)
+        else:
+            self._answer_later(connection, lambda: wire.as_json(asdict(self._queue.snapshot())))
+
+    def asked_ledger(self, connection: Connection, head: wire.Head, body: bytes) -> None:
+        """Take what a process of an ``HttpQueue`` says to the ledger."""
+        ledger = self._queue._ledger
+        if not self._is_authorised(head):
+            connection.refuse(401, "the secret is wrong or missing", ("WWW-Authenticate", "Bearer"))
+        elif head.command != "POST":
+            connection.refuse(405, f"{head.path} takes POST only", ("Allow", "POST"))
+        elif not isinstance(ledger, SharedLedger):
+            connection.refuse(
+                404, "this broker's queue keeps its account in memory: no HttpQueue can"
+            )
+        elif self._stopping:
+            connection.refuse(503, "the broker is shutting down")
+        else:
+            try:
+                request = request_from_json(json.loads(body))
+            except (ValueError, RecursionError) as error:
+                connection.refuse(400, str(error))
+                return
+            self._answer_later(connection, partial(self._carry, ledger, request))
+
+    def _is_authorised(self, head: wire.Head) -> bool:
+        if self._secret is None:
+            return True
+        kind, _, given = head.headers.get("Authorization", "").partition(" ")
+        given_bytes = given.strip().encode("utf-8", "replace")
+        return kind.lower() == "bearer" and hmac.compare_digest(given_bytes, self._secret)
+
+    # --- waiting for permits ----------------------------------------------------------------------
+
+    def _stand_in_line(self, connection: Connection, ask: wire.Ask) -> None:
+        """Let a client wait at the place that was kept for it, or at the end of the line."""
+        now_us = self._queue._now_us()
+        place = Place(now_us, ask.priority_us)
+        kept = None if ask.key is None else self._places.claim(ask.key, now_us)
+        if kept is not None:
+            place = min(place, kept, key=lambda one: one.arrived_us - one.priority_us)
+        connection.ask, connection.place = ask, place
+        if ask.timeout is not None:
+            connection.after(ask.timeout, partial(self._timed_out, connection))
+        self._join(connection)
+        if connection.head is not None and connection.head.is_ours:
+            self._look_at_budget()
+
+    def _join(self, connection: Connection) -> None:
+        assert connection.place is not None
+        arrived_us, priority_us = connection.place
+        try:
+            future = self._queue._enqueue_as_of(arrived_us, connection.ask.shard_id, priority_us)
+        except QueueClosed:
+            connection.refuse(503, "the queue is closed")
+            return
+        connection.future = future
+        future.add_done_callback(partial(self._bring, connection))
+
+    def _bring(self, connection: Connection, future: Future[Permit]) -> None:
+        """Take a permit to the loop, from the thread that got it."""
+        if future.cancelled():
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._hand_over, connection, future)
+        except RuntimeError:  # the loop is closed
+            give_back(future)
+
+    def _hand_over(self, connection: Connection, future: Future[Permit]) -> None:
+        """Give a permit to its client, if that is still there and the permit not too old."""
+        failure = future.exception()
+        if connection.future is not future:
+            if failure is None:
+                self._pool.submit(give_back, future)
+            return
+        connection.future = None
+        if isinstance(failure, SessionLimitExhausted):
+            self._turn_away(connection, failure.resets_in)
+        elif failure is not None:
+            connection.refuse(503, str(failure) or type(failure).__name__)
+        elif not self._queue._is_in_time(future.result()._grant):
+            self._join(connection)  # at its place, before the permit is given back
+            self._pool.submit(give_back, future)
+        else:
+            permit = future.result()
+            self.metrics.granted(
+                self._queue._now_us(), permit.shard_id, permit.bucket, permit.waited
+            )
+            connection.answer(wire.GRANTED)
+
+    def _leave_line(self, connection: Connection) -> None:
+        """Take a client out of the line, and keep its place in case it comes back."""
+        future, connection.future = connection.future, None
+        if future is None:
+            return
+        if connection.ask.key is not None and connection.place is not None:
+            self._places.keep(connection.ask.key, connection.place, self._queue._now_us())
+        self._pool.submit(future.cancel)  # if that comes too late, the permit is given back
+
+    def _timed_out(self, connection: Connection) -> None:
+        self._leave_line(connection)
+        if connection.head is not None and connection.head.is_ours:
+            connection.refuse(408, f"no permit within {connection.ask.timeout:g} s")
+        else:
+            connection.close()
+
+    # --- a budget that is used up -----------------------------------------------------------------
+
+    def _look_at_budget(self) -> None:
+        """Turn those away who know what that means, if the budget is used up."""
+        if not self._looking:
+            self._looking = True
+            self._pool.submit(self._read_budget)
+
+    def _read_budget(self) -> None:
+        left = None
+        try:
+            left = self._queue.snapshot().limit
+        except BrokerError:
+            log.debug("the budget could not be read", exc_info=True)
+        self._in_loop(self._judge_budget, left)
+
+    def _judge_budget(self, left: LimitSnapshot | None) -> None:
+        self._looking = False
+        if left is None or left.remaining > self._queue._reserve or not left.resets_in:
+            return
+        for one in list(self.connections):
+            if one.future is not None and one.head is not None and one.head.is_ours:
+                self._leave_line(one)
+                self._turn_away(one, left.resets_in)
+
+    def _turn_away(self, connection: Connection, resets_in: float) -> None:
+        """Tell a client when the budget resets; hold it until then if it would not understand."""
+        if connection.head is not None and connection.head.is_ours:
+            again = ("Retry-After", str(math.ceil(resets_in)))
+            connection.refuse(429, "the session start limit is used up", again)
+        else:
+            connection.after(
+                min(max(resets_in, TICK), LONGEST_HOLD), partial(self._join, connection)
+            )
+
+    # --- answers from the pool --------------------------------------------------------------------
+
+    def _answer_later(self, connection: Connection, answer: Callable[[], wire.Answer]) -> None:
+        """Answer a request with what a function returns, which may block."""
+        self._pool.submit(self._work_out, connection, answer)
+
+    def _work_out(self, connection: Connection, answer: Callable[[], wire.Answer]) -> None:
+        try:
+            worked_out = answer()
+        except BrokerError as failure:
+            worked_out = wire.error(503, str(failure))
+        except Exception as failure:
+            log.exception("a request could not be answered")
+            worked_out = wire.error(500, type(failure).__name__)
+        self._in_loop(connection.answer, worked_out)
+
+    def _in_loop(self, call: Callable[..., object], *args: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call, *args)
+
+    def _carry(self, ledger: SharedLedger, request: Request) -> wire.Answer:
+        reply = ledger.carry(request, SHORT_PATIENCE)
+        if OUTCOMES[reply.outcome.kind] is Grant:
+            self._in_loop(self._count_grant, request, reply)
+        return wire.as_json(reply_as_json(reply))
+
+    def _count_grant(self, request: Request, reply: Reply) -> None:
+        assert request.take is not None
+        waited_us = (request.at_us or 0) - request.take.at_us
+        self.metrics.granted(
+            self._queue._now_us(),
+            request.take.shard_id,
+            reply.outcome.bucket,
+            max(0, waited_us) / MICROSECOND,
+        )
+
+    def _health(self) -> wire.Answer:
+        if self._stopping or self._queue.closed:
+            return wire.error(503, "shutting down")
+        self._queue.snapshot()  # 503 if the ledger is out of reach
+        return wire.as_json({"status": "ok"})
+
+    def _figures(self) -> wire.Answer:
+        text = self.metrics.text(self._queue.snapshot(), len(self.connections))
+        return wire.Answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+    def _recent(self) -> dict[str, object]:
+        now_us = self._queue._now_us()
+        return {
+            "window": self._queue._ledger.window_us / MICROSECOND,
+            "grants": [
+                {
+                    "shard_id": shard_id,
+                    "bucket": bucket,
+                    "ago": max(0, now_us - at_us) / MICROSECOND,
+                }
+                for at_us, shard_id, bucket in self.metrics.recent
+            ],
+        }
+
+
+def give_back(future: Future[Permit]) -> None:
+    """Leave the line, or give back the permit that came nevertheless."""
+    if not future.cancel() and future.exception() is None:
+        future.result().unused()

@@ -1,0 +1,180 @@
+"""Running a broker: a socket, a thread with an event loop, and the way in and out of both."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import socket
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, Self
+
+from gateway_queue_sync.broker.connection import Connection
+from gateway_queue_sync.broker.desk import Desk, give_back
+from gateway_queue_sync.ledgers.http import checked_secret
+from gateway_queue_sync.models import Permit, whole_number
+from gateway_queue_sync.queue import GatewayQueue
+
+if sys.platform != "win32":  # which has no such limit
+    import resource
+
+log = logging.getLogger("gateway_queue_sync.broker")
+
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8787
+BACKLOG = 4_096  # connections that came and were not accepted yet: a whole fleet may come at once
+POOL = 8  # threads that talk with the ledger
+MOST_CONNECTIONS = 20_000
+SPARE_FILES = 64
+LAST_WORDS = 0.2  # s for what was written to be sent
+
+
+def serve(
+    queue: GatewayQueue,
+    host: str = DEFAULT_HOST,
+    port: int = DEFAULT_PORT,
+    *,
+    secret: str | None = None,
+    strict: bool = False,
+    most_connections: int = MOST_CONNECTIONS,
+) -> Broker:
+    """Let any process ask a queue over HTTP, from a thread in the background, until it is closed.
+
+    A client asks ``GET /?shard=N`` and is held without a byte until its shard may identify; the README
+    has the whole wire. ``HttpQueue`` needs a queue whose account is shared: an ``SqliteQueue`` or a
+    ``RedisQueue``. The queue stays its owner's, who closes it.
+
+    Args:
+        queue: what grants.
+        host: the address to listen on; any but a loopback one needs a secret.
+        port: the port; 0 takes a free one.
+        secret: what clients must send, as ``Authorization: Bearer ...``.
+        strict: refuse requests without a shard, or with a bad one, rather than taking it for shard 0.
+        most_connections: how many there may be, at most; further clients are refused.
+
+    Returns:
+        The broker, which runs: a context manager, with its ``url``, ``port`` and ``close``.
+
+    Raises:
+        OSError: the address cannot be listened on.
+        TypeError, ValueError: an argument is of the wrong kind or out of range, or the secret missing.
+    """
+    if not isinstance(queue, GatewayQueue):
+        raise TypeError(f"queue must be a GatewayQueue, not {type(queue).__name__}")
+    if not isinstance(host, str):
+        raise TypeError(f"host must be a str, not {type(host).__name__}")
+    port = whole_number("port", port)
+    if port > 65_535:
+        raise ValueError(f"port must be at most 65535, not {port}")
+    most_connections = whole_number("most_connections", most_connections)
+    if secret is not None:
+        secret = checked_secret(secret)
+    elif not is_loopback(host):
+        raise ValueError(
+            f"{host!r} is no loopback address: whoever reaches it could use up the bot's session "
+            "starts, so it needs a secret"
+        )
+    settings: dict[str, Any] = {"secret": secret, "strict": bool(strict)}
+    return Broker(queue, host, port, most_connections=_affordable(most_connections), **settings)
+
+
+class Broker:
+    """A broker that runs: what ``serve`` returns.
+
+    Attributes:
+        url: where it is, such as ``http://127.0.0.1:8787``.
+        port: the port it listens on.
+    """
+
+    def __init__(self, queue: GatewayQueue, host: str, port: int, **settings: Any) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_log_failure)
+        self._pool = ThreadPoolExecutor(POOL, thread_name_prefix="gateway-queue-broker")
+        self._desk = Desk(queue, self._loop, self._pool, **settings)
+        self._closing = threading.Lock()
+        self._futures: list[Future[Permit]] = []  # of those who waited when it was closed
+        try:
+            self._server = self._loop.run_until_complete(
+                self._loop.create_server(
+                    partial(Connection, self._desk), host, port, backlog=BACKLOG
+                )
+            )
+        except BaseException:
+            self._loop.close()
+            raise
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        shown = f"[{host}]" if ":" in host else host or "0.0.0.0"  # noqa: S104 - as it was asked for
+        self.url = f"http://{shown}:{self.port}"
+        self._thread = threading.Thread(target=self._run, name="gateway-queue-broker", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        state = "" if self._thread.is_alive() else " closed"
+        return f"<Broker {self.url}{state}>"
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def close(self) -> None:
+        """Accept and grant no more, and close all connections; closing again changes nothing.
+
+        Takes half a second at most.
+        """
+        with self._closing:
+            if self._thread.is_alive():
+                self._loop.call_soon_threadsafe(self._stop)
+                self._thread.join()
+            for future in self._futures:
+                give_back(future)
+            self._futures = []
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _stop(self) -> None:
+        self._server.close()
+        self._futures = self._desk.stop()
+        self._end(self._loop.time() + LAST_WORDS)
+
+    def _end(self, at_last: float) -> None:
+        if self._desk.connections and self._loop.time() < at_last:
+            self._loop.call_later(0.01, self._end, at_last)
+        else:
+            self._loop.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    try:
+        found = socket.getaddrinfo(
+            host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"host {host!r} is no address of this machine: {error}") from None
+    return all(
+        ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for *_, address in found
+    )
+
+
+def _affordable(most: int) -> int:
+    """Return how many connections there may be with the files that this process may open."""
+    if sys.platform == "win32":
+        return most
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if files == resource.RLIM_INFINITY else max(1, min(most, files - SPARE_FILES))
+
+
+def _log_failure(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    error = context.get("exception")
+    if isinstance(error, ConnectionError):
+        return  # a client went away
+    log.error("%s", context.get("message"), exc_info=error)

@@ -1,0 +1,185 @@
+"""What goes over the broker's wire: requests read by the standard library's parsers, and answers.
+
+The plain wire is that of twilight's ``gateway-queue``: any method and path, ``?shard=N``, and no byte
+before the grant.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from http.client import HTTPMessage
+from http.server import BaseHTTPRequestHandler
+from io import BytesIO
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlsplit
+
+from gateway_queue_sync.ledgers.http import OUR_HEADER, PATH
+from gateway_queue_sync.ledgers.wire import LARGEST_NUMBER
+from gateway_queue_sync.rules import to_us
+
+MESSAGE = b'{"message": "You\'re free to connect now! :)"}'
+RESERVED = ("/status", "/status.json", "/recent.json", "/metrics", "/healthz", PATH, "/favicon.ico")
+LARGEST_HEAD = 8_192  # bytes
+LONGEST_HEAD_START = 3_600.0  # s
+LEAST_TIMEOUT = 0.05  # s: what asking takes
+_END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+
+
+class Head(BaseHTTPRequestHandler):
+    """The head of a request, as the standard library reads it.
+
+    Attributes:
+        refusal: what is wrong with it, if anything is.
+        path, query: what is asked for.
+        close_connection: whether the connection ends with the answer.
+    """
+
+    protocol_version = "HTTP/1.1"
+    headers: HTTPMessage
+
+    def __init__(self, raw: bytes) -> None:
+        self.rfile = BytesIO(raw)
+        self.raw_requestline = self.rfile.readline()
+        self.refusal: str | None = None
+        self.query = ""
+        self.headers = HTTPMessage()
+        if not self.parse_request() and self.refusal is None:
+            self.refusal = "no request"
+        if self.refusal is None and self.request_version < "HTTP/1.0":
+            self.refusal = f"{self.request_version} is not spoken here"
+        if self.refusal is None:
+            self._read_target()
+
+    def _read_target(self) -> None:
+        try:
+            parts = urlsplit(self.path)
+        except ValueError as error:
+            self.refusal = str(error)
+        else:
+            self.path, self.query = parts.path or "/", parts.query
+
+    def send_error(self, code: int, message: str | None = None, _: str | None = None) -> None:
+        """Note what is wrong, instead of answering it."""
+        self.refusal = message or str(code)
+
+    def handle_expect_100(self) -> bool:
+        """Answer nothing before the grant: some clients take any status for it."""
+        return True
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether its path is no legacy client's."""
+        return self.path in RESERVED
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the client knows what a status means."""
+        return OUR_HEADER in self.headers
+
+    @property
+    def is_browser(self) -> bool:
+        """Whether a person's browser asks, which needs no permit."""
+        return "Sec-Fetch-Site" in self.headers
+
+    @property
+    def body_length(self) -> int | None:
+        """How many bytes of body follow; ``None`` if that is not said in a way that is read here."""
+        if "Transfer-Encoding" in self.headers:
+            return None
+        length = self.headers.get("Content-Length", "0")
+        return int(length) if re.fullmatch("[0-9]{1,15}", length) else None
+
+
+def split_head(received: bytes) -> tuple[bytes, bytes] | None:
+    """Return a request's head and what came after it; ``None`` if there is no end of a head yet."""
+    end = _END_OF_HEAD.search(received)
+    return None if end is None else (received[: end.end()], received[end.end() :])
+
+
+class Ask(NamedTuple):
+    """A client's wish for a permit: ``timeout`` in seconds, ``key`` is what a kept place goes by."""
+
+    shard_id: int = 0
+    priority_us: int = 0
+    timeout: float | None = None
+    key: object = None
+
+
+def read_ask(query: str) -> tuple[Ask, list[str]]:
+    """Return what a query asks for, and what is wrong with it: a bad shard counts as 0."""
+    try:
+        fields = {name: values[-1] for name, values in parse_qs(query, max_num_fields=100).items()}
+    except ValueError as error:
+        return Ask(), [str(error)]
+    wrong = []
+    shard_id, key = 0, None
+    shard = fields.get("shard")
+    if shard is None or not re.fullmatch("[0-9]{1,16}", shard) or int(shard) > LARGEST_NUMBER:
+        wrong.append(
+            "no shard" if shard is None else f"shard must be a shard id, not {shard!r:.50}"
+        )
+    else:
+        shard_id = int(shard)
+        key = ("ticket", fields["ticket"]) if "ticket" in fields else ("shard", shard_id)
+    priority = _number(fields, "priority", wrong) or 0.0
+    priority = max(-LONGEST_HEAD_START, min(priority, LONGEST_HEAD_START))
+    timeout = _number(fields, "timeout", wrong)
+    if timeout is not None and timeout < 0:
+        wrong.append(f"timeout must not be negative, not {timeout:g}")
+        timeout = None
+    if timeout is not None:
+        timeout = max(timeout, LEAST_TIMEOUT)
+    return Ask(shard_id, to_us(priority), timeout, key), wrong
+
+
+def _number(fields: dict[str, str], name: str, wrong: list[str]) -> float | None:
+    """Return a field's number of seconds; one that is wrong counts as left out."""
+    if name not in fields:
+        return None
+    try:
+        number = float(fields[name])
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        wrong.append(f"{name} must be a number of seconds, not {fields[name]!r:.50}")
+        return None
+    return number
+
+
+class Answer(NamedTuple):
+    """A whole response."""
+
+    status: int
+    body: bytes = b""
+    kind: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+GRANTED = Answer(200, MESSAGE)
+_REASONS = {status: reasons[0] for status, reasons in BaseHTTPRequestHandler.responses.items()}
+
+
+def error(status: int, what: str, *headers: tuple[str, str]) -> Answer:
+    """Return a refusal for a client that knows what a status means."""
+    return Answer(status, json.dumps({"error": what}).encode(), headers=headers)
+
+
+def as_json(value: Any) -> Answer:
+    """Return an answer that is JSON."""
+    return Answer(200, json.dumps(value, separators=(",", ":")).encode())
+
+
+def response(answer: Answer, head: Head) -> bytes:
+    """Return the bytes of an answer to a request."""
+    lines = [
+        f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, '')}",
+        f"Content-Type: {answer.kind}",
+        f"Content-Length: {len(answer.body)}",
+        "Cache-Control: no-store",
+        f"Connection: {'close' if head.close_connection else 'keep-alive'}",
+        *(f"{name}: {value}" for name, value in answer.headers),
+        "\r\n",
+    ]
+    return "\r\n".join(lines).encode("latin-1") + (b"" if head.command == "HEAD" else answer.body)

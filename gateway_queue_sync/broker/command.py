@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import signal
@@ -22,18 +21,15 @@ from gateway_queue_sync.broker.server import (
     SPARE_FILES,
     serve,
 )
-from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.errors import BrokerError, GatewayBotError
 from gateway_queue_sync.gateway_bot import GatewayBot
-from gateway_queue_sync.ledgers.shared import STRANGER
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
     SessionStartLimit,
 )
-from gateway_queue_sync.policies import RedisQueue, SqliteQueue, redis_ledger, sqlite_ledger
-from gateway_queue_sync.rules import MICROSECOND
-from gateway_queue_sync.shared import Connect, SharedQueue, account_name
+from gateway_queue_sync.policies import RedisQueue, SqliteQueue
+from gateway_queue_sync.shared import SharedQueue, account_name
 from gateway_queue_sync.waiting import Refresh
 
 if sys.platform != "win32":
@@ -112,10 +108,10 @@ class _Settings:
     port: int
     secret: str | None
     token: str | None
+    base_url: str | None
     max_concurrency: int | None
     make: type[SqliteQueue | RedisQueue]
     where: str
-    connect: Connect
     queue_settings: dict[str, Any]
 
     @classmethod
@@ -136,11 +132,8 @@ class _Settings:
         make: type[SqliteQueue | RedisQueue] = SqliteQueue
         if arguments.redis is None:
             where = arguments.state or str(_default_state(environment))
-            connect = sqlite_ledger(where)
         else:
             make, where = RedisQueue, arguments.redis
-            connect = redis_ledger(where)
-        token = environment.get("DISCORD_TOKEN") or None
         concurrency = chosen("max_concurrency", "CONCURRENCY")
         settings = {
             "name": account_name(arguments.name),
@@ -152,11 +145,11 @@ class _Settings:
             host=chosen("host", "HOST") or DEFAULT_HOST,
             port=_whole("port", chosen("port", "PORT") or str(DEFAULT_PORT)),
             secret=None if arguments.secret_file is None else _secret(arguments.secret_file),
-            token=token,
+            token=environment.get("DISCORD_TOKEN") or None,
+            base_url=arguments.base_url,
             max_concurrency=None if concurrency is None else _buckets(concurrency),
             make=make,
             where=where,
-            connect=connect,
             queue_settings=settings,
         )
 
@@ -181,8 +174,8 @@ class _Settings:
         return queue
 
     def _from_discord(self, token: str) -> tuple[SessionStartLimit, Refresh]:
-        now = GatewayBot(token).session_start_limit()
-        read = GatewayBot(token, attempts=2).session_start_limit
+        now = GatewayBot(token, base_url=self.base_url).session_start_limit()
+        read = GatewayBot(token, base_url=self.base_url, attempts=2).session_start_limit
         if self.max_concurrency is not None and self.max_concurrency > now.max_concurrency:
             log.warning(
                 "max_concurrency %d is more than Discord's %d: shards will be refused",
@@ -198,16 +191,8 @@ class _Settings:
 
     def _stored(self) -> SessionStartLimit:
         """Return the stored limit, or Discord's default."""
-        with contextlib.closing(
-            self.connect(self.queue_settings["name"], STRANGER, SYSTEM_CLOCK)
-        ) as ledger:
-            reply = ledger.peek()
-        return SessionStartLimit(
-            reply.total,
-            reply.remaining,
-            reply.resets_in_us / MICROSECOND,
-            reply.max_concurrency,
-        )
+        with self.make(self.where, **self.queue_settings) as queue:
+            return queue._ledger.limit
 
 
 def _default_state(environment: Mapping[str, str]) -> Path:
@@ -295,6 +280,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--reserve", type=int, default=0, metavar="N", help="session starts never to use up"
     )
+    parser.add_argument("--base-url", metavar="URL", help="Discord's REST API, if not at Discord")
     parser.add_argument(
         "--strict", action="store_true", help="refuse requests without a valid shard"
     )

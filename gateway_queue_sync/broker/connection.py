@@ -120,7 +120,7 @@ class Connection(asyncio.Protocol):
                 self._doom()
             return
         raw, self._received = split
-        self.head = wire.Head(raw)
+        self.head = wire.read_head(raw)
         self._cancel_timer()
         length = self.head.body_length
         if len(raw) > wire.LARGEST_HEAD:
@@ -133,7 +133,7 @@ class Connection(asyncio.Protocol):
             self._read_body()
         else:
             if length is None:
-                self.head.close_connection = True  # where its body ends is not known
+                self.head = self.head._replace(closes=True)  # where its body ends is not known
                 length = 1 << 62
             self._skip = max(0, length - len(self._received))
             self._received = self._received[length:]
@@ -143,7 +143,7 @@ class Connection(asyncio.Protocol):
         assert self.head is not None
         length = self.head.body_length
         if length is None or length > LARGEST_BODY:
-            self.head.close_connection = True
+            self.head = self.head._replace(closes=True)
             self.refuse(413, "the body must have a Content-Length of 1 MiB at most")
         elif len(self._received) >= length:
             self._cancel_timer()
@@ -162,7 +162,7 @@ class Connection(asyncio.Protocol):
         self._wants_body = False
         head, self.head = self.head, None
         self._transport.write(wire.response(answer, head))
-        if head.close_connection:
+        if head.closes:
             self.close()
             return
         self.after(IDLE_TIMEOUT, self.close)
@@ -178,8 +178,6 @@ class Connection(asyncio.Protocol):
         assert self.head is not None
         self.desk.metrics.refused[status] += 1
         if self.head.is_ours or self.head.is_reserved:
-            if self.head.refusal is not None:
-                self.head.close_connection = True
             self.answer(wire.error(status, what, *headers))
         else:
             self._doom()

@@ -86,7 +86,6 @@ class Desk:
         for connection in waiting:
             connection.future = None
             if connection.head is not None and connection.head.is_ours:
-                connection.head.close_connection = True
                 connection.refuse(503, "the broker is shutting down")
         for connection in self.connections:
             connection.close()
@@ -165,7 +164,7 @@ class Desk:
     def _is_authorised(self, head: wire.Head) -> bool:
         if self._secret is None:
             return True
-        kind, _, given = head.headers.get("Authorization", "").partition(" ")
+        kind, _, given = head.authorization.partition(" ")
         given_bytes = given.strip().encode("utf-8", "replace")
         return kind.lower() == "bearer" and hmac.compare_digest(given_bytes, self._secret)
 

@@ -156,7 +156,7 @@ def is_loopback(host: str) -> bool:
     """Return whether only this machine reaches an address."""
     try:
         found = socket.getaddrinfo(
-            host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except (OSError, UnicodeError) as error:
         raise ValueError(f"host {host!r} is no address of this machine: {error}") from None

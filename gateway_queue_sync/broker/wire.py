@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from http.client import HTTPMessage
+import sys
 from http.server import BaseHTTPRequestHandler
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -27,38 +27,67 @@ LEAST_TIMEOUT = 0.05  # s: what asking takes
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 
 
-class Head(BaseHTTPRequestHandler):
-    """The head of a request, as the standard library reads it.
+class Head(NamedTuple):
+    """What the head of a request says.
 
-    Attributes:
-        refusal: what is wrong with it, if anything is.
-        path, query: what is asked for.
-        close_connection: whether the connection ends with the answer.
+    ``refusal`` says what is wrong with it, if anything is. ``closes``: the connection ends with the
+    answer. ``is_ours``: the client knows what a status means. ``is_browser``: a person's, which needs no
+    permit. ``body_length`` is ``None`` if the end of the body is not told in a way that is read here.
     """
 
+    command: str = ""
+    path: str = ""
+    query: str = ""
+    refusal: str | None = None
+    closes: bool = True
+    is_ours: bool = False
+    is_browser: bool = False
+    body_length: int | None = 0
+    authorization: str = ""
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether its path is no legacy client's."""
+        return self.path in RESERVED
+
+
+def read_head(raw: bytes) -> Head:
+    """Return what a head says."""
+    parsed = _Parsed(raw)
+    if parsed.refusal is not None:
+        return Head(refusal=parsed.refusal)
+    try:
+        target = urlsplit(parsed.path)
+    except ValueError as error:
+        return Head(refusal=str(error))
+    headers = parsed.headers
+    length = headers.get("Content-Length", "0")
+    known = "Transfer-Encoding" not in headers and re.fullmatch("[0-9]{1,15}", length)
+    return Head(
+        sys.intern(parsed.command),
+        sys.intern(target.path or "/"),
+        target.query,
+        closes=parsed.close_connection,
+        is_ours=OUR_HEADER in headers,
+        is_browser="Sec-Fetch-Site" in headers,
+        body_length=int(length) if known else None,
+        authorization=headers.get("Authorization", ""),
+    )
+
+
+class _Parsed(BaseHTTPRequestHandler):
+    """A head, read as the standard library's server reads it."""
+
     protocol_version = "HTTP/1.1"
-    headers: HTTPMessage
 
     def __init__(self, raw: bytes) -> None:
         self.rfile = BytesIO(raw)
         self.raw_requestline = self.rfile.readline()
         self.refusal: str | None = None
-        self.query = ""
-        self.headers = HTTPMessage()
-        if not self.parse_request() and self.refusal is None:
-            self.refusal = "no request"
-        if self.refusal is None and self.request_version < "HTTP/1.0":
+        if not self.parse_request():
+            self.refusal = self.refusal or "no request"
+        elif self.request_version < "HTTP/1.0":
             self.refusal = f"{self.request_version} is not spoken here"
-        if self.refusal is None:
-            self._read_target()
-
-    def _read_target(self) -> None:
-        try:
-            parts = urlsplit(self.path)
-        except ValueError as error:
-            self.refusal = str(error)
-        else:
-            self.path, self.query = parts.path or "/", parts.query
 
     def send_error(self, code: int, message: str | None = None, _: str | None = None) -> None:
         """Note what is wrong, instead of answering it."""
@@ -67,29 +96,6 @@ class Head(BaseHTTPRequestHandler):
     def handle_expect_100(self) -> bool:
         """Answer nothing before the grant: some clients take any status for it."""
         return True
-
-    @property
-    def is_reserved(self) -> bool:
-        """Whether its path is no legacy client's."""
-        return self.path in RESERVED
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether the client knows what a status means."""
-        return OUR_HEADER in self.headers
-
-    @property
-    def is_browser(self) -> bool:
-        """Whether a person's browser asks, which needs no permit."""
-        return "Sec-Fetch-Site" in self.headers
-
-    @property
-    def body_length(self) -> int | None:
-        """How many bytes of body follow; ``None`` if that is not said in a way that is read here."""
-        if "Transfer-Encoding" in self.headers:
-            return None
-        length = self.headers.get("Content-Length", "0")
-        return int(length) if re.fullmatch("[0-9]{1,15}", length) else None
 
 
 def split_head(received: bytes) -> tuple[bytes, bytes] | None:
@@ -178,7 +184,7 @@ def response(answer: Answer, head: Head) -> bytes:
         f"Content-Type: {answer.kind}",
         f"Content-Length: {len(answer.body)}",
         "Cache-Control: no-store",
-        f"Connection: {'close' if head.close_connection else 'keep-alive'}",
+        f"Connection: {'close' if head.closes else 'keep-alive'}",
         *(f"{name}: {value}" for name, value in answer.headers),
         "\r\n",
     ]

@@ -60,11 +60,11 @@ def request_from_json(written: object) -> Request:
     Raises:
         ValueError: it is none; the message says what is wrong with it.
     """
-    request: Request = _named(Request, written, "request")
+    request: Request = _named(Request, written, "request", at_us=None)
     return request
 
 
-def _named(kind: type, written: object, what: str) -> Any:
+def _named(kind: type, written: object, what: str, **left_out: None) -> Any:
     """Return a named tuple that was written as an object, each field as its reader reads it."""
     if not isinstance(written, dict):
         raise ValueError(f"{what} must be an object, not {written!r:.100}")
@@ -73,7 +73,7 @@ def _named(kind: type, written: object, what: str) -> Any:
         raise ValueError(f"{what} has no {min(unknown)!r:.100}")
     fields = {name: _READERS.get(name, _number)(value, name) for name, value in written.items()}
     try:
-        return kind(**fields)
+        return kind(**(left_out | fields))
     except TypeError as error:
         raise ValueError(f"{what}: {error}") from None
 

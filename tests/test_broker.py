@@ -1,0 +1,778 @@
+"""The broker over real sockets: its wire, who is gone and comes back, who is refused, what it tells."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import socket
+import threading
+import time
+from dataclasses import asdict
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from redis_servers import until
+from wire_clients import Client, clients_of, first_to_hear, timed, wait_for_line
+
+from gateway_queue_sync import (
+    LargeBotQueue,
+    LocalQueue,
+    NoOpQueue,
+    SessionStartLimit,
+    SqliteQueue,
+    serve,
+)
+from gateway_queue_sync.broker import connection, desk
+from gateway_queue_sync.testing import FakeClock
+
+WINDOW = 5.25
+BODY = b'{"message": "You\'re free to connect now! :)"}'
+OURS = "Gateway-Queue: 1"
+DAY = 86_400.0
+
+
+def limit(total=1000, remaining=1000, reset_after=DAY, max_concurrency=1):
+    return SessionStartLimit(total, remaining, reset_after, max_concurrency)
+
+
+@pytest.fixture
+def queue(clock):
+    with LargeBotQueue(limit(), clock=clock) as queue:
+        yield queue
+
+
+@pytest.fixture
+def client(queue):
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        yield client
+
+
+@pytest.fixture
+def strict(queue, monkeypatch):
+    monkeypatch.setattr(connection, "HOLD", (0.05, 0.06))
+    with serve(queue, port=0, secret="s3cret", strict=True) as broker:
+        with clients_of(broker.port) as client:
+            yield client
+
+
+@pytest.fixture
+def short_hold(monkeypatch):
+    monkeypatch.setattr(connection, "HOLD", (0.05, 0.06))
+
+
+SECRET = "Authorization: Bearer s3cret"
+
+
+# --- the wire -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW"])
+@pytest.mark.parametrize(
+    "target", ["/?shard=0", "/any/path?shard=0", "http://host/?shard=0", "//?shard=0"]
+)
+def test_any_method_and_path_is_granted_with_the_body_of_the_known_broker(client, method, target):
+    status, headers, body = client(target, method).read()
+    assert (status, body) == (200, BODY)
+    assert headers["content-type"] == "application/json"
+    assert headers["content-length"] == str(len(BODY))
+    assert headers["connection"] == "keep-alive"
+
+
+def test_no_byte_comes_before_the_grant(client, queue, clock):
+    assert client("/?shard=0").granted
+    waits = client("/?shard=1", "POST", "Expect: 100-continue", "Content-Length: 2")
+    wait_for_line(queue, 1)
+    waits.send("{}")
+    assert waits.is_silent()
+    clock.advance(WINDOW)
+    assert waits.granted
+
+
+def test_head_is_granted_without_a_body(client, clock, queue):
+    both = client("/?shard=0", "HEAD").ask("/?shard=1")
+    assert both.read(head_only=True)[1]["content-length"] == str(len(BODY))
+    wait_for_line(queue, 1)
+    clock.advance(WINDOW)
+    assert both.read()[2] == BODY
+
+
+@pytest.mark.parametrize(
+    "query", ["", "?", "?shard=", "?shard=x", "?shard=-1", "?shard=1.0", "?shard=9" + "9" * 30]
+)
+def test_a_missing_or_bad_shard_is_shard_0_with_a_warning(client, queue, caplog, query):
+    assert client("/" + query).granted
+    assert "shard" in caplog.text
+    assert queue.try_acquire(0) is None
+
+
+def test_each_shard_waits_for_its_bucket(clock):
+    with (
+        LargeBotQueue(limit(max_concurrency=2), clock=clock) as queue,
+        serve(queue, port=0) as broker,
+        clients_of(broker.port) as client,
+    ):
+        assert client("/?shard=0").granted
+        late = client("/?shard=2")
+        wait_for_line(queue, 1)
+        assert client("/?shard=3").granted
+        clock.advance(WINDOW)
+        assert late.granted
+
+
+def test_a_connection_is_kept_for_the_next_shard(client, queue, clock):
+    kept = client("/?shard=0")
+    assert kept.granted
+    kept.ask("/?shard=1")
+    wait_for_line(queue, 1)
+    clock.advance(WINDOW)
+    assert kept.granted
+
+
+@pytest.mark.parametrize(
+    "request_",
+    ["GET /?shard=0 HTTP/1.0\r\n\r\n", "GET /?shard=0 HTTP/1.1\r\nConnection: close\r\n\r\n"],
+)
+def test_a_connection_that_is_not_to_be_kept_is_closed(client, request_):
+    one = client().send(request_)
+    assert one.read()[1]["connection"] == "close"
+    assert one.is_closed_without_a_byte()
+
+
+def test_requests_one_behind_another_are_answered_in_their_order(client, queue, clock):
+    both = client("/?shard=0").ask("/?shard=1").ask("/healthz")
+    assert both.granted
+    wait_for_line(queue, 1)
+    assert both.is_silent()
+    clock.advance(WINDOW)
+    assert both.granted
+    assert both.read()[2] == b'{"status":"ok"}'
+
+
+def test_hundreds_of_requests_in_one_packet_are_answered(client):
+    many = client().send("GET /status HTTP/1.1\r\n\r\n" * 200)
+    assert [many.read()[0] for _ in range(200)] == [200] * 200
+
+
+def test_a_body_is_passed_over(client, queue, clock):
+    one = client("/?shard=0", "POST", "Content-Length: 100000").send(b"x" * 100_000)
+    assert one.granted
+    one.ask("/?shard=1")
+    wait_for_line(queue, 1)
+    clock.advance(WINDOW)
+    assert one.granted
+
+
+def test_a_connection_whose_body_has_no_known_end_is_closed_after_the_grant(client):
+    one = client("/?shard=0", "POST", "Transfer-Encoding: chunked").send("1\r\nx\r\n0\r\n\r\n")
+    assert one.read()[1]["connection"] == "close"
+
+
+def test_a_head_may_come_in_pieces(client):
+    one = client()
+    for piece in ("GET /?sha", "rd=0 HT", "TP/1.1\r", "\nHost: h\r\n\r", "\n"):
+        one.send(piece)
+        assert one.is_silent() or piece == "\n"
+    assert one.granted
+
+
+def test_a_priority_is_a_head_start(client, queue, clock):
+    assert client("/?shard=0").granted
+    clients = {}
+    for number, ask in enumerate(("/?shard=1", "/?shard=2&priority=60", "/?shard=3&priority=-9")):
+        clients[number] = client(ask)
+        wait_for_line(queue, number + 1)
+    assert next_one(clients, clock) == 1
+    assert next_one(clients, clock) == 0
+    assert next_one(clients, clock) == 2
+
+
+def test_a_priority_is_an_hour_at_most(client, queue, clock):
+    assert client("/?shard=0").granted
+    clients = {0: client("/?shard=1&priority=1e300")}
+    wait_for_line(queue, 1)
+    clock.advance(3.0)
+    clients[1] = client("/?shard=2&priority=999999")
+    wait_for_line(queue, 2)
+    assert next_one(clients, clock) == 0
+
+
+@pytest.mark.parametrize(
+    "bad", ["priority=x", "priority=nan", "timeout=x", "timeout=-1", "timeout=inf"]
+)
+def test_a_bad_priority_or_timeout_counts_as_left_out_with_a_warning(client, caplog, bad):
+    assert client(f"/?shard=0&{bad}").granted
+    assert bad.split("=")[0] in caplog.text
+
+
+def test_a_timeout_ends_without_a_byte(client, queue):
+    assert client("/?shard=0").granted
+    assert client("/?shard=1&timeout=0").is_closed_without_a_byte()
+    wait_for_line(queue, 0)
+
+
+def test_a_timeout_is_told_to_those_who_know_what_a_status_means(client, queue):
+    assert client("/?shard=0").granted
+    one = client("/?shard=1&timeout=0.1", "GET", OURS)
+    status, _, body = one.read()
+    assert (status, json.loads(body)) == (408, {"error": "no permit within 0.1 s"})
+    assert one.ask("/healthz").read()[0] == 200
+
+
+def test_a_persons_browser_gets_the_page_and_no_permit(client, queue):
+    status, headers, _ = client("/", "GET", "Sec-Fetch-Site: none").read()
+    assert (status, headers["location"]) == (303, "/status")
+    assert client("/favicon.ico").read()[0] == 404
+    assert queue.snapshot().granted == 0
+
+
+def next_one(clients, clock):
+    """Which of those that wait is granted next."""
+    clock.advance(WINDOW)
+    number = first_to_hear(clients)
+    assert clients.pop(number).granted
+    return number
+
+
+# --- who is gone ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["close", "half-close", "reset"])
+def test_a_client_that_goes_away_takes_no_permit(client, queue, clock, end):
+    assert client("/?shard=0").granted
+    gone = client("/?shard=1")
+    wait_for_line(queue, 1)
+    stays = client("/?shard=2")
+    wait_for_line(queue, 2)
+    if end == "half-close":
+        gone.socket.shutdown(socket.SHUT_WR)
+    else:
+        if end == "reset":
+            gone.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        gone.close()
+    wait_for_line(queue, 1)
+    clock.advance(WINDOW)
+    assert stays.granted
+    assert queue.snapshot().limit.remaining == 998
+
+
+@pytest.mark.parametrize("again", ["/?shard=1", "/?shard=1&priority=-1000"])
+def test_a_client_that_is_back_within_30_s_has_its_old_place(client, queue, clock, again):
+    """A client with a timeout of 30 s moves up in a long line, too."""
+    back = come_back_after(client, queue, clock, 29.9, "/?shard=1", again)
+    assert back == "before"
+
+
+def test_a_place_is_not_kept_for_longer(client, queue, clock):
+    assert come_back_after(client, queue, clock, 30.1, "/?shard=1", "/?shard=1") == "behind"
+
+
+def test_a_place_is_known_by_its_ticket(client, queue, clock):
+    tickets = "/?shard=1&ticket=a", "/?shard=7&ticket=a"
+    assert come_back_after(client, queue, clock, 10.0, *tickets) == "before"
+
+
+def test_another_ticket_has_another_place(client, queue, clock):
+    tickets = "/?shard=1&ticket=a", "/?shard=1&ticket=b"
+    assert come_back_after(client, queue, clock, 10.0, *tickets) == "behind"
+
+
+def test_no_place_is_kept_without_a_shard(client, queue, clock):
+    assert come_back_after(client, queue, clock, 10.0, "/", "/") == "behind"
+
+
+def come_back_after(client, queue, clock, pause, ask, again):
+    """Whether a client that went away is before or behind one that came after it, once it is back."""
+    queue.update(limit(1000, 0, 40.0))  # nobody is granted meanwhile
+    gone = client(ask)
+    wait_for_line(queue, 1)
+    clock.advance(1.0)
+    other = client("/?shard=5")
+    wait_for_line(queue, 2)
+    gone.close()
+    wait_for_line(queue, 1)
+    clock.advance(pause)
+    back = client(again)
+    wait_for_line(queue, 2)
+    clock.advance(41.0 - pause)
+    first = first_to_hear({0: back, 1: other})
+    return "before" if first == 0 else "behind"
+
+
+def test_of_several_kept_places_the_oldest_is_taken(client, queue, clock):
+    queue.update(limit(1000, 0, 40.0))
+    arrivals = []
+    for waiting in range(3):
+        arrivals.append(client("/?shard=1"))
+        wait_for_line(queue, waiting + 1)
+        clock.advance(1.0)
+    for left, gone in enumerate(reversed(arrivals)):  # the newest goes first
+        gone.close()
+        wait_for_line(queue, 2 - left)
+    client("/?shard=1")
+    wait_for_line(queue, 1)
+    assert queue.snapshot().buckets[0].shards[0].waited == pytest.approx(3.0)
+
+
+def test_a_client_with_a_short_timeout_moves_up_a_long_line(client, queue, clock):
+    """Ten windows are before it, and it has the patience for three at a time."""
+    assert client("/?shard=0").granted
+    ahead = {}
+    for number in range(10):
+        ahead[number] = client(f"/?shard={number + 10}")
+        wait_for_line(queue, number + 1)
+    clock.advance(0.001)
+    impatient = client("/?shard=1")
+    wait_for_line(queue, 11)
+    clock.advance(0.001)
+    behind = client("/?shard=2")
+    wait_for_line(queue, 12)
+    for granted in range(10):
+        if granted % 3 == 2:
+            impatient.close()
+            wait_for_line(queue, 11 - granted)
+            impatient = client("/?shard=1")
+            wait_for_line(queue, 12 - granted)
+        assert next_one(ahead, clock) == granted
+    clock.advance(WINDOW)
+    assert first_to_hear({0: impatient, 1: behind}) == 0
+
+
+def test_half_of_those_who_wait_may_go_at_once(clock):
+    """The next grant goes to the first that is left."""
+    with LargeBotQueue(limit(5000, 5000), clock=clock) as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            assert client("/?shard=0").granted
+            waiting = [client(f"/?shard={number}") for number in range(1, 1001)]
+            wait_for_line(queue, 1000)
+            order = [shard.shard_id for shard in queue.snapshot().buckets[0].shards]
+            for number in order[:500]:
+                waiting[number - 1].close()
+            wait_for_line(queue, 500)
+            left = {number: waiting[number - 1] for number in order[500:]}
+            for expected in order[500:503]:
+                assert next_one(left, clock) == expected
+
+
+def test_a_burst_of_connections_loses_none(clock):
+    with NoOpQueue() as queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        clients = [client() for _ in range(900)]
+        for one in clients:
+            one.ask("/?shard=1")
+        assert all(one.granted for one in clients)
+
+
+def test_a_permit_that_reaches_its_client_too_late_is_given_back_and_asked_for_again(
+    client, queue, clock, monkeypatch
+):
+    held = threading.Event()
+    hand_over = desk.Desk._hand_over
+
+    def late(self, connection_, future):
+        if not held.is_set():
+            held.set()
+            clock.advance(1.0)  # longer than the margin
+        hand_over(self, connection_, future)
+
+    monkeypatch.setattr(desk.Desk, "_hand_over", late)
+    one = client("/?shard=1")
+    assert one.granted
+    assert held.is_set()
+    assert queue.snapshot().limit.remaining == 999
+    assert queue.snapshot().granted == 2  # both were stamped, one was given back
+
+
+# --- who is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        (),
+        ("Authorization: Bearer s3cre",),
+        ("Authorization: Basic s3cret",),
+        ("Authorization: s3cret",),
+        ("Authorization: Bearer \xff\xfe",),
+    ],
+)
+def test_a_wrong_secret_is_no_permit_for_who_takes_any_status_for_one(strict, queue, given):
+    assert strict("/?shard=0", "GET", *given).is_closed_without_a_byte()
+    status, headers, body = strict("/?shard=0", "GET", OURS, *given).read()
+    assert (status, headers["www-authenticate"]) == (401, "Bearer")
+    assert b"s3cret" not in body
+    assert queue.snapshot().granted == 0
+
+
+def test_the_right_secret_is_let_in(strict):
+    assert strict("/?shard=0", "GET", SECRET).granted
+
+
+def test_refused_clients_are_held_before_they_are_let_go(strict):
+    """They may ask again at once."""
+    one = strict("/?shard=0")
+    _, after = timed(one.is_closed_without_a_byte)
+    assert after > 0.04
+
+
+def test_strictness_refuses_a_bad_shard(strict, queue):
+    assert strict("/?shard=x", "GET", SECRET).is_closed_without_a_byte()
+    assert strict("/", "GET", SECRET, OURS).read()[0] == 400
+    assert queue.snapshot().granted == 0
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"\0\1\2\3\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /\r\n\r\n",
+        b"\x16\x03\x01\x02\x00" * 4_000,
+        b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 200 + b"\r\n",
+        b"GET /?shard=0 HTTP/1.1\r\nx: " + b"y" * 9_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"z" * 100_000,
+    ],
+    ids=[
+        "bytes",
+        "no path",
+        "http2",
+        "version",
+        "http0.9",
+        "tls",
+        "many headers",
+        "long header",
+        "no end",
+    ],
+)
+def test_nonsense_gets_no_byte_and_no_permit(client, queue, short_hold, nonsense):
+    assert client().send(nonsense).is_closed_without_a_byte()
+    assert queue.snapshot().granted == 0
+    assert client("/?shard=0").granted
+
+
+def test_who_takes_too_long_for_a_head_is_let_go(queue, monkeypatch):
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT", 0.1)
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        slow = client().send("GET /?shard=0 HTTP/1.1\r\nHost:")
+        silent = client()
+        body = client("/ledger", "POST", "Content-Length: 10")
+        for one in (slow, silent, body):
+            assert one.is_closed_without_a_byte()
+
+
+def test_who_waits_and_talks_on_and_on_is_let_go(client, queue):
+    assert client("/?shard=0").granted
+    talker = client("/?shard=1")
+    wait_for_line(queue, 1)
+    with contextlib.suppress(ConnectionError):
+        talker.send(b"x" * 20_000)
+    assert talker.is_closed_without_a_byte()
+    wait_for_line(queue, 0)
+
+
+def test_too_many_connections_are_refused(queue, short_hold):
+    with serve(queue, port=0, most_connections=2) as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0").granted
+        assert client("/healthz").read()[0] == 200
+        assert client("/?shard=1").is_closed_without_a_byte()
+        assert client("/?shard=1", "GET", OURS).read()[0] == 503
+
+
+def test_a_used_up_budget_is_held_until_it_resets(clock):
+    with LargeBotQueue(limit(10, 0, 3600.0), clock=clock) as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            legacy = client("/?shard=0")
+            wait_for_line(queue, 1)
+            status, headers, body = client("/?shard=1", "GET", OURS).read()
+            assert (status, headers["retry-after"]) == (429, "3600")
+            assert json.loads(body) == {"error": "the session start limit is used up"}
+            assert legacy.is_silent()
+            clock.advance(3600.0)
+            assert legacy.granted
+
+
+def test_who_waits_when_the_budget_is_used_up_is_told_if_it_knows_what_that_means(
+    clock, monkeypatch
+):
+    monkeypatch.setattr(desk, "TICK", 0.02)
+    with LargeBotQueue(limit(10, 1, 3600.0), clock=clock) as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            assert client("/?shard=0").granted
+            assert client("/?shard=1", "GET", OURS).read()[0] == 429
+
+
+def test_a_queue_that_raises_is_asked_again_for_who_would_not_understand(clock, monkeypatch):
+    monkeypatch.setattr(desk, "LONGEST_HOLD", 0.02)
+    monkeypatch.setattr(desk, "TICK", 0.01)
+    queue = LargeBotQueue(limit(10, 0, 3600.0), clock=clock, when_exhausted="raise")
+    with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        legacy = client("/?shard=0")
+        assert client("/?shard=1", "GET", OURS).read()[1]["retry-after"] == "3600"
+        assert legacy.is_silent()
+        clock.advance(3600.0)
+        assert legacy.granted
+
+
+def test_a_month_until_the_reset_is_told_and_waited_for(clock):
+    month = 31 * DAY
+    queue = LargeBotQueue(limit(10, 0, month), clock=clock)
+    with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        legacy = client("/?shard=0")
+        assert client("/?shard=1", "GET", OURS).read()[1]["retry-after"] == str(math.ceil(month))
+        wait_for_line(queue, 1)
+        clock.advance(month)
+        assert legacy.granted
+
+
+# --- beginning and end ----------------------------------------------------------------------------
+
+
+def test_closing_grants_nobody_any_more(queue, clock):
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0").granted
+        legacy, ours = client("/?shard=1"), client("/?shard=2", "GET", OURS)
+        wait_for_line(queue, 2)
+        _, took = timed(broker.close)
+        assert legacy.is_closed_without_a_byte()
+        assert ours.read()[0] == 503
+        assert took < 1.0
+        assert queue.snapshot().waiting == 0
+        clock.advance(WINDOW)
+        assert queue.snapshot().granted == 1
+        broker.close()
+        assert "closed" in repr(broker)
+        with pytest.raises(ConnectionRefusedError):
+            Client(broker.port)
+
+
+def test_a_queue_that_is_closed_lets_its_clients_go(queue, short_hold):
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0").granted
+        legacy, ours = client("/?shard=1"), client("/?shard=2", "GET", OURS)
+        wait_for_line(queue, 2)
+        queue.close()
+        assert legacy.is_closed_without_a_byte()
+        assert ours.read()[0] == 503
+        assert client("/?shard=3", "GET", OURS).read()[0] == 503
+        assert client("/healthz").read()[0] == 503
+
+
+def test_an_address_in_use_says_so(queue):
+    with serve(queue, port=0) as broker, pytest.raises(OSError, match="in use"):
+        serve(queue, port=broker.port)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "", "::"])
+def test_an_address_that_others_reach_needs_a_secret(queue, host):
+    with pytest.raises(ValueError, match="needs a secret"):
+        serve(queue, host, 0)
+
+
+def test_an_address_that_others_reach_is_served_with_a_secret(queue):
+    with serve(queue, "0.0.0.0", 0, secret="s3cret") as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0", "GET", SECRET).granted
+        assert "s3cret" not in repr(broker)
+
+
+@pytest.mark.parametrize(
+    ("error", "settings"),
+    [
+        (TypeError, {"queue": object()}),
+        (TypeError, {"host": 5}),
+        (ValueError, {"host": "no such host"}),
+        (TypeError, {"port": "80"}),
+        (ValueError, {"port": 65_536}),
+        (ValueError, {"port": -1}),
+        (ValueError, {"secret": ""}),
+        (ValueError, {"secret": "a b"}),
+        (TypeError, {"secret": b"x"}),
+        (ValueError, {"most_connections": -1}),
+    ],
+)
+def test_bad_settings_are_refused(queue, error, settings):
+    with pytest.raises(error, match=next(iter(settings)).split("_")[0]):
+        serve(**{"queue": queue, "port": 0, **settings})
+
+
+# --- what it tells --------------------------------------------------------------------------------
+
+
+def test_the_snapshot_is_told_as_it_is_in_python(client, queue, clock):
+    assert client("/?shard=0").granted
+    client("/?shard=3")
+    wait_for_line(queue, 1)
+    clock.advance(1.0)
+    told = json.loads(client("/status.json").read()[2])
+    assert told == json.loads(json.dumps(asdict(queue.snapshot())))
+    assert told["buckets"][0]["shards"] == [{"shard_id": 3, "waited": 1.0, "eta": 4.25}]
+    assert told["limit"]["remaining"] == 999
+
+
+def test_the_latest_grants_are_told(client, clock):
+    assert client("/?shard=7").granted
+    clock.advance(2.0)
+    told = json.loads(client("/recent.json").read()[2])
+    assert told == {"window": WINDOW, "grants": [{"shard_id": 7, "bucket": 0, "ago": 2.0}]}
+
+
+def test_the_metrics_are_prometheus(client, queue, clock, short_hold):
+    assert client("/?shard=0").granted
+    client("/?shard=1")
+    wait_for_line(queue, 1)
+    clock.advance(WINDOW)
+    until(lambda: queue.snapshot().granted == 2)
+    client("/?shard=2")
+    wait_for_line(queue, 1)
+    assert client().send("nonsense\r\n\r\n").is_closed_without_a_byte()
+    status, headers, body = client("/metrics").read()
+    assert (status, headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    families = {family.name: family for family in text_string_to_metric_families(body.decode())}
+    values = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families.values()
+        for sample in family.samples
+    }
+    assert all(name.startswith("gateway_queue_") for name in families)
+    assert all(family.documentation for family in families.values())
+    assert families["gateway_queue_wait_seconds"].type == "histogram"
+    assert families["gateway_queue_granted"].type == "counter"
+    assert values["gateway_queue_granted_total",] == 2
+    assert values["gateway_queue_waiting", "0"] == 1
+    assert values["gateway_queue_wait_seconds_count",] == 2
+    assert values["gateway_queue_wait_seconds_sum",] == WINDOW
+    assert values["gateway_queue_wait_seconds_bucket", "5"] == 1
+    assert values["gateway_queue_wait_seconds_bucket", "10"] == 2
+    assert values["gateway_queue_refused_total", "400"] == 1
+    assert values["gateway_queue_remaining",] == 998
+    assert values["gateway_queue_resets_in_seconds",] == DAY - WINDOW
+
+
+def test_a_queue_without_a_budget_tells_none(clock):
+    with (
+        LocalQueue(clock=clock) as queue,
+        serve(queue, port=0) as broker,
+        clients_of(broker.port) as client,
+    ):
+        assert b"remaining" not in client("/metrics").read()[2]
+        assert json.loads(client("/status.json").read()[2])["limit"] is None
+
+
+@pytest.mark.parametrize("path", ["/status.json", "/metrics", "/recent.json"])
+def test_what_tells_of_the_bot_needs_the_secret(strict, path):
+    assert strict(path).read()[0] == 401
+    assert strict(path, "GET", SECRET).read()[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/status", "/healthz"])
+def test_what_tells_nothing_of_the_bot_is_open(strict, path):
+    status, headers, _ = strict(path).read()
+    assert status == 200
+    assert headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    "path", ["/status", "/status.json", "/recent.json", "/metrics", "/healthz"]
+)
+def test_reserved_paths_are_only_read(client, queue, path):
+    assert client(path, "POST", "Content-Length: 0").read()[0] == 405
+    assert client(path + "?shard=0", "HEAD").read(head_only=True)[0] == 200
+    assert queue.snapshot().granted == 0
+
+
+def test_a_ledger_out_of_reach_is_not_healthy(tmp_path, short_hold):
+    path = tmp_path / "state.sqlite3"
+    with (
+        SqliteQueue(path) as queue,
+        serve(queue, port=0) as broker,
+        clients_of(broker.port) as client,
+    ):
+        assert client("/healthz").read()[0] == 200
+        path.write_bytes(b"no database" * 100)
+        status, _, body = client("/healthz").read()
+        assert status == 503
+        assert "state.sqlite3" in json.loads(body)["error"]
+
+
+def test_what_a_client_says_cannot_forge_log_lines(client, caplog):
+    client("/?shard=%0aINFO+forged")
+    until(lambda: "shard must be" in caplog.text)
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+# --- the ledger's wire ----------------------------------------------------------------------------
+
+
+def test_an_account_in_memory_is_not_shared_over_http(client):
+    status, _, body = client("/ledger", "POST", "Content-Length: 2").send("{}").read()
+    assert status == 404
+    assert "memory" in json.loads(body)["error"]
+
+
+WISH = {
+    "owner": "abc", "number": 1, "void": 0, "interval_us": 5_000_000, "margin_us": 250_000,
+    "period_us": 86_400_000_000, "lease_us": 5_000_000, "period": 0, "granted": 0, "news": [],
+    "limit": {"total": 1000, "remaining": 1000, "reset_after_us": 0, "max_concurrency": 1}, "look": True,
+}  # fmt: skip
+TAKE = {"ticket": 1, "shard_id": 0, "at_us": 0, "place_us": 0}
+
+
+def without(name):
+    return {key: value for key, value in WISH.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["", "{", "[]", "null", "5", '"x"', "[" * 100_000, WISH | {"owner": 5}, WISH | {"owner": "a b"},
+     WISH | {"number": "1"}, WISH | {"number": 0}, WISH | {"number": 1.5}, WISH | {"number": True},
+     WISH | {"number": 2**60}, WISH | {"unknown": 1}, without("owner"), without("limit"),
+     WISH | {"limit": {"total": 5}}, WISH | {"limit": 7}, WISH | {"news": 7}, WISH | {"news": [7]},
+     WISH | {"news": [{"kind": "stolen", "ticket": 1}]}, WISH | {"take": TAKE | {"shard_id": -1}},
+     WISH | {"take": {}}, WISH | {"take": TAKE | {"next": 5}}, WISH | {"look": 1}],
+    ids=lambda body: str(body)[:20] + str(len(str(body))),
+)  # fmt: skip
+def test_nonsense_for_the_ledger_is_refused_and_changes_nothing(tmp_path, body):
+    body = body if isinstance(body, str) else json.dumps(body)
+    with SqliteQueue(tmp_path / "q", clock=FakeClock()) as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            before = asdict(queue.snapshot())
+            answer = client("/ledger", "POST", f"Content-Length: {len(body)}").send(body).read()
+            assert answer[0] == 400, answer
+            assert asdict(queue.snapshot()) == before
+
+
+def test_a_body_for_the_ledger_has_a_known_and_sane_length(tmp_path):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            assert client("/ledger", "POST", "Content-Length: 99999999").read()[0] == 413
+            assert client("/ledger", "POST", "Transfer-Encoding: chunked").read()[0] == 413
+            assert client("/ledger", "GET").read()[0] == 405
+            good = json.dumps(WISH)
+            answer = client("/ledger", "POST", f"Content-Length: {len(good)}").send(good).read()
+            assert json.loads(answer[2])[0] == 1
+
+
+def test_the_ledger_needs_the_secret(tmp_path):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0, secret="s3cret") as broker:
+        with clients_of(broker.port) as client:
+            assert client("/ledger", "POST", "Content-Length: 2").send("{}").read()[0] == 401
+
+
+def test_waiting_costs_no_thread_and_no_processor_time(client, queue):
+    assert client("/?shard=0").granted
+    before = threading.active_count()
+    for number in range(200):
+        client(f"/?shard={number + 1}")
+    wait_for_line(queue, 200)
+    started = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - started < 0.1
+    assert threading.active_count() <= before + 9  # the pool, and the futures' thread
+
+
+def test_errors_in_the_broker_are_logged_and_grant_nothing(client, queue, caplog, monkeypatch):
+    monkeypatch.setattr(queue, "snapshot", lambda: 1 / 0)
+    with caplog.at_level(logging.ERROR):
+        assert client("/status.json").read()[0] == 500
+    assert "ZeroDivisionError" in caplog.text

@@ -1,0 +1,360 @@
+"""The ``serve`` command as a process of its own: settings, signals, kills, and real clients."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import deque
+from pathlib import Path
+
+import pytest
+import requests
+from redis_servers import RedisServer, free_port, needs_redis, until
+from test_gateway_bot import TOKEN, answer
+from test_gateway_bot import serving as discord
+from wire_clients import Client, clients_of, timed
+
+from gateway_queue_sync import HttpQueue, SqliteQueue
+from gateway_queue_sync.broker import command
+from gateway_queue_sync.cli import main
+
+PATIENCE = 20.0  # s
+SHORT = ("--interval", "0.2", "--margin", "0.05")
+BODY = {"message": "You're free to connect now! :)"}
+OURS = "Gateway-Queue: 1"
+
+
+class Served:
+    """A broker in a process of its own, up and past its first window."""
+
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gateway_queue_sync", "serve", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self.log: deque[str] = deque()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+        until(
+            lambda: self.process.poll() is not None or "serving at" in self.text,
+            "its start",
+            PATIENCE,
+        )
+        found = re.search(r"serving at http://\S+:(\d+)", self.text)
+        if not found:
+            self.close()
+            pytest.fail(self.text)
+        self.port = int(found[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.log.copy())
+
+    def status(self) -> dict:
+        with urllib.request.urlopen(self.url + "/status.json") as response:
+            return json.load(response)
+
+    def wait_for_line(self, waiting: int) -> None:
+        until(lambda: self.status()["waiting"] == waiting, f"{waiting} who wait")
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        return code
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.end(signal.SIGKILL)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@pytest.fixture
+def serving(tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments, **settings):
+            if not {"--state", "--redis"} & set(arguments):
+                arguments += ("--state", str(tmp_path / "state"))
+            if "--port" not in arguments and "PORT" not in settings.get("environment", {}):
+                arguments += ("--port", "0")
+            return stack.enter_context(contextlib.closing(Served(*arguments, **settings)))
+
+        yield start
+
+
+# --- the clients people use -----------------------------------------------------------------------
+
+
+def ask_by_curl(url):
+    done = subprocess.run(
+        ["curl", "-sS", url + "/?shard=1"], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def ask_by_node(url):
+    script = f"fetch({url!r} + '/?shard=1').then(r => r.text()).then(console.log)"
+    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def ask_by_http_client(url):
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    connection.request("GET", "/?shard=1")
+    with contextlib.closing(connection):
+        return json.load(connection.getresponse())
+
+
+def ask_by_urllib(url):
+    with urllib.request.urlopen(url + "/?shard=1") as response:
+        return json.load(response)
+
+
+def ask_by_requests(url):
+    return requests.get(url, params={"shard": 1}, timeout=PATIENCE).json()
+
+
+ASKS = [ask_by_http_client, ask_by_urllib, ask_by_requests]
+for _program, _ask in (("curl", ask_by_curl), ("node", ask_by_node)):
+    _missing = pytest.mark.skipif(
+        shutil.which(_program) is None, reason=f"there is no {_program} here"
+    )
+    ASKS.append(pytest.param(_ask, marks=_missing))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    with contextlib.closing(
+        Served("--state", str(tmp_path_factory.mktemp("serve") / "s"), "--port", "0", *SHORT)
+    ) as served:
+        yield served
+
+
+@pytest.mark.parametrize("ask", ASKS)
+def test_clients_are_held_until_their_turn_and_then_granted(shared, ask):
+    assert ask_by_urllib(shared.url) == BODY
+    since = time.monotonic()
+    assert ask(shared.url) == BODY
+    assert time.monotonic() - since > 0.2  # a window after the one before, which was just granted
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def test_flags_win_over_the_environment_and_each_has_a_line(serving):
+    port = str(free_port())
+    served = serving(
+        "--max-concurrency", "4", *SHORT,
+        environment={"CONCURRENCY": "8", "PORT": port, "HOST": "127.0.0.1"},
+    )  # fmt: skip
+    assert len(served.status()["buckets"]) == 4
+    assert served.port == int(port)
+    assert "max_concurrency is 4 (--max-concurrency)" in served.text
+    assert f"port is {port} (the environment's PORT)" in served.text
+    assert "host is 127.0.0.1 (the environment's HOST)" in served.text
+    assert "1000 of 1000 session starts are left, in 4 bucket(s)" in served.text
+
+
+def test_the_environment_wins_over_what_is_stored_and_a_restart_forgets_nothing(serving):
+    first = serving(*SHORT, environment={"CONCURRENCY": "2"})
+    assert ask_by_urllib(first.url) == BODY
+    assert first.end() == 0
+    second = serving(*SHORT)
+    assert len(second.status()["buckets"]) == 2
+    assert second.status()["limit"]["remaining"] == 999
+    assert "(as stored, or Discord's default)" in second.text
+    assert second.end() == 0
+    third = serving(*SHORT, environment={"CONCURRENCY": "3"})
+    assert len(third.status()["buckets"]) == 3
+    assert third.status()["limit"]["remaining"] == 999
+
+
+def test_the_limit_is_read_from_discord_and_again_at_each_reset(serving):
+    with discord() as api:
+        soon = {"total": 1000, "remaining": 1, "reset_after": 600, "max_concurrency": 16}
+        api.answers += [
+            answer({"session_start_limit": soon}),
+            answer({"session_start_limit": {**soon, "remaining": 700, "reset_after": 10**8}}),
+        ]
+        served = serving("--base-url", api.url, *SHORT, environment={"DISCORD_TOKEN": TOKEN})
+        assert len(served.status()["buckets"]) == 16
+        for _ in range(3):
+            assert ask_by_urllib(served.url) == BODY
+        assert served.status()["limit"]["remaining"] in (697, 698)
+        assert TOKEN not in served.text
+
+
+def test_a_wrong_token_or_address_says_so_and_ends(serving, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with discord() as api:
+        api.answers.append(answer({"message": "401: Unauthorized"}, 401))
+        monkeypatch.setenv("DISCORD_TOKEN", TOKEN)
+        state = ["--state", str(tmp_path / "s")]
+        assert main(["serve", *state, "--base-url", api.url]) == 1
+        printed = capsys.readouterr().err
+        assert "token" in printed
+        assert TOKEN not in printed
+    monkeypatch.delenv("DISCORD_TOKEN")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", *state, "--port", str(port)]) == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--port", "x"], "port must be a whole number"), (["--port", "70000"], "at most 65535"),
+     (["--host", "0.0.0.0"], "needs a secret"), (["--max-concurrency", "0"], "at least 1"),
+     (["--interval", "-1"], "interval"), (["--margin", "0"], "margin"), (["--reserve", "-1"], "reserve"),
+     (["--reserve", "1000"], "reserve"), (["--redis", "nonsense"], "URL"), (["--name", "a b"], "name"),
+     (["--most-connections", "-1"], "most_connections"), (["--secret-file", "EMPTY"], "is empty")],
+)  # fmt: skip
+def test_bad_settings_end_with_2_and_a_line(tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (tmp_path / "empty").write_text("\n")
+    arguments = [str(tmp_path / "empty") if one == "EMPTY" else one for one in arguments]
+    state = [] if "--redis" in arguments else ["--state", str(tmp_path / "s")]
+    with pytest.raises(SystemExit) as end:
+        main(["serve", *state, *arguments])
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_secret_is_read_from_a_file_and_never_shown(serving, tmp_path):
+    (tmp_path / "secret").write_text("hunter2\n")
+    served = serving("--secret-file", str(tmp_path / "secret"), "--host", "0.0.0.0", *SHORT)
+    with clients_of(served.port) as client:
+        assert client("/?shard=0", "GET", OURS).read()[0] == 401
+        assert client("/?shard=0", "GET", "Authorization: Bearer hunter2").granted
+    with HttpQueue(served.url, secret="hunter2", interval=0.2, margin=0.05) as queue:
+        assert queue.snapshot().granted == 1
+    assert served.end() == 0
+    assert "hunter2" not in served.text
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [({"STATE_DIRECTORY": "{0}/systemd"}, "systemd"),
+     ({"XDG_STATE_HOME": "{0}/xdg"}, "xdg/gateway-queue-sync"),
+     ({"HOME": "{0}/home", "XDG_STATE_HOME": ""}, "home/.local/state/gateway-queue-sync")],
+)  # fmt: skip
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="their folders are others")
+def test_the_state_is_in_the_platforms_folder_and_nobody_elses_to_read(
+    tmp_path, environment, folder
+):
+    (tmp_path / "systemd").mkdir(0o700)
+    given = {name: value.format(tmp_path) for name, value in environment.items()}
+    with contextlib.closing(Served("--port", "0", *SHORT, environment=given)):
+        kept = tmp_path / folder
+        assert (kept / command.STATE_FILE).is_file()
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o700
+        assert stat.S_IMODE((kept / command.STATE_FILE).stat().st_mode) == 0o600
+
+
+# --- signals, kills, and several brokers ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_within_a_second_whoever_waits(serving, number):
+    served = serving("--interval", "600", "--margin", "0.05")
+    with clients_of(served.port) as client:
+        waiting = [client(f"/?shard={number}") for number in range(50)]
+        served.wait_for_line(50)
+        code, took = timed(lambda: served.end(number))
+        assert code == 0
+        assert took < 1.5  # one, and a loaded machine's half
+        assert all(one.is_closed_without_a_byte() for one in waiting)
+    assert "stopped" in served.text
+
+
+def test_a_second_signal_ends_it_at_once(serving):
+    """Even while a ledger that another process holds keeps it from saying good-bye."""
+    served = serving(*SHORT)
+    served.process.send_signal(signal.SIGTERM)
+    served.process.send_signal(signal.SIGTERM)
+    _, took = timed(lambda: served.process.wait(PATIENCE))
+    assert took < 1.5
+
+
+def test_kill_and_restart_keep_spacing_and_budget(serving):
+    """Clients ask again, as they do; nobody comes early, and no budget is new."""
+    port = str(free_port())
+    state = ("--interval", "0.6", "--margin", "0.05", "--port", port)
+    served = serving(*state)
+    with Client(int(port)) as first:
+        assert first.ask("/?shard=0").granted
+        granted_at = time.monotonic()
+    with Client(int(port)) as waits:
+        waits.ask("/?shard=1")
+        served.end(signal.SIGKILL)
+        assert waits.is_closed_without_a_byte()
+    again = serving(*state)
+    with Client(int(port)) as waits:
+        assert waits.ask("/?shard=1").granted
+        assert time.monotonic() - granted_at >= 0.6
+    assert again.status()["limit"]["remaining"] == 998
+
+
+@needs_redis
+def test_two_brokers_on_one_redis_are_one_queue(serving, tmp_path):
+    server = RedisServer(tmp_path)
+    with _stopping(server):
+        both = [serving("--redis", server.url, *SHORT) for _ in range(2)]
+        stamps = []
+        lock = threading.Lock()
+
+        def shard(number):
+            assert ask_by_urllib(both[number % 2].url) == BODY
+            with lock:
+                stamps.append(time.monotonic())
+
+        threads = [threading.Thread(target=shard, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        stamps.sort()
+        gaps = [after - before for before, after in itertools.pairwise(stamps)]
+        assert len(gaps) == 7
+        assert min(gaps) >= 0.2
+        assert {one.status()["limit"]["remaining"] for one in both} == {992}
+
+
+@contextlib.contextmanager
+def _stopping(server):
+    try:
+        yield
+    finally:
+        server.stop()
+
+
+def test_the_same_file_can_be_used_directly_beside_the_broker(serving, tmp_path):
+    served = serving(*SHORT)
+    with SqliteQueue(tmp_path / "state", interval=0.2, margin=0.05) as queue:
+        queue.acquire(0, timeout=PATIENCE)
+        assert ask_by_urllib(served.url) == BODY
+        assert queue.snapshot().granted == 2
+        assert Path(tmp_path / "state").is_file()

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("selenium", reason="selenium is not installed (the test extra has it)")
 
 from browser import CHROMIUM, CONTRASTS, DRIVER, PATIENCE, WITHOUT, Browser
-from stub_broker import PAGE, StubBroker, serve
+from stub_broker import PAGE, serve
 
 from gateway_queue_sync import LargeBotQueue, LocalQueue, Permit, SessionStartLimit
 from gateway_queue_sync.testing import FakeClock
@@ -82,11 +82,12 @@ def reach(browser: Browser, state: str) -> None:
     browser.until(lambda: browser.text("#state") == state, state)
 
 
-def drop_failed_requests(browser: Browser) -> None:
-    """A browser's console tells of each failed request, and a page cannot help that."""
+def drop_failed_requests(browser: Browser) -> int:
+    """Leave the page, and return how many of its requests failed, which the console tells of anyhow."""
+    browser.driver.get("about:blank")
     told = browser.console()
-    assert told
     assert all(line.startswith("network: ") and "Failed to load" in line for line in told), told
+    return len(told)
 
 
 def lasting(seconds: float) -> str:
@@ -195,10 +196,11 @@ def test_opened_in_the_midst_of_a_start_it_counts_what_was_granted(
         for shard_id in range(2):
             assert b"free to connect" in urlopen(f"{broker.url}/?shard={shard_id}").read()
         wait = [queue.enqueue(shard_id) for shard_id in range(2, 8)]
+        clock.advance(5.0)
         watch(browser, broker.url)
         assert browser.text("#fleet-text") == "2 of 8 shards granted, 6 to go"
         assert re.match(r"Last: shard 1, \d\.\d s ago$", browser.text("#timeline-past"))
-        assert browser.text("#timeline-next").startswith("Next: shard 2, in 5.2 s (")
+        assert browser.text("#timeline-next").startswith("Next: shard 2, in 0.2 s (")
         past, future = (
             browser.find(f"#{path}").get_attribute("d").count("M") for path in ("past", "next")
         )
@@ -217,7 +219,7 @@ def test_nobody_waits(browser: Browser, clock: FakeClock) -> None:
         assert browser.text("#timeline-past") == "No grant through this broker yet"
         assert browser.text("#timeline-next") == "Nobody is next"
         assert browser.text("#resting") == "Empty, and resting after a grant: bucket 3"
-        assert browser.text("#ready") == "Empty, and ready at once: buckets 0–2, 4"
+        assert browser.text("#ready") == "Empty, and ready at once: buckets 0-2, 4"
 
 
 def test_a_budget_that_is_not_kept_or_not_begun_or_all_reserve(
@@ -260,7 +262,10 @@ def test_a_broker_that_is_gone_and_comes_back(browser: Browser, clock: FakeClock
             reach(browser, "live")  # by itself
             assert browser.texts("#trouble strong") == []
             assert browser.find("#waiting").value_of_css_property("color") == colour
-    drop_failed_requests(browser)
+        look_again(browser, "gone")
+        again = browser.run("return Date.parse(document.querySelector('#trouble-since').dateTime)")
+        assert again > told
+    assert drop_failed_requests(browser)
 
 
 def test_an_error_is_no_news(browser: Browser, clock: FakeClock) -> None:
@@ -271,7 +276,7 @@ def test_an_error_is_no_news(browser: Browser, clock: FakeClock) -> None:
         assert browser.texts("main") == browser.texts("#trouble-seen") == []
         del broker.instead["/status.json"]
         look_again(browser, "live")
-    drop_failed_requests(browser)
+    assert drop_failed_requests(browser) == 1
 
 
 FINE_STATUS: dict[str, Any] = {"waiting": 0, "granted": 0, "buckets": [], "limit": None}
@@ -284,22 +289,21 @@ def a_line(*shards: object) -> dict[str, Any]:
 
 NONSENSE: dict[str, list[object]] = {
     "/status.json": [
-        *(None, 7, [], {}, "<b>"),
-        *(FINE_STATUS | {"waiting": wrong} for wrong in (-1, 0.5, "0", None, "<img src=x>")),
-        *(FINE_STATUS | {"buckets": wrong} for wrong in (None, {}, [None], [{}])),
-        *(FINE_STATUS | {"limit": wrong} for wrong in (0, {}, {"total": 1, "remaining": 1})),
-        *(a_line(wrong) for wrong in (None, {}, 3)),
+        *(None, {}),
+        *(FINE_STATUS | {"waiting": wrong} for wrong in (-1, 0.5, "<img src=x>")),
+        *(FINE_STATUS | {"buckets": wrong} for wrong in ({}, [None])),
+        *(FINE_STATUS | {"limit": wrong} for wrong in (0, {"total": 1, "remaining": 1})),
         *(a_line(A_SHARD | wrong) for wrong in ({"eta": "1"}, {"waited": -1}, {"shard_id": "<"})),
-        *(a_line(A_SHARD | {"eta": wrong}) for wrong in (float("nan"), float("inf"), True)),
+        *(a_line(A_SHARD | {"eta": wrong}) for wrong in (float("nan"), 1e999)),
     ],
-    "/recent.json": [None, {}, {"window": 5, "grants": [{}]}, {"window": "5", "grants": []}],
+    "/recent.json": [None, {"window": 5, "grants": [{}]}, {"window": "5", "grants": []}],
 }
 
 
 def test_nonsense_is_told_from_a_snapshot(browser: Browser, clock: FakeClock) -> None:
     with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
         for path, answers in NONSENSE.items():
-            texts = ["", "{", "<html>", *map(json.dumps, answers)]
+            texts = ["", "<html>", *map(json.dumps, answers)]
             for text in texts:
                 broker.instead = {path: (200, text)}
                 watch(browser, broker.url, until="unreadable")
@@ -330,12 +334,10 @@ def test_a_secret_is_asked_for_and_kept_in_the_tab_alone(
         assert browser.texts("main") == []
         assert browser.run("return document.activeElement.id") == "secret"
         assert browser.texts("#wrong") == [""]
-        assert len(browser.console()) == 1  # the refusal
         give("pläin wrong ☃")
         browser.until(lambda: browser.text("#wrong") == "That secret is wrong.", "no")
         assert browser.find("#secret").get_attribute("aria-invalid") == "true"
         assert browser.find("#secret").get_attribute("value") == ""
-        assert len(browser.console()) == 1
         give("opensesame")
         reach(browser, "live")
         assert browser.text("#waiting") == "4"
@@ -343,9 +345,10 @@ def test_a_secret_is_asked_for_and_kept_in_the_tab_alone(
         kept = "return [{...sessionStorage}, {...localStorage}, document.cookie]"
         assert browser.run(kept) == [{"gateway-queue-secret": "opensesame"}, {}, ""]
         watch(browser, broker.url)  # a reload needs no more asking
+        assert drop_failed_requests(browser) == 2  # without a secret, and with the wrong one
         browser.driver.switch_to.new_window("tab")
         watch(browser, broker.url, until="locked")
-        drop_failed_requests(browser)
+        assert drop_failed_requests(browser) == 1
         browser.driver.close()
         browser.driver.switch_to.window(browser.driver.window_handles[0])
 
@@ -380,8 +383,7 @@ def test_nothing_is_wider_than_a_small_telephone(
             && (e.scrollWidth > e.clientWidth || e.getBoundingClientRect().right > root.clientWidth)
             && getComputedStyle(e).display !== "inline").map((e) => e.outerHTML.slice(0, 200))"""
         assert browser.run(sticks_out) == []
-    if state in ("gone", "locked"):
-        drop_failed_requests(browser)
+    assert (drop_failed_requests(browser) > 0) == (state in ("gone", "locked"))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -409,7 +411,7 @@ def test_all_text_stands_out_in_light_and_dark(
         broker.instead["/status.json"] = 500, ""
         look_again(browser, "gone")
         check()
-    drop_failed_requests(browser)
+    assert drop_failed_requests(browser)
 
 
 def test_ten_thousand_in_a_line_are_summed_up(browser: Browser, clock: FakeClock) -> None:
@@ -469,3 +471,27 @@ def test_it_asks_its_own_broker_alone_and_for_no_more_than_it_needs(
             f"{broker.url}/{name}.json" for name in ("status", "recent")
         }
         assert {*broker.asked} == {"/status", "/status.json", "/recent.json"}
+
+
+def test_it_asks_each_second_but_seldom_while_nobody_looks(
+    browser: Browser, clock: FakeClock
+) -> None:
+    with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
+        watch(browser, broker.url)
+        browser.run(
+            """const real = setTimeout;
+            window.pauses = [];
+            window.setTimeout = (call, ms) => (pauses.push(ms), real(call, ms));
+            Object.defineProperty(document, "hidden", {value: false, writable: true})"""
+        )
+        for hidden, pauses in ((False, 1), (True, 2), (False, 3)):
+            browser.run("document.hidden = arguments[0]", hidden)
+            if not hidden:
+                look_again(browser, "live")
+            started = time.monotonic()
+            browser.until(lambda n=pauses: len(browser.run("return pauses")) >= n, "it asks")
+            assert time.monotonic() - started < 8
+        first, unseen, seen = browser.run("return pauses")
+        assert unseen == 10_000
+        assert 1000 <= first < 10_000
+        assert 1000 <= seen < 10_000

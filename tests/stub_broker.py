@@ -66,9 +66,10 @@ class StubBroker:
 
 
 @contextlib.contextmanager
-def serve(
+def stub(
     queue: GatewayQueue, host: str, port: int, *, secret: str | None = None
 ) -> Iterator[StubBroker]:
+    """Serve from a thread in the background; the port 0 takes a free one."""
     broker = StubBroker(queue, host, port, secret)
     thread = threading.Thread(target=broker.server.serve_forever, args=(0.01,))
     thread.start()

@@ -18,12 +18,13 @@ import pytest
 pytest.importorskip("selenium", reason="selenium is not installed (the test extra has it)")
 
 from browser import CHROMIUM, CONTRASTS, DRIVER, PATIENCE, WITHOUT, Browser
-from stub_broker import PAGE, serve
+from stub_broker import PAGE, stub
 
 from gateway_queue_sync import LargeBotQueue, LocalQueue, Permit, SessionStartLimit
 from gateway_queue_sync.testing import FakeClock
 
 HOST = "127.0.0.1"
+serve = stub
 NO_CONTRAST_BELOW = 4.5  # WCAG 2, level AA
 
 
@@ -225,7 +226,7 @@ def test_nobody_waits(browser: Browser, clock: FakeClock) -> None:
 def test_a_budget_that_is_not_kept_or_not_begun_or_all_reserve(
     browser: Browser, clock: FakeClock
 ) -> None:
-    with LocalQueue(clock=clock) as queue, serve(queue, HOST, 0) as broker:
+    with LocalQueue(clock=clock) as queue, stub(queue, HOST, 0) as broker:
         watch(browser, broker.url)
         assert browser.text("#budget-text") == "No budget is kept"
         assert browser.texts("#budget-bar") == []
@@ -269,7 +270,7 @@ def test_a_broker_that_is_gone_and_comes_back(browser: Browser, clock: FakeClock
 
 
 def test_an_error_is_no_news(browser: Browser, clock: FakeClock) -> None:
-    with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
         broker.instead["/status.json"] = 503, "{}"
         watch(browser, broker.url, until="gone")
         assert "it answers with status 503" in browser.text("#trouble")
@@ -301,7 +302,7 @@ NONSENSE: dict[str, list[object]] = {
 
 
 def test_nonsense_is_told_from_a_snapshot(browser: Browser, clock: FakeClock) -> None:
-    with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
         for path, answers in NONSENSE.items():
             texts = ["", "<html>", *map(json.dumps, answers)]
             for text in texts:
@@ -316,7 +317,7 @@ def test_nonsense_is_told_from_a_snapshot(browser: Browser, clock: FakeClock) ->
 def test_numbers_beyond_all_reason_are_shown(browser: Browser, clock: FakeClock) -> None:
     huge = {"shard_id": 2**53, "waited": 1e300, "eta": 1e300}
     limit = {"total": 0, "remaining": 10**15, "resets_in": 1e300}
-    with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
         broker.instead["/status.json"] = 200, json.dumps(a_line(huge) | {"limit": limit})
         watch(browser, broker.url)
         assert browser.text("tbody td") == str(2**53)
@@ -371,7 +372,7 @@ def test_nothing_is_wider_than_a_small_telephone(
 ) -> None:
     browser.size(360, 740)
     secret = "s" if state == "locked" else None
-    with a_queue(clock) as queue, serve(queue, HOST, 0, secret=secret) as broker:
+    with a_queue(clock) as queue, stub(queue, HOST, 0, secret=secret) as broker:
         if state in ("live", "gone"):
             broker.instead["/status.json"] = 200, json.dumps(WIDE_STATUS)
         watch(browser, broker.url, until="locked" if secret else "live")
@@ -391,7 +392,7 @@ def test_all_text_stands_out_in_light_and_dark(
     browser: Browser, clock: FakeClock, scheme: str
 ) -> None:
     browser.scheme(scheme)
-    with a_queue(clock, remaining=50) as queue, serve(queue, HOST, 0, secret="s") as broker:
+    with a_queue(clock, remaining=50) as queue, stub(queue, HOST, 0, secret="s") as broker:
         wait_in_line(queue, 30)
 
         def check() -> None:
@@ -464,7 +465,7 @@ def test_what_is_drawn_is_said_in_words_too(browser: Browser, clock: FakeClock) 
 def test_it_asks_its_own_broker_alone_and_for_no_more_than_it_needs(
     browser: Browser, clock: FakeClock
 ) -> None:
-    with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
         watch(browser, broker.url)
         script = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
         assert {*browser.run(script)} <= {

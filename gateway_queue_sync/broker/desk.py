@@ -126,7 +126,7 @@ class Desk:
         if head.command not in ("GET", "HEAD"):
             connection.refuse(405, f"{head.path} takes GET only", ("Allow", "GET, HEAD"))
         elif head.path == "/status":
-            connection.answer(wire.Answer(200, self._page, "text/html; charset=utf-8"))
+            connection.answer(wire.page(self._page))
         elif head.path == "/favicon.ico":
             connection.answer(wire.Answer(404))
         elif head.path == "/healthz":

@@ -177,6 +177,15 @@ def as_json(value: Any) -> Answer:
     return Answer(200, json.dumps(value, separators=(",", ":")).encode())
 
 
+def page(html: bytes) -> Answer:
+    """Return an answer that is a page; what may run in it, it says itself."""
+    headers = (
+        ("Content-Security-Policy", "frame-ancestors 'none'"),
+        ("X-Content-Type-Options", "nosniff"),
+    )
+    return Answer(200, html, "text/html; charset=utf-8", headers)
+
+
 def response(answer: Answer, head: Head) -> bytes:
     """Return the bytes of an answer to a request."""
     lines = [

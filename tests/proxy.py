@@ -135,7 +135,7 @@ class Proxy:
         if not data:
             self._drop(link)
             return
-        fault = self._fault_of(data)
+        fault = self._fault_of(link, data)
         if isinstance(fault, bytes):
             link.client.sendall(fault)
         elif fault is Fault.RESET:
@@ -147,9 +147,9 @@ class Proxy:
             link.fault = fault
             link.server.sendall(data)
 
-    def _fault_of(self, data: bytes) -> Fault | bytes | None:
-        if self.CALL not in data:
-            return Fault.HOLE if self.always is Fault.HOLE else None
+    def _fault_of(self, link: _Link, data: bytes) -> Fault | bytes | None:
+        if self.CALL not in data:  # a greeting, or what is left of a call
+            return Fault.HOLE if self.always is Fault.HOLE else link.fault
         self.calls += 1
         return self.next.popleft() if self.next else self.always
 

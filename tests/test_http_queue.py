@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import socketserver
 import threading
@@ -14,6 +15,7 @@ import time
 import traceback
 
 import pytest
+from proxy import Fault, Proxy
 from redis_servers import free_port, until
 from test_process import needs_fork
 from wire_clients import clients_of, first_to_hear, wait_for_line
@@ -303,3 +305,81 @@ def test_first_to_hear_and_time_are_real(broker):
             assert waiting.pop(number).granted
             assert {1, 2} >= {expected}
     assert time.monotonic() - start >= 2 * SHORT["interval"]
+
+
+# --- a network between ----------------------------------------------------------------------------
+
+
+class HttpProxy(Proxy):
+    """Does to a queue's calls what a network may do to them."""
+
+    CALL = b"POST /ledger"
+
+
+@pytest.fixture
+def proxy(broker):
+    with contextlib.closing(HttpProxy(broker.port)) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def far(proxy):
+    with HttpQueue(f"http://127.0.0.1:{proxy.port}", **SHORT) as queue:
+        yield queue
+
+
+@pytest.mark.parametrize("fault", [Fault.LOST, Fault.RESET], ids=lambda fault: fault.name)
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_a_call_whose_reply_is_lost_costs_one_permit(broker, proxy, far, fault, times):
+    proxy.next.extend([fault] * times)
+    assert far.acquire(3, timeout=PATIENCE).shard_id == 3
+    # One that was on its way for too long has been given back, and granted anew.
+    until(lambda: broker.queue.snapshot().limit.remaining == 999)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", b"HTTP/1.1 200 OK\r\n\r\n", b"\0" * 99],
+)
+def test_nonsense_in_between_costs_nothing(broker, proxy, far, nonsense):
+    proxy.next.append(nonsense)
+    assert far.acquire(3, timeout=PATIENCE).shard_id == 3
+    assert broker.queue.snapshot().limit.remaining == 999
+
+
+def test_a_permit_that_nobody_hears_of_is_given_back(broker, proxy, far):
+    """Its caller gave up before; the ledger is told with the next call."""
+    proxy.always = Fault.LOST
+    with pytest.raises(BrokerError):
+        far.acquire(1, timeout=0.3)
+    proxy.always = None
+    far.snapshot()
+    until(lambda: broker.queue.snapshot().limit.remaining == 1000)
+    assert broker.queue.snapshot().waiting == 0
+
+
+def test_losses_all_the_time_break_no_spacing(broker, proxy):
+    referee = Referee(1, interval=SHORT["interval"])
+    lock = threading.Lock()
+    seed = 20261124
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    faults = [Fault.LOST, Fault.RESET, None, None, None]
+    proxy.next.extend(rng.choice(faults) for _ in range(400))
+    with contextlib.ExitStack() as stack:
+        url = f"http://127.0.0.1:{proxy.port}"
+        proxy.next.extendleft([None] * 3)  # making a queue is not tried again
+        queues = [stack.enter_context(HttpQueue(url, **SHORT)) for _ in range(3)]
+
+        def shard(queue, number):
+            queue.acquire(number, timeout=PATIENCE)
+            with lock:
+                referee.identify(number)
+
+        threads = [threading.Thread(target=shard, args=(queues[n % 3], n)) for n in range(9)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert referee.refused == 0
+    until(lambda: broker.queue.snapshot().limit.remaining == 991)

@@ -11,7 +11,7 @@ import recipes
 import yarl
 from gateway import TOKEN, Gateway
 
-from gateway_queue_sync import LargeBotQueue, SessionStartLimit
+from gateway_queue_sync import LargeBotQueue, LocalQueue, SessionStartLimit
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # audioop, on some of Python's versions
@@ -82,6 +82,19 @@ def test_the_shards_of_several_clients_become_ready_one_after_another(client, po
         assert gateway.referee.refusals == []
         assert gateway.referee.accepted == 6
         assert queue.snapshot().limit.remaining == gateway.referee.limit.remaining == 994
+
+
+def test_a_client_that_is_refused_asks_the_queue_again(client, point_at):
+    async def main():
+        async with running(client(queue, shard_count=1, **OPTIONS)) as until:
+            await until(lambda: gateway.online == {0})
+
+    with Gateway(interval=0.5) as gateway, LocalQueue(interval=0.5, margin=0.2) as queue:
+        point_at(gateway)
+        gateway.referee.identify(0)  # somebody else's, which this queue knows nothing of
+        asyncio.run(main())
+        assert (gateway.referee.accepted, gateway.referee.refused) == (2, 1)
+        assert queue.snapshot().granted == 2
 
 
 def test_a_client_that_gives_up_leaves_the_line_and_strands_no_permit(client, point_at):

@@ -149,11 +149,12 @@ class Gateway:
         self.sessions[session] = shard
         return session
 
-    def drop(self) -> None:
-        """Lose all connections at once."""
+    def drop(self, *, online: bool) -> None:
+        """Lose all connections that have a session, or else all that have none."""
         with self.changed:
             for connection in self.connections:
-                connection.lose()
+                if online is (connection.shard is not None):
+                    connection.lose()
 
     def revoke(self) -> None:
         """Reset the token, as Discord does when the limit is passed: nobody gets in any more."""

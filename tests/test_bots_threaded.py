@@ -78,9 +78,9 @@ def test_without_a_queue_the_same_bot_is_refused(library):
 def test_a_shard_that_must_identify_again_goes_ahead_of_a_cold_start(library):
     queue = LocalQueue(interval=0.2, margin=0.8)
     with Gateway(interval=0.2) as gateway, running(library, gateway, queue, 4):
-        until(lambda: gateway.started and queue.snapshot().waiting == 3, "the cold start")
+        until(lambda: gateway.online and queue.snapshot().waiting == 3, "the cold start")
         gateway.sessions.clear()
-        gateway.drop()
+        gateway.drop(online=True)
         until(lambda: len(gateway.started) == 2, "the second start")
         assert gateway.started[0] == gateway.started[1]
 
@@ -106,7 +106,7 @@ def test_a_connection_that_is_lost_in_line_costs_no_session_start(library):
         queue.acquire(0)
         with running(library, gateway, queue, 1):
             until(lambda: queue.snapshot().waiting, "the shard")
-            gateway.drop()
+            gateway.drop(online=False)
             gateway.wait_for({0})
         assert queue.snapshot().limit.remaining == 8
 

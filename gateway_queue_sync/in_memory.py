@@ -5,8 +5,8 @@ That is pure arithmetic, so nobody waits for it, and a permit can be stamped as 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
-from threading import get_ident
 from typing import NoReturn
 
 from gateway_queue_sync import forecast, rules, waiting
@@ -63,7 +63,7 @@ class InMemoryQueue(GatewayQueue):
             with self._mutex:
                 if self._closed:
                     raise QueueClosed
-                if self._threads and get_ident() in self._threads:
+                if self._threads and threading.get_ident() in self._threads:
                     raise reentered()
                 if self._observer is not None or (
                     self._lines.by_bucket and self._has_line(shard_id)

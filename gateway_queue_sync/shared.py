@@ -12,11 +12,11 @@ import logging
 import os
 import random
 import re
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import get_ident
 from typing import TypedDict
 
 from gateway_queue_sync import forecast
@@ -226,7 +226,7 @@ class SharedQueue(GatewayQueue):
         with self._mutex:
             if self._closed:
                 raise QueueClosed
-            if get_ident() in self._threads:
+            if threading.get_ident() in self._threads:
                 raise reentered()
         return None
 

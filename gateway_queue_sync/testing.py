@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
-from gateway_queue_sync.models import IDENTIFY_INTERVAL, SESSION_PERIOD, seconds, whole_number
+from gateway_queue_sync.models import (
+    IDENTIFY_INTERVAL,
+    SESSION_PERIOD,
+    SessionStartLimit,
+    seconds,
+    whole_number,
+)
 from gateway_queue_sync.rules import MICROSECOND, to_us
 
 if TYPE_CHECKING:
@@ -256,6 +262,23 @@ class Referee:
         self._in_period += 1
         if self._total is not None and self._in_period > self._total:
             self.token_reset = True
+
+    @property
+    def limit(self) -> SessionStartLimit | None:
+        """What ``GET /gateway/bot`` would answer now; ``None`` without a ``total``.
+
+        Before the first IDENTIFY of a period all is left, and ``reset_after`` is 0.
+        """
+        if self._total is None:
+            return None
+        with self._lock:
+            ends_us = self._period_ends_us
+            left_us = 0 if ends_us is None else max(0, ends_us - self._clock.now_us())
+            used = self._in_period if left_us else 0
+        remaining = max(0, self._total - used)
+        return SessionStartLimit(
+            self._total, remaining, left_us / MICROSECOND, self.max_concurrency
+        )
 
     @property
     def refused(self) -> int:

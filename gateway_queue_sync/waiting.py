@@ -25,7 +25,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
-from threading import get_ident
 from typing import TYPE_CHECKING
 
 from gateway_queue_sync import rules
@@ -229,7 +228,7 @@ class Waiting(ABC):
         if self._closed:
             raise QueueClosed
         if ticket.future is None:
-            self._threads.add(get_ident())
+            self._threads.add(threading.get_ident())
         else:
             self._futures.add(ticket)
         if not ticket.waiting:
@@ -243,7 +242,7 @@ class Waiting(ABC):
     def _leave(self, ticket: Ticket) -> None:
         """Leave the line and hand its front on; harmless when repeated."""
         if ticket.future is None:
-            self._threads.discard(get_ident())
+            self._threads.discard(threading.get_ident())
         else:
             self._futures.discard(ticket)
             if not self._futures:

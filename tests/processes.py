@@ -40,6 +40,7 @@ APART = 0.02  # s: who ask within a trip to the ledger of each other have no ord
 FORKED = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "processes",
+    "bots",
     "gateway_queue_sync.ledgers.sqlite",
     "gateway_queue_sync.ledgers.redis",
     "pytest",  # what the command of that name has each child import anew

@@ -6,20 +6,11 @@ import asyncio
 import re
 import shlex
 import threading
-from pathlib import Path
 
 import pytest
+from recipes import README, block
 
 from gateway_queue_sync import LargeBotQueue, LocalQueue, QueueClosed, SessionStartLimit, cli
-
-README = (Path(__file__).parent.parent / "README.md").read_text()
-
-
-def block(language, containing):
-    """Return the one code block with this text in it."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    (found,) = [code for code in blocks if containing in code]
-    return found
 
 
 def test_the_bot_in_ten_lines_starts_its_shards(monkeypatch):
@@ -44,7 +35,7 @@ def test_the_bot_in_ten_lines_starts_its_shards(monkeypatch):
 @pytest.fixture
 def wait_to_identify():
     names = {"asyncio": asyncio}
-    exec(block("python", "async def"), names)
+    exec(block("python", "async def wait_to_identify"), names)
     return names["wait_to_identify"]
 
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from gateway_queue_sync import LocalQueue
+from gateway_queue_sync import LocalQueue, SessionStartLimit
 from gateway_queue_sync.testing import FakeClock, Referee, Refusal
 
 S = 1_000_000
@@ -424,6 +424,29 @@ def test_without_a_total_any_number_is_accepted(clock):
     for _ in range(1_500):
         assert referee.identify(0)
         clock.advance(5)
+
+
+def test_what_is_left_of_the_limit_counts_down_until_its_period_is_over(clock):
+    referee = Referee(max_concurrency=2, total=3, period=60.0, clock=clock)
+    assert referee.limit == SessionStartLimit(3, 3, 0.0, 2)
+    for _ in range(2):  # the second is refused, and counts
+        referee.identify(0)
+    clock.advance(20)
+    assert referee.limit == SessionStartLimit(3, 1, 40.0, 2)
+    clock.advance(40)
+    assert referee.limit == SessionStartLimit(3, 3, 0.0, 2)
+
+
+def test_past_the_limit_nothing_is_left(clock):
+    referee = Referee(max_concurrency=3, total=1, clock=clock)
+    for shard_id in range(3):
+        referee.identify(shard_id)
+    assert referee.limit == SessionStartLimit(1, 0, DAY, 3)
+
+
+def test_without_a_total_there_is_no_limit(referee):
+    referee.identify(0)
+    assert referee.limit is None
 
 
 # --- a judge: figures -----------------------------------------------------------------------------

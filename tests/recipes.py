@@ -1,0 +1,61 @@
+"""The README's code, to be run as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from gateway_queue_sync import GatewayQueue, RedisQueue, SqliteQueue
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def block(language: str, containing: str) -> str:
+    """Return the one code block with this text in it."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    (found,) = [code for code in blocks if containing in code]
+    return found
+
+
+def run(
+    containing: str, names: dict[str, Any] | None = None, changes: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Run the one block of Python with this text in it, and return the names that it leaves.
+
+    What is scaled for a test is changed before, and must be there.
+    """
+    names = {} if names is None else names
+    code = block("python", containing)
+    for written, meant in (changes or {}).items():
+        assert written in code
+        code = code.replace(written, meant)
+    exec(code, names)
+    return names
+
+
+LIBRARIES = {
+    "websocket-client": "import websocket\n",
+    "websockets": "from websockets.sync.client",
+}
+
+
+def threaded_bot(library: str) -> tuple[Any, Any]:
+    """Return the recipe's ``Shard`` and the ``keep_online`` for a library."""
+    names = run("class Shard")
+    run(LIBRARIES[library], names, {"uniform(1, 5)": "uniform(0.01, 0.05)"})
+    return names["Shard"], names["keep_online"]
+
+
+SHARED = {
+    "sqlite": ("queue = SqliteQueue.from_token(", SqliteQueue, '"identify.sqlite3"'),
+    "redis": ("queue = RedisQueue.from_token(", RedisQueue, '"redis://..."'),
+}
+
+
+def shared_queue(kind: str, where: str, token: str, **settings: Any) -> GatewayQueue:
+    """Return the queue of the recipe for a kind of account, which is there, and has these settings."""
+    containing, policy, written = SHARED[kind]
+    given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    names = {"token": token, policy.__name__: policy}
+    return run(containing, names, {written: repr(where), "reserve=50": given})["queue"]

@@ -35,6 +35,7 @@ from gateway_queue_sync.models import (
     SessionStartLimit,
     WaitingShard,
 )
+from gateway_queue_sync.plan import ShardStart, StartPlan, plan_start
 from gateway_queue_sync.policies import (
     LargeBotQueue,
     LocalQueue,
@@ -63,6 +64,10 @@ __all__ = [
     "Report",
     "SessionStartLimit",
     "WaitingShard",
+    # plans
+    "ShardStart",
+    "StartPlan",
+    "plan_start",
     # errors
     "AcquireTimeout",
     "BrokerError",

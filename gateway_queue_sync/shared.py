@@ -42,7 +42,16 @@ from gateway_queue_sync.models import (
     seconds,
 )
 from gateway_queue_sync.queue import GatewayQueue, WhenExhausted
-from gateway_queue_sync.rules import MICROSECOND, NEVER, Budget, Denial, Grant, Reason, to_us
+from gateway_queue_sync.rules import (
+    MICROSECOND,
+    NEVER,
+    Budget,
+    Denial,
+    Grant,
+    Reason,
+    timings_us,
+    to_us,
+)
 from gateway_queue_sync.waiting import Errand, Refresh
 
 log = logging.getLogger("gateway_queue_sync")
@@ -75,17 +84,12 @@ class SharedSettings(TypedDict, total=False):
 
 
 def _terms(interval: float, margin: float, period: float, lease: float) -> Terms:
-    margin = seconds("margin", margin)
+    interval_us, margin_us, period_us = timings_us(interval, margin, period)
     if margin < LEAST_MARGIN:
         raise ValueError(
             f"margin must be at least {LEAST_MARGIN} s for a queue shared by processes, not {margin:g}"
         )
-    return Terms(
-        interval_us=max(1, to_us(seconds("interval", interval, above=0))),
-        margin_us=to_us(margin),
-        period_us=max(1, to_us(seconds("period", period, above=0))),
-        lease_us=to_us(seconds("lease", lease, above=0.1)),
-    )
+    return Terms(interval_us, margin_us, period_us, to_us(seconds("lease", lease, above=0.1)))
 
 
 def account_name(name: str) -> str:

@@ -418,12 +418,7 @@ class Waiting(ABC):
         """Let the last known total count at the reset that a denial told of, unless overtaken."""
 
     def _check_limit(self, limit: object) -> None:
-        if not isinstance(limit, SessionStartLimit):
-            raise TypeError(f"a limit must be a SessionStartLimit, not {type(limit).__name__}")
-        if limit.total <= self._reserve:
-            raise ValueError(
-                f"total ({limit.total}) must be more than the reserve ({self._reserve})"
-            )
+        rules.check_limit(limit, self._reserve)
 
     def _book_report(self, permit: Permit, report: Report) -> None:
         """Book what the holder of a permit says became of it, unless it says so twice."""

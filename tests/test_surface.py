@@ -21,6 +21,7 @@ GatewayQueue LargeBotQueue LocalQueue NoOpQueue Queue RedisQueue SqliteQueue
 BucketSnapshot LimitSnapshot Permit QueueSnapshot Report SessionStartLimit WaitingShard
 AcquireTimeout BrokerError GatewayBotError GatewayQueueError QueueClosed SessionLimitExhausted
 BudgetExhausted Event LimitUpdated Observer PermitReported ShardGranted ShardLeft ShardWaiting
+ShardStart StartPlan plan_start
 DEFAULT_MARGIN IDENTIFY_INTERVAL SESSION_PERIOD
 """
 
@@ -28,7 +29,7 @@ DEFAULT_MARGIN IDENTIFY_INTERVAL SESSION_PERIOD
 FLOORS = [
     ["errors", "clock", "models"],
     ["events", "rules", "lines", "gateway_bot"],
-    ["forecast", "ledgers", "messages"],
+    ["forecast", "ledgers", "messages", "plan"],
     ["ledgers.memory", "ledgers.wire", "turns"],
     ["ledgers.shared", "ledgers.tables"],
     ["ledgers.file"],

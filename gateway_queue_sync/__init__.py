@@ -5,6 +5,8 @@ with queue.acquire(shard_id):      # blocks this thread until its shard may iden
     websocket.send(identify)
 """
 
+import logging
+
 from gateway_queue_sync.errors import (
     AcquireTimeout,
     BrokerError,
@@ -46,6 +48,8 @@ from gateway_queue_sync.policies import (
 from gateway_queue_sync.queue import GatewayQueue, Queue
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # the program decides what is shown
 
 __all__ = [
     # queues

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import pytest
 from hypothesis import example, given, settings
@@ -143,12 +143,19 @@ def test_any_fleet_of_futures_starts_at_exactly_those_times(first, count, some, 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 40), max_size=12), limits, st.integers(0, 3))
-def test_any_shards_start_at_those_instants(shard_ids, some, reserve):
+def test_any_shards_start_at_exactly_those_times(shard_ids, some, reserve):
     reserve = min(reserve, some.total - 1)
+    shard_ids.sort(key=lambda shard_id: shard_id % some.max_concurrency)
     permits, _ = by_futures(shard_ids, some, reserve=reserve)
-    plan = plan_start(shard_ids, some, reserve=reserve)
-    assert Counter(start.at for start in plan.starts) == Counter(p.waited for p in permits)
-    assert sorted(start.shard_id for start in plan.starts) == sorted(shard_ids)
+    assert planned(plan_start(shard_ids, some, reserve=reserve)) == happened(permits)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 20))
+def test_any_shards_in_any_order_do_where_the_budget_lasts(shard_ids, max_concurrency):
+    ample = limit(max_concurrency=max_concurrency)
+    permits, _ = by_futures(shard_ids, ample)
+    assert planned(plan_start(shard_ids, ample)) == happened(permits)
 
 
 @settings(max_examples=100, deadline=None)

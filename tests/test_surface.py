@@ -27,9 +27,9 @@ DEFAULT_MARGIN IDENTIFY_INTERVAL SESSION_PERIOD
 
 # What each module may import, from the ground up; a module imports only what stands before it.
 FLOORS = [
-    ["errors", "clock", "models"],
+    ["errors", "clock", "models", "wording"],
     ["events", "rules", "lines", "gateway_bot"],
-    ["forecast", "ledgers", "messages", "plan"],
+    ["forecast", "ledgers", "messages", "plan", "journal"],
     ["ledgers.memory", "ledgers.wire", "turns"],
     ["ledgers.shared", "ledgers.tables"],
     ["ledgers.file"],

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 import gateway_queue_sync
-from gateway_queue_sync import demo, status
+from gateway_queue_sync import demo, planner, status
 
-COMMANDS = (demo, status)
+COMMANDS = (demo, planner, status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""How figures are said to a person: durations, instants, many numbers."""
+"""How figures are said to a person: durations, instants, counts, many numbers."""
 
 from __future__ import annotations
 
@@ -36,3 +36,8 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             ranges.append([number, number])
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def counted(number: int, what: str) -> str:
+    """Return how many there are, as ``1 shard``, ``2 shards``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

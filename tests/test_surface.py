@@ -42,7 +42,9 @@ FLOORS = [
     ["demo.gateway"],
     ["demo.fleet"],
     ["demo.display", "demo.summary"],
-    ["demo", "status"],
+    ["planner.fleet"],
+    ["planner.picture", "planner.timeline"],
+    ["demo", "planner", "status"],
     ["cli"],
     ["__main__"],
 ]

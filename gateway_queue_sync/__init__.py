@@ -1,8 +1,10 @@
 """Let the shards of a threaded Discord bot identify when they may, and never when they may not.
 
-queue = LocalQueue()
-with queue.acquire(shard_id):      # blocks this thread until its shard may identify
-    websocket.send(identify)
+The thread of a shard asks before it sends::
+
+    queue = LocalQueue()
+    with queue.acquire(shard_id):      # blocks this thread until its shard may identify
+        websocket.send(identify)
 """
 
 import logging

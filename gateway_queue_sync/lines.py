@@ -66,7 +66,7 @@ class Ticket:
         self.left = False  # it stood in a line before
         self.grant: Grant | None = None  # granted, but not handed over yet
         self.finished = False  # somebody completes its future
-        self.announced = False  # an observer knows that it waits, or it was too short for the log
+        self.announced = False  # an observer, or the log if it is for long, knows that it waits
         self.followed = False  # the log tells how its wait ends
         self.trusted_period: int | None = None  # whose limit it tried to read, in vain
 

@@ -349,8 +349,6 @@ class Waiting(ABC):
         ticket.announced = True
         number, before = self._lines.bucket(ticket), self._lines.before(ticket)
         event = ShardWaiting(ticket.shard_id, number, before, self._eta(ticket))
-        if self._observer is None and not journal.is_long(event.eta):
-            return None
         return partial(self._tell_waiting, ticket, event)
 
     def _reline_if_changed(self) -> None:

@@ -184,6 +184,20 @@ def slow(clock, log):
     logging.getLogger(SHARDS).removeHandler(handler)
 
 
+@memory
+def test_nobody_passes_while_a_handler_takes_longer_than_a_window(account, clock, crew, slow):
+    slow.seconds = 2 * WINDOW
+    queue = account.large(limit(1000, 0, 100.0), clock=clock)
+    in_line(queue, crew, clock, [0, 1])
+    clock.advance(100)
+    crew.settle(clock)
+    clock.advance(WINDOW)
+    crew.join()
+    assert [permit.shard_id for permit in crew.returned] == [0, 1]
+    assert slow.lines == 2
+    assert queue.snapshot().granted == 2
+
+
 def test_what_a_slow_handler_takes_is_nobodys_gap(account, clock, crew, slow):
     """In memory the stamp comes after the line; a shared permit that got too late is asked for anew."""
     queue = account.large(limit(1000, 0, 100.0), clock=clock)
@@ -213,7 +227,6 @@ def test_the_position_counts_those_of_all_processes(account, clock, crew, log):
     assert told(log) == ["shard 7 waits in bucket 0: 6 before it, its permit is due in 34.8 s"]
     one.close()
     other.close()
-    crew.threads.clear()
 
 
 @shared

@@ -38,6 +38,7 @@ FLEETS = {
     "whole waves": fleet(64, buckets=16, reserve=50),
     "a part of a bot": fleet(40, buckets=16, first=3),
     "a thousand": fleet(1024, buckets=16),
+    "a small first step": fleet(1024, remaining=10, reset_after=60.0),
     "a thousand in one bucket": fleet(1024, total=2000),
     "many buckets": fleet(1024, total=2000, buckets=256),
     "used up now": fleet(4, remaining=0, reset_after=3600.0),

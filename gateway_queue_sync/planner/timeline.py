@@ -79,11 +79,10 @@ class _Row:
         starts = list(chain.from_iterable(instants))
         before = self._started * self._bar // self._shards
         self._started += len(starts)
-        after = max(before + 1, self._started * self._bar // self._shards)
-        before = min(before, self._bar - 1)  # each row shows at least one block
+        after = max(before + 1, self._started * self._bar // self._shards)  # each row shows a block
         bar = self._past * before + self._now * (after - before) + self._later * (self._bar - after)
         row = (
-            f"{lasting(starts[0].at):>{TIME_WIDTH}}  {bar[: self._bar]}"
+            f"{lasting(starts[0].at):>{TIME_WIDTH}}  {bar}"
             f"  {self._started:{self._digits}}/{self._shards}"
             f"  {starts[-1].remaining:{self._left_digits}} left"
         )

@@ -1,8 +1,9 @@
-"""The surface: names, import directions, what an import loads, examples of use."""
+"""The surface: names, import directions, what an import loads, docstrings, examples of use."""
 
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 import sysconfig
@@ -121,6 +122,24 @@ def test_it_depends_on_nothing_outside_the_standard_library():
                     "policies",
                 )  # and here for types alone
                 assert ours or extra, (path, root)
+
+
+def public_things():
+    for name in gateway_queue_sync.__all__:
+        thing = getattr(gateway_queue_sync, name)
+        if not inspect.isclass(thing):
+            continue
+        yield name, thing
+        for member, value in vars(thing).items():
+            if not member.startswith("_") and (
+                inspect.isfunction(value) or isinstance(value, property)
+            ):
+                yield f"{name}.{member}", value
+
+
+@pytest.mark.parametrize(("name", "thing"), list(public_things()))
+def test_every_public_name_is_explained(name, thing):
+    assert (inspect.getdoc(thing) or "").strip().endswith((".", "::", ")")), name
 
 
 def test_the_usage_file_type_checks(tmp_path):

@@ -109,7 +109,7 @@ def test_every_argument_is_explained_under_its_name(name):
     doc, takes = inspect.getdoc(thing), parameters(thing)
     named = section(doc, "Args") or section(doc, "Attributes")
     if dataclasses.is_dataclass(thing) or "Args:" in doc:
-        assert list(named) == list(takes) or (len(takes) < 2 and not named)
+        assert sorted(named) == sorted(takes) or (len(takes) < 2 and not named)
     elif len(takes) > 1:
         assert set(takes) <= set(named), f"{name} has {len(takes)} arguments and does not name all"
     assert all(named.values())

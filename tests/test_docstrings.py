@@ -10,6 +10,7 @@ import enum
 import inspect
 import pydoc
 import re
+import sys
 import textwrap
 import threading
 import typing
@@ -81,7 +82,8 @@ def parameters(thing):
         if name == "self" or name.startswith("_") or parameter.kind is parameter.VAR_POSITIONAL:
             continue
         if parameter.kind is parameter.VAR_KEYWORD and inspect.isclass(thing):
-            types |= typing.get_type_hints(gateway_queue_sync.shared.SharedSettings)
+            kind = re.fullmatch(r"Unpack\[(\w+)\]", parameter.annotation)[1]
+            types |= typing.get_type_hints(getattr(sys.modules[thing.__module__], kind))
         else:
             types[name] = parameter.annotation
     return types

@@ -1,10 +1,13 @@
 """Let the shards of a threaded Discord bot identify when they may, and never when they may not.
 
-queue = LocalQueue()
-with queue.acquire(shard_id):      # blocks this thread until its shard may identify
-    websocket.send(identify)
+The thread of a shard asks before it sends::
+
+    queue = LocalQueue()
+    with queue.acquire(shard_id):      # blocks this thread until its shard may identify
+        websocket.send(identify)
 """
 
+import logging
 from typing import TYPE_CHECKING
 
 from gateway_queue_sync.errors import (
@@ -37,6 +40,7 @@ from gateway_queue_sync.models import (
     SessionStartLimit,
     WaitingShard,
 )
+from gateway_queue_sync.plan import ShardStart, StartPlan, plan_start
 from gateway_queue_sync.policies import (
     HttpQueue,
     LargeBotQueue,
@@ -51,6 +55,8 @@ if TYPE_CHECKING:
     from gateway_queue_sync.broker import serve as serve
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # the program decides what is shown
 
 __all__ = [
     # queues
@@ -72,6 +78,10 @@ __all__ = [
     "Report",
     "SessionStartLimit",
     "WaitingShard",
+    # plans
+    "ShardStart",
+    "StartPlan",
+    "plan_start",
     # errors
     "AcquireTimeout",
     "BrokerError",

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 import gateway_queue_sync
-from gateway_queue_sync import demo, status
+from gateway_queue_sync import demo, planner, status
 from gateway_queue_sync.broker import command as serve
 
-COMMANDS = (demo, serve, status)
+COMMANDS = (demo, planner, serve, status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -79,8 +79,10 @@ class SessionLimitExhausted(GatewayQueueError):
 class GatewayBotError(GatewayQueueError):
     """``GET /gateway/bot`` gave no session start limit. Never holds the token.
 
-    Attributes:
-        status: the HTTP status that Discord answered with, or ``None`` if it did not answer.
+    Args:
+        message: what went wrong, in a sentence.
+        status: the HTTP status that Discord answered with, or ``None`` if it did not answer; an
+            attribute, too.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:

@@ -19,7 +19,14 @@ LeaveReason = Literal["timeout", "cancelled", "interrupted", "closed", "exhauste
 
 @dataclass(frozen=True, slots=True)
 class ShardWaiting:
-    """A shard joined a line; ``position`` are before it, ``eta`` is in seconds."""
+    """A shard joined a line.
+
+    Attributes:
+        shard_id: the shard.
+        bucket: the bucket that it waits for.
+        position: how many are before it.
+        eta: seconds until its permit should come, ``None`` if that is unknown.
+    """
 
     shard_id: int
     bucket: int
@@ -29,7 +36,14 @@ class ShardWaiting:
 
 @dataclass(frozen=True, slots=True)
 class ShardGranted:
-    """A shard got its permit after ``waited`` seconds; ``remaining`` is ``None`` without a budget."""
+    """A shard got its permit.
+
+    Attributes:
+        shard_id: the shard.
+        bucket: the bucket it was granted in.
+        waited: seconds since it asked.
+        remaining: session starts left, ``None`` if no budget is kept.
+    """
 
     shard_id: int
     bucket: int
@@ -39,7 +53,13 @@ class ShardGranted:
 
 @dataclass(frozen=True, slots=True)
 class ShardLeft:
-    """A shard left its line without a permit, after ``waited`` seconds."""
+    """A shard left its line without a permit.
+
+    Attributes:
+        shard_id: the shard.
+        waited: seconds since it asked.
+        reason: why it left.
+    """
 
     shard_id: int
     waited: float
@@ -48,7 +68,13 @@ class ShardLeft:
 
 @dataclass(frozen=True, slots=True)
 class PermitReported:
-    """The holder of a permit said what became of it."""
+    """The holder of a permit said what became of it.
+
+    Attributes:
+        shard_id: the shard.
+        bucket: the bucket it was granted in.
+        report: what became of the permit.
+    """
 
     shard_id: int
     bucket: int
@@ -57,7 +83,12 @@ class PermitReported:
 
 @dataclass(frozen=True, slots=True)
 class BudgetExhausted:
-    """The session start limit is used up but for the reserve; it resets in ``resets_in`` seconds."""
+    """The session start limit is used up but for the reserve.
+
+    Attributes:
+        remaining: session starts left, the reserve.
+        resets_in: seconds until it resets.
+    """
 
     remaining: int
     resets_in: float
@@ -65,10 +96,17 @@ class BudgetExhausted:
 
 @dataclass(frozen=True, slots=True)
 class LimitUpdated:
-    """The queue adopted a limit, from ``update`` or from ``refresh``."""
+    """The queue adopted a limit, from ``update`` or from ``refresh``.
+
+    Attributes:
+        limit: the limit, as it was given.
+    """
 
     limit: SessionStartLimit
 
 
 Event = ShardWaiting | ShardGranted | ShardLeft | PermitReported | BudgetExhausted | LimitUpdated
+"""Whatever an observer is told."""
+
 Observer = Callable[[Event], None]
+"""What is told: any callable that takes an event."""

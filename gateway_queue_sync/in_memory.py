@@ -15,7 +15,7 @@ from gateway_queue_sync.ledgers.memory import MemoryLedger
 from gateway_queue_sync.lines import Ticket
 from gateway_queue_sync.models import Permit, QueueSnapshot, Report, SessionStartLimit
 from gateway_queue_sync.queue import GatewayQueue
-from gateway_queue_sync.rules import MICROSECOND, Denial, Grant
+from gateway_queue_sync.rules import MICROSECOND, Budget, Denial, Grant
 
 
 class InMemoryQueue(GatewayQueue):
@@ -38,8 +38,7 @@ class InMemoryQueue(GatewayQueue):
         return forecast.snapshot(outlook, tickets, now_us, granted)
 
     def __repr__(self) -> str:
-        account, _, wall_us = self._ledger.state()
-        return self._describe(account.granted, rules.budget(account, wall_us))
+        return self._describe(self._ledger.state()[0].granted, self._left()[0])
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -126,6 +125,10 @@ class InMemoryQueue(GatewayQueue):
         before = self._lines.before(ticket)
         in_us = forecast.eta_us(self._outlook(lengths), self._lines.bucket(ticket), before, lengths)
         return None if in_us is None else in_us / MICROSECOND
+
+    def _left(self) -> tuple[Budget | None, int]:
+        account, _, wall_us = self._ledger.state()
+        return rules.budget(account, wall_us), account.period
 
     def _let_know(self) -> None:
         self._reline_if_changed()

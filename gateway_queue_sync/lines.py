@@ -40,6 +40,7 @@ class Ticket:
         "arrived_us",
         "condition",
         "finished",
+        "followed",
         "future",
         "grant",
         "left",
@@ -65,7 +66,8 @@ class Ticket:
         self.left = False  # it stood in a line before
         self.grant: Grant | None = None  # granted, but not handed over yet
         self.finished = False  # somebody completes its future
-        self.announced = False  # an observer knows that it waits
+        self.announced = False  # an observer, or the log if it is for long, knows that it waits
+        self.followed = False  # the log tells how its wait ends
         self.trusted_period: int | None = None  # whose limit it tried to read, in vain
 
     @property

@@ -141,14 +141,15 @@ class Permit:
     closed. A repeated report changes nothing; one that contradicts an earlier one changes nothing
     and logs a WARNING.
 
+    Whoever writes a ``Queue`` of their own may make one with ``Permit(shard_id)``: its reports do
+    nothing.
+
     Attributes:
         shard_id: the shard that may identify.
         bucket: the bucket it was granted in, ``shard_id % max_concurrency``.
         waited: seconds between asking and the grant.
         remaining: session starts left after this one, or ``None`` if no budget is kept.
-
-    Whoever writes a ``Queue`` of their own may make one with ``Permit(shard_id)``: its reports do
-    nothing.
+        reported: what its holder said became of it, ``None`` if nothing yet.
     """
 
     __slots__ = ("_grant", "_reporter", "bucket", "remaining", "reported", "shard_id", "waited")
@@ -218,8 +219,11 @@ class Permit:
 class WaitingShard:
     """One place in a line: its shard, how long it has waited, and when its permit should come.
 
-    ``waited`` and ``eta`` are seconds; ``eta`` counts from the snapshot and includes the wait for a
-    reset of the limit. It holds while nobody with a head start arrives; ``None`` if it is unknown.
+    Attributes:
+        shard_id: the shard.
+        waited: seconds since it asked.
+        eta: seconds from the snapshot until its permit, the wait for a reset of the limit included. It
+            holds while nobody with a head start arrives; ``None`` if it is unknown.
     """
 
     shard_id: int
@@ -229,7 +233,13 @@ class WaitingShard:
 
 @dataclass(frozen=True, slots=True)
 class BucketSnapshot:
-    """One bucket: seconds until its window is over (0.0: now), and its line, first come first."""
+    """One bucket and its line.
+
+    Attributes:
+        bucket: its number, Discord's ``rate_limit_key``.
+        ready_in: seconds until its window is over, 0.0 if it is.
+        shards: who waits, first come first.
+    """
 
     bucket: int
     ready_in: float
@@ -238,10 +248,12 @@ class BucketSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class LimitSnapshot:
-    """The budget: ``remaining`` of ``total`` session starts, and seconds until it resets.
+    """The budget. A reset that is due shows as done until the next grant starts the new period.
 
-    A reset that is due shows as done (``remaining == total``, ``resets_in == 0.0``) until the next
-    grant starts the new period.
+    Attributes:
+        total: session starts in a period.
+        remaining: session starts left; ``total`` where a reset is due.
+        resets_in: seconds until it resets, 0.0 where that is due.
     """
 
     total: int

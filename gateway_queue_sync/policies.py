@@ -16,10 +16,9 @@ from gateway_queue_sync.models import (
     IDENTIFY_INTERVAL,
     SESSION_PERIOD,
     SessionStartLimit,
-    seconds,
 )
 from gateway_queue_sync.queue import WhenExhausted
-from gateway_queue_sync.rules import to_us
+from gateway_queue_sync.rules import timings_us
 from gateway_queue_sync.shared import Connect, SharedQueue, SharedSettings
 from gateway_queue_sync.waiting import Refresh
 
@@ -28,13 +27,9 @@ if TYPE_CHECKING:
 
 
 def _in_memory(interval: float, margin: float, period: float, clock: Clock) -> MemoryLedger:
-    interval = seconds("interval", interval, above=0)
-    margin = seconds("margin", margin)
+    interval_us, margin_us, period_us = timings_us(interval, margin, period)
     return MemoryLedger(
-        window_us=max(1, to_us(interval)) + to_us(margin),
-        margin_us=to_us(margin),
-        period_us=max(1, to_us(seconds("period", period, above=0))),
-        clock=clock,
+        window_us=interval_us + margin_us, margin_us=margin_us, period_us=period_us, clock=clock
     )
 
 
@@ -386,6 +381,7 @@ class HttpQueue(SharedQueue):
         url: the broker's, such as ``http://127.0.0.1:8787``; ``https://`` through a proxy that has it.
         limit: as for ``SqliteQueue``.
         secret: what the broker was given to ask for; it shows in no log, repr or error.
+        name: to be left out; a broker keeps one account.
         refresh: as for ``SqliteQueue``, and so are the others. A call takes 2 s at most.
         reserve: session starts.
         when_exhausted: ``"wait"`` or ``"raise"``.

@@ -41,7 +41,12 @@ class Queue(Protocol):
     """All that a framework needs of a queue. Write your own broker on it."""
 
     def acquire(self, shard_id: int, timeout: float | None = None) -> Permit:
-        """Block until the shard may identify, for at most ``timeout`` seconds; raise if it may not."""
+        """Block until the shard may identify, and return its permit; raise if it may not.
+
+        Args:
+            shard_id: the shard that wants to IDENTIFY, from 0 on.
+            timeout: the longest wait in seconds; ``None`` waits for ever.
+        """
 
 
 class GatewayQueue(Waiting):
@@ -51,6 +56,20 @@ class GatewayQueue(Waiting):
     methods may be called from any thread, but not from a signal handler or finalizer that
     interrupts one of them (``RuntimeError``); ``close`` may be called from there, too. As a context
     manager it closes itself at the end.
+
+    Source of the rules: https://discord.com/developers/docs/topics/gateway (*Rate Limiting*, *Session
+    Start Limit*).
+
+    Args:
+        ledger: the account of who was granted what, when.
+        clock: what tells the time; ``testing.FakeClock`` in tests.
+        observer: called with each event (``gateway_queue_sync.events``).
+        refresh: called without arguments when the limit is due to reset, to read it anew.
+        reserve: session starts never to use up: at ``remaining <= reserve`` the queue is exhausted.
+        when_exhausted: ``"wait"`` for the reset, or ``"raise"`` ``SessionLimitExhausted``.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field, replace
 
-from gateway_queue_sync.models import SessionStartLimit
+from gateway_queue_sync.models import SessionStartLimit, seconds
 
 NEVER = -(1 << 62)
 MICROSECOND = 1_000_000  # µs in a second
@@ -22,10 +22,26 @@ LONGEST_CLOSURE_US = 60_000_000
 SOONEST_REASK_US = 1_000_000
 
 
-def to_us(seconds: float) -> int:
+def to_us(duration: float) -> int:
     """Return seconds as whole microseconds; exact where a product of floats would overflow."""
-    whole = int(seconds)
-    return whole * MICROSECOND + round((seconds - whole) * MICROSECOND)
+    whole = int(duration)
+    return whole * MICROSECOND + round((duration - whole) * MICROSECOND)
+
+
+def timings_us(interval: float, margin: float, period: float) -> tuple[int, int, int]:
+    """Return these settings of a queue in microseconds, or say what is wrong with one of them."""
+    interval = seconds("interval", interval, above=0)
+    margin = seconds("margin", margin)
+    period = seconds("period", period, above=0)
+    return max(1, to_us(interval)), to_us(margin), max(1, to_us(period))
+
+
+def check_limit(limit: object, reserve: int) -> None:
+    """Say what is wrong with a limit for a queue that keeps this reserve, if anything is."""
+    if not isinstance(limit, SessionStartLimit):
+        raise TypeError(f"a limit must be a SessionStartLimit, not {type(limit).__name__}")
+    if limit.total <= reserve:
+        raise ValueError(f"total ({limit.total}) must be more than the reserve ({reserve})")
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypedDict
 
-from gateway_queue_sync import forecast
+from gateway_queue_sync import forecast, journal
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.errors import AcquireTimeout, BrokerError, QueueClosed, reentered
 from gateway_queue_sync.events import LeaveReason, Observer, ShardWaiting
@@ -43,7 +43,16 @@ from gateway_queue_sync.models import (
     seconds,
 )
 from gateway_queue_sync.queue import GatewayQueue, WhenExhausted
-from gateway_queue_sync.rules import MICROSECOND, NEVER, Budget, Denial, Grant, Reason, to_us
+from gateway_queue_sync.rules import (
+    MICROSECOND,
+    NEVER,
+    Budget,
+    Denial,
+    Grant,
+    Reason,
+    timings_us,
+    to_us,
+)
 from gateway_queue_sync.waiting import Errand, Refresh
 
 log = logging.getLogger("gateway_queue_sync")
@@ -51,6 +60,7 @@ log = logging.getLogger("gateway_queue_sync")
 FIRST_PAUSE_US = 50_000  # before a ledger that is out of reach is asked again; doubled each time
 LONGEST_PAUSE_US = 2_000_000
 WORTH_A_WARNING = 3  # failures in a row
+LATEST_FOR_US = 1_000_000
 SOON_US = 100_000  # for so long others need not know that somebody joined
 LONGEST_HEAD_START_US = 1 << 51  # 71 years: more makes no difference
 
@@ -75,17 +85,12 @@ class SharedSettings(TypedDict, total=False):
 
 
 def _terms(interval: float, margin: float, period: float, lease: float) -> Terms:
-    margin = seconds("margin", margin)
+    interval_us, margin_us, period_us = timings_us(interval, margin, period)
     if margin < LEAST_MARGIN:
         raise ValueError(
             f"margin must be at least {LEAST_MARGIN} s for a queue shared by processes, not {margin:g}"
         )
-    return Terms(
-        interval_us=max(1, to_us(seconds("interval", interval, above=0))),
-        margin_us=to_us(margin),
-        period_us=max(1, to_us(seconds("period", period, above=0))),
-        lease_us=to_us(seconds("lease", lease, above=0.1)),
-    )
+    return Terms(interval_us, margin_us, period_us, to_us(seconds("lease", lease, above=0.1)))
 
 
 def account_name(name: str) -> str:
@@ -133,6 +138,14 @@ class _Outage:
     pause_until_us: int = NEVER
 
 
+@dataclass(frozen=True, slots=True)
+class _Sighting:
+    """What a ledger showed, and when that was by the clock here."""
+
+    reply: Reply
+    at_us: int
+
+
 class SharedQueue(GatewayQueue):
     """What the queues of many processes are."""
 
@@ -164,6 +177,7 @@ class SharedQueue(GatewayQueue):
             when_exhausted=when_exhausted,
         )
         self._outage: _Outage | None = None
+        self._latest: _Sighting | None = None
         if limit is not None:
             self._check_limit(limit)
         try:
@@ -181,7 +195,7 @@ class SharedQueue(GatewayQueue):
         Those who waited are threads of the parent; their futures' copies here are never done.
         """
         self._begin()
-        self._outage = None
+        self._outage = self._latest = None
         self._ledger.after_fork_in_child()
 
     def snapshot(self) -> QueueSnapshot:
@@ -207,9 +221,7 @@ class SharedQueue(GatewayQueue):
             self._ledger.close()
 
     def __repr__(self) -> str:
-        limit = self._ledger.limit
-        left = Budget(limit.total, limit.remaining, 0)
-        return self._describe(self._ledger.granted, left)
+        return self._describe(self._ledger.granted, self._left()[0])
 
     # --- asking -----------------------------------------------------------------------------------
 
@@ -262,13 +274,13 @@ class SharedQueue(GatewayQueue):
     def _explain(self, error: AcquireTimeout, ticket: Ticket) -> None:
         if self._refresher is None and self._outage is None:  # else nobody knows
             with contextlib.suppress(BrokerError):
-                error.eta = self._position(ticket)[1]
+                error.eta = self._position(ticket, self._sighting())[1]
 
-    def _position(self, ticket: Ticket) -> tuple[int, float | None]:
+    def _position(self, ticket: Ticket, sighting: _Sighting) -> tuple[int, float | None]:
         """Return how many wait before a place, in all processes, and in how many seconds it is due."""
-        reply = self._look(patient=False)
+        reply = sighting.reply
         place_us, number = ticket.place
-        place = (place_us + reply.now_us - self._now_us(), number)
+        place = (place_us + reply.now_us - sighting.at_us, number)
         number = ticket.shard_id % reply.max_concurrency
         lengths: dict[int, int] = {number: 1}
         before = 0
@@ -277,8 +289,14 @@ class SharedQueue(GatewayQueue):
             if other != number or waiter.place < place:
                 lengths[other] = lengths.get(other, 0) + 1
                 before += other == number
+        with self._mutex:
+            before = max(before, self._lines.before(ticket))  # who came here since
+        lengths[number] = max(lengths[number], before + 1)
         eta_us = forecast.eta_us(self._outlook(reply), number, before, lengths)
         return before, None if eta_us is None else eta_us / MICROSECOND
+
+    def _sighting(self) -> _Sighting:
+        return _Sighting(self._look(patient=False), self._now_us())
 
     def _look(self, *, patient: bool) -> Reply:
         reply = self._ledger.look(patient=patient)
@@ -363,7 +381,7 @@ class SharedQueue(GatewayQueue):
         return came_back
 
     def _announcement(self, ticket: Ticket) -> Errand | None:
-        """Return what makes the ticket known to the ledger, or to an observer, before it sleeps."""
+        """Return what makes the ticket known to the ledger, an observer or the log, before it sleeps."""
         assert isinstance(ticket, SharedTicket)
         if not ticket.known:
             ticket.known = True
@@ -372,7 +390,9 @@ class SharedQueue(GatewayQueue):
             self._bell.notify()  # the futures' thread tells it
         elif self._chore() is not None and not self._asks_soon(self._lines.bucket(ticket)):
             return self._post
-        if self._observer is None or ticket.announced:
+        if ticket.announced or not (
+            self._observer is not None or (journal.follows_shards() and self._outage is None)
+        ):
             return None
         ticket.announced = True
         return partial(self._announce, ticket, self._lines.bucket(ticket))
@@ -389,6 +409,11 @@ class SharedQueue(GatewayQueue):
 
     def _eta(self, ticket: Ticket) -> float | None:
         return None  # the ledger would have to be asked; see _explain
+
+    def _left(self) -> tuple[Budget | None, int]:
+        limit = self._ledger.limit
+        left = Budget(limit.total, limit.remaining, to_us(limit.reset_after))
+        return left, self._ledger.period
 
     def _let_know(self) -> None:
         with self._mutex:
@@ -490,8 +515,15 @@ class SharedQueue(GatewayQueue):
     def _announce(self, ticket: Ticket, number: int) -> None:
         before, eta = 0, None
         with contextlib.suppress(BrokerError):
-            before, eta = self._position(ticket)
-        self._tell(ShardWaiting(ticket.shard_id, number, before, eta))
+            if self._observer is not None or self._latest_is_old():
+                self._latest = self._sighting()
+            assert self._latest is not None
+            before, eta = self._position(ticket, self._latest)
+        self._tell_waiting(ticket, ShardWaiting(ticket.shard_id, number, before, eta))
+
+    def _latest_is_old(self) -> bool:
+        """Return whether the log wants a new look: it is told of a thousand shards by a few."""
+        return self._latest is None or self._now_us() - self._latest.at_us > LATEST_FOR_US
 
     def _adopt(self, limit: SessionStartLimit) -> None:
         if self._closed:

@@ -19,6 +19,7 @@ from gateway_queue_sync.ledgers.shared import STRANGER, SharedLedger
 from gateway_queue_sync.models import BucketSnapshot, QueueSnapshot, seconds
 from gateway_queue_sync.policies import redis_ledger, sqlite_ledger
 from gateway_queue_sync.shared import account_name, picture
+from gateway_queue_sync.wording import lasting, ranges, when
 
 FIRST_SHOWN = 5  # of those who wait in a bucket
 CLEAR = "\x1b[H\x1b[2J"
@@ -76,7 +77,7 @@ def describe(seen: QueueSnapshot, title: str, now: datetime) -> Iterator[str]:
     yield ""
     if seen.limit is not None:
         left = seen.limit
-        resets = f"resets {_when(now, left.resets_in)}" if left.resets_in else "not begun"
+        resets = f"resets {when(now, left.resets_in)}" if left.resets_in else "not begun"
         yield f"left today  {left.remaining} of {left.total}, {resets}"
     yield f"granted     {seen.granted}"
     lines = sum(bool(bucket.shards) for bucket in seen.buckets)
@@ -89,55 +90,24 @@ def describe(seen: QueueSnapshot, title: str, now: datetime) -> Iterator[str]:
         else:
             idle.append(bucket.bucket)
     if idle:
-        yield f"ready: bucket {_ranges(idle)}"
+        yield f"ready: bucket {ranges(idle)}"
 
 
 def _describe_bucket(bucket: BucketSnapshot, now: datetime) -> Iterator[str]:
-    ready = f"ready in {_lasting(bucket.ready_in)}" if bucket.ready_in else "ready"
+    ready = f"ready in {lasting(bucket.ready_in)}" if bucket.ready_in else "ready"
     yield f"bucket {bucket.bucket}: {ready}"
     for shard in bucket.shards[:FIRST_SHOWN]:
         since = now - timedelta(seconds=shard.waited)
-        due = "never: the budget is all reserve" if shard.eta is None else _when(now, shard.eta)
+        due = "never: the budget is all reserve" if shard.eta is None else when(now, shard.eta)
         yield (
-            f"  shard {shard.shard_id:<6} waits {_lasting(shard.waited):>9}, "
+            f"  shard {shard.shard_id:<6} waits {lasting(shard.waited):>9}, "
             f"since {since:%H:%M:%S}; due {due}"
         )
     more = bucket.shards[FIRST_SHOWN:]
     if more:
         last = more[-1].eta
-        due = "" if last is None else f", the last due {_when(now, last)}"
+        due = "" if last is None else f", the last due {when(now, last)}"
         yield f"  and {len(more)} more{due}"
-
-
-def _when(now: datetime, in_seconds: float) -> str:
-    """Return an instant as a person says it: in how long, and at what time."""
-    try:
-        at = now + timedelta(seconds=in_seconds)
-    except OverflowError:
-        return f"in {_lasting(in_seconds)}"
-    day = "" if at.date() == now.date() else "%Y-%m-%d "
-    return f"in {_lasting(in_seconds)} ({at.strftime(day + '%H:%M:%S')})"
-
-
-def _lasting(duration: float) -> str:
-    if duration < 60:
-        return f"{duration:.1f} s"
-    minutes, rest = divmod(round(duration), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Return ascending numbers as ``0-3, 7``."""
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

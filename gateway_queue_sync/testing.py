@@ -111,7 +111,11 @@ class FakeClock:
         self._wall_us = to_us(to)
 
     def settle(self, parked: int, timeout: float = 10.0) -> None:
-        """Block until exactly ``parked`` threads are parked and whoever was woken has made its move.
+        """Block until exactly so many threads are parked and whoever was woken has made its move.
+
+        Args:
+            parked: how many threads should be.
+            timeout: the longest wait for that in real seconds.
 
         Raises:
             AssertionError: they are not after ``timeout`` real seconds.
@@ -190,7 +194,13 @@ class FakeClock:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An IDENTIFY that broke a rule: ``early_by`` seconds too soon, or past the limit (0.0)."""
+    """An IDENTIFY that broke a rule.
+
+    Attributes:
+        shard_id: the shard that sent it.
+        bucket: its bucket.
+        early_by: seconds by which it came too soon, 0.0 if it went past the limit.
+    """
 
     shard_id: int
     bucket: int

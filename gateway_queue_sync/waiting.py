@@ -23,11 +23,10 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gateway_queue_sync import rules
+from gateway_queue_sync import journal, rules
 from gateway_queue_sync.clock import Clock
 from gateway_queue_sync.errors import (
     AcquireTimeout,
@@ -49,7 +48,7 @@ from gateway_queue_sync.events import (
 from gateway_queue_sync.ledgers import Ledger
 from gateway_queue_sync.lines import Agenda, Lines, Ticket
 from gateway_queue_sync.models import Permit, Report, SessionStartLimit
-from gateway_queue_sync.rules import MICROSECOND, Denial, Grant, Reason, to_us
+from gateway_queue_sync.rules import MICROSECOND, Budget, Denial, Grant, Reason, to_us
 
 if TYPE_CHECKING:
     from gateway_queue_sync.clock import Lock
@@ -111,6 +110,7 @@ class Waiting(ABC):
         self._agenda = Agenda()  # when the futures' thread looks at which bucket
         self._bell = self._condition(self._mutex)  # wakes the futures' thread
         self._refresher: Ticket | None = None  # who reads the limit anew just now
+        self._told_low_of: int | None = None  # the period whose budget was said to run low
         self._told_end_of: int | None = None  # the period whose end was told
 
     def _check_thread(self) -> None:
@@ -205,20 +205,27 @@ class Waiting(ABC):
     def _deliver(self, ticket: Ticket, grant: Grant) -> Permit | None:
         """Return the permit to hand over, or ``None`` if it came too late.
 
-        While an observer is told, the ticket stays first in its line, and the permit is stamped
-        after that: what an observer takes is nobody's gap.
+        While an observer or the log is told, the ticket stays first in its line, and the permit is
+        stamped after that: what they take is nobody's gap.
         """
         waited = max(0, grant.stamp_us - ticket.arrived_us) / MICROSECOND
         permit = self._permit(grant, waited)
-        if self._observer is not None:
+        if self._is_told_of(ticket):
             self._tell_granted(ticket, grant, waited)
             with self._mutex:
                 if not self._hand_on(ticket, grant):
                     return None
         return permit if self._is_in_time(grant) else None
 
-    def _tell_granted(self, _: Ticket, grant: Grant, waited: float) -> None:
-        self._tell(ShardGranted(grant.shard_id, grant.bucket, waited, grant.remaining))
+    def _is_told_of(self, ticket: Ticket) -> bool:
+        """Return whether somebody is told of the ticket's permit."""
+        return self._observer is not None or ticket.followed
+
+    def _tell_granted(self, ticket: Ticket, grant: Grant, waited: float) -> None:
+        event = ShardGranted(grant.shard_id, grant.bucket, waited, grant.remaining)
+        if ticket.followed:
+            journal.granted(event)
+        self._tell(event)
 
     # ----------------------------------------------------------------------------------------------
     # Lines: with the mutex held
@@ -276,8 +283,8 @@ class Waiting(ABC):
     def _ask(self, ticket: Ticket) -> Grant | Denial | None:
         """Ask the ledger for the ticket's permit if it is the first of its line, else ``None``.
 
-        May let go of the mutex meanwhile. With a permit, a ticket leaves its line; in an observed
-        queue when the observer was told.
+        May let go of the mutex meanwhile. With a permit, a ticket leaves its line; one that an
+        observer or the log is told of, after that.
         """
 
     def _is_its_turn(self, ticket: Ticket) -> bool:
@@ -291,7 +298,10 @@ class Waiting(ABC):
     def _accept(self, ticket: Ticket, grant: Grant) -> None:
         """Put a permit on the ticket that asked for it."""
         ticket.grant = grant
-        if self._observer is None:
+        waited = (grant.stamp_us - ticket.arrived_us) / MICROSECOND
+        if journal.is_long(waited) and journal.follows_shards():
+            ticket.followed = True  # even if nobody foresaw that it would wait for so long
+        if not self._is_told_of(ticket):
             self._hand_on(ticket, grant)
 
     @abstractmethod
@@ -303,8 +313,10 @@ class Waiting(ABC):
 
     def _errand_before_sleep(self, ticket: Ticket, denial: Denial | None) -> Errand | None:
         """Return what a denial makes the first of a line do outside the mutex, if anything."""
-        if denial is None or denial.reason is Reason.WINDOW:
+        if denial is None:
             return None
+        if denial.reason is Reason.WINDOW:
+            return self._low_budget()
         if denial.reason is Reason.BUDGET:
             if self._told_end_of != denial.period:
                 self._told_end_of = denial.period
@@ -317,13 +329,26 @@ class Waiting(ABC):
         self._refresher = ticket
         return partial(self._renew_limit, ticket, denial)
 
+    def _low_budget(self) -> Errand | None:
+        """Return the telling, once in a period, that the budget runs low."""
+        left, period = self._left()
+        if left is None or self._told_low_of == period or not journal.is_low(left, self._reserve):
+            return None
+        self._told_low_of = period
+        return partial(journal.low, left, self._reserve)
+
+    @abstractmethod
+    def _left(self) -> tuple[Budget | None, int]:
+        """Return the budget, as far as is known here, and the number of its period."""
+
     def _announcement(self, ticket: Ticket) -> Errand | None:
-        """Return the telling of an observer, once, that this ticket has to wait."""
-        if self._observer is None or ticket.announced:
+        """Return the telling, once, that this ticket has to wait: an observer, and the log if long."""
+        if ticket.announced or not (self._observer is not None or journal.follows_shards()):
             return None
         ticket.announced = True
         number, before = self._lines.bucket(ticket), self._lines.before(ticket)
-        return partial(self._tell, ShardWaiting(ticket.shard_id, number, before, self._eta(ticket)))
+        event = ShardWaiting(ticket.shard_id, number, before, self._eta(ticket))
+        return partial(self._tell_waiting, ticket, event)
 
     def _reline_if_changed(self) -> None:
         """Give everybody, in their order, the line of the bucket that is theirs now."""
@@ -376,7 +401,10 @@ class Waiting(ABC):
             raise interrupt
         if told:
             waited_us = max(0, self._now_us() - ticket.arrived_us)
-            self._tell(ShardLeft(ticket.shard_id, waited_us / MICROSECOND, reason))
+            event = ShardLeft(ticket.shard_id, waited_us / MICROSECOND, reason)
+            if ticket.followed:
+                journal.left(event)
+            self._tell(event)
 
     def _renew_limit(self, ticket: Ticket, denial: Denial) -> None:
         """Read the limit anew at a reset; if that fails the last known total counts.
@@ -417,12 +445,7 @@ class Waiting(ABC):
         """Let the last known total count at the reset that a denial told of, unless overtaken."""
 
     def _check_limit(self, limit: object) -> None:
-        if not isinstance(limit, SessionStartLimit):
-            raise TypeError(f"a limit must be a SessionStartLimit, not {type(limit).__name__}")
-        if limit.total <= self._reserve:
-            raise ValueError(
-                f"total ({limit.total}) must be more than the reserve ({self._reserve})"
-            )
+        rules.check_limit(limit, self._reserve)
 
     def _book_report(self, permit: Permit, report: Report) -> None:
         """Book what the holder of a permit says became of it, unless it says so twice."""
@@ -438,24 +461,25 @@ class Waiting(ABC):
                     self._return_grant(permit._grant)
                 else:
                     self._ledger.report(permit._grant, report)
+            errand = self._low_budget()
+        if errand is not None:
+            errand()
         if news:
             self._tell(PermitReported(permit.shard_id, permit.bucket, report))
         elif Report.UNUSED in (before, report) and before is not report:
             log.warning("%r was reported %s: that changes nothing now", permit, report.value)
 
+    def _tell_waiting(self, ticket: Ticket, event: ShardWaiting) -> None:
+        if journal.is_long(event.eta) and journal.follows_shards():
+            ticket.followed = True
+            journal.waiting(event)
+        self._tell(event)
+
     def _tell_end(self, denial: Denial) -> None:
-        resets_in = denial.resets_in_us / MICROSECOND
+        event = BudgetExhausted(denial.remaining, denial.resets_in_us / MICROSECOND)
         if not self._raises:
-            until = datetime.now().astimezone() + timedelta(seconds=resets_in)
-            log.warning(
-                "the session start limit is used up (%d left, reserve %d): no shard may identify "
-                "until %s (in %.0f s)",
-                denial.remaining,
-                self._reserve,
-                until.strftime("%Y-%m-%d %H:%M:%S %Z"),
-                resets_in,
-            )
-        self._tell(BudgetExhausted(denial.remaining, resets_in))
+            journal.used_up(event, self._reserve)
+        self._tell(event)
 
     def _tell(self, event: Event) -> None:
         if self._observer is None:

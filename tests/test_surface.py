@@ -21,14 +21,15 @@ GatewayQueue HttpQueue LargeBotQueue LocalQueue NoOpQueue Queue RedisQueue Sqlit
 BucketSnapshot LimitSnapshot Permit QueueSnapshot Report SessionStartLimit WaitingShard
 AcquireTimeout BrokerError GatewayBotError GatewayQueueError QueueClosed SessionLimitExhausted
 BudgetExhausted Event LimitUpdated Observer PermitReported ShardGranted ShardLeft ShardWaiting
+ShardStart StartPlan plan_start
 DEFAULT_MARGIN IDENTIFY_INTERVAL SESSION_PERIOD
 """
 
 # What each module may import, from the ground up; a module imports only what stands before it.
 FLOORS = [
-    ["errors", "clock", "models"],
+    ["errors", "clock", "models", "wording"],
     ["events", "rules", "lines", "gateway_bot"],
-    ["forecast", "ledgers", "messages"],
+    ["forecast", "ledgers", "messages", "plan", "journal"],
     ["ledgers.memory", "ledgers.wire", "turns"],
     ["ledgers.shared", "ledgers.tables"],
     ["ledgers.file"],
@@ -47,7 +48,9 @@ FLOORS = [
     ["demo.gateway"],
     ["demo.fleet"],
     ["demo.display", "demo.summary"],
-    ["demo", "status"],
+    ["planner.fleet"],
+    ["planner.picture", "planner.timeline"],
+    ["demo", "planner", "status"],
     ["cli"],
     ["__main__"],
 ]

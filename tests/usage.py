@@ -17,6 +17,9 @@ from gateway_queue_sync import (
     Queue,
     QueueSnapshot,
     SessionStartLimit,
+    ShardStart,
+    StartPlan,
+    plan_start,
 )
 from gateway_queue_sync.testing import FakeClock, Referee
 
@@ -57,6 +60,9 @@ def bot(token: str) -> None:
         queue.close()
     framework(Mine())
     assert_type(Referee(16).identify(3), bool)
+    plan = plan_start(range(64), limit, reserve=50)
+    assert_type(plan, StartPlan)
+    assert_type(plan.starts, tuple[ShardStart, ...])
 
 
 async def hook(queue: GatewayQueue) -> None:

@@ -1,0 +1,95 @@
+"""What the log tells a person: who waits long and how that ends, and how the budget does.
+
+``waiting.py`` says when. Shards are told of by ``gateway_queue_sync.shards`` (INFO), the
+budget by ``gateway_queue_sync.budget`` (WARNING); neither shows anything unless logging is configured.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timedelta
+
+from gateway_queue_sync.events import BudgetExhausted, ShardGranted, ShardLeft, ShardWaiting
+from gateway_queue_sync.rules import MICROSECOND, Budget
+from gateway_queue_sync.wording import lasting, when
+
+LONG_WAIT = 30.0
+"""Seconds; shards that wait for longer are told of."""
+
+LOW_SHARE = 10
+"""A budget is low when one part in so many of it is left."""
+
+shards = logging.getLogger("gateway_queue_sync.shards")
+budget = logging.getLogger("gateway_queue_sync.budget")
+
+
+def follows_shards() -> bool:
+    """Return whether anybody wants to know who waits."""
+    return shards.isEnabledFor(logging.INFO)
+
+
+def is_long(duration: float | None) -> bool:
+    """Return whether a wait of so many seconds is worth a line."""
+    return duration is not None and duration > LONG_WAIT
+
+
+def waiting(event: ShardWaiting) -> None:
+    """Tell that a shard will wait for long."""
+    assert event.eta is not None
+    shards.info(
+        "shard %d waits in bucket %d: %d before it, its permit is due %s",
+        event.shard_id,
+        event.bucket,
+        event.position,
+        when(_now(), event.eta),
+    )
+
+
+def granted(event: ShardGranted) -> None:
+    """Tell that a shard which waited long has its permit."""
+    left = "" if event.remaining is None else f"; {event.remaining} session starts are left"
+    shards.info("shard %d has its permit, after %s%s", event.shard_id, lasting(event.waited), left)
+
+
+def left(event: ShardLeft) -> None:
+    """Tell that a shard which was to wait long has no permit and waits no more."""
+    shards.info(
+        "shard %d waits no more, without a permit, after %s (%s)",
+        event.shard_id,
+        lasting(event.waited),
+        event.reason,
+    )
+
+
+def is_low(left: Budget, reserve: int) -> bool:
+    """Return whether a budget runs low, but is not used up."""
+    return 0 < left.remaining - reserve <= (left.total - reserve) // LOW_SHARE
+
+
+def low(left: Budget, reserve: int) -> None:
+    """Tell that a budget runs low."""
+    resets_in = left.resets_in_us / MICROSECOND
+    budget.warning(
+        "the session start limit runs low: %d of %d left, reserve %d; it resets %s",
+        left.remaining,
+        left.total,
+        reserve,
+        when(_now(), resets_in) if resets_in else "a day after the next permit",
+    )
+
+
+def used_up(event: BudgetExhausted, reserve: int) -> None:
+    """Tell that a budget is used up, and until when."""
+    until = _now() + timedelta(seconds=event.resets_in)
+    budget.warning(
+        "the session start limit is used up (%d left, reserve %d): no shard may identify until %s "
+        "(in %.0f s)",
+        event.remaining,
+        reserve,
+        until.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        event.resets_in,
+    )
+
+
+def _now() -> datetime:
+    return datetime.now().astimezone()

@@ -1,0 +1,138 @@
+"""Plans: when each shard of a fleet would start, and whether the budget lasts.
+
+The rules that the queues go by are asked ahead of time, permit by permit. No thread, clock or I/O.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from gateway_queue_sync import rules
+from gateway_queue_sync.models import (
+    DEFAULT_MARGIN,
+    IDENTIFY_INTERVAL,
+    SESSION_PERIOD,
+    SessionStartLimit,
+    whole_number,
+)
+from gateway_queue_sync.rules import MICROSECOND, Account, Denial
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStart:
+    """When one shard would start.
+
+    Attributes:
+        shard_id: the shard.
+        bucket: its bucket, ``shard_id % max_concurrency``.
+        wave: how many start before it in its bucket.
+        at: seconds from now until its permit.
+        remaining: session starts left after it.
+    """
+
+    shard_id: int
+    bucket: int
+    wave: int
+    at: float
+    remaining: int
+
+
+@dataclass(frozen=True, slots=True)
+class StartPlan:
+    """When the shards of a fleet would start, as ``plan_start`` found.
+
+    Attributes:
+        starts: each shard's start, in the order in which they come.
+        last_at: seconds from now until the last one, 0.0 if there is none.
+        lasts: whether no shard has to wait for the limit to reset.
+        remaining: session starts left after the last one, the reserve included.
+        resets: in how many seconds the limit resets between the first start and the last.
+    """
+
+    starts: tuple[ShardStart, ...] = field(repr=False)
+    last_at: float
+    lasts: bool
+    remaining: int
+    resets: tuple[float, ...]
+
+
+def plan_start(
+    shard_ids: Iterable[int],
+    limit: SessionStartLimit,
+    *,
+    reserve: int = 0,
+    interval: float = IDENTIFY_INTERVAL,
+    margin: float = DEFAULT_MARGIN,
+    period: float = SESSION_PERIOD,
+) -> StartPlan:
+    """Return when each shard would start if all asked a ``LargeBotQueue`` now, in this order.
+
+    Nothing is granted or charged. The plan is what happens if every permit is used as it comes, none
+    is rejected, nobody else asks, and the limit resets to its ``total``. Where the budget ends among
+    shards that are due at one instant, a queue's threads race for what is left; the plan gives it to
+    the buckets in the order in which they were first asked for::
+
+        plan = plan_start(range(64), SessionStartLimit(1000, 1000, 0, max_concurrency=16))
+        assert plan.lasts and plan.last_at == 3 * 5.25
+
+    Source of the rules: https://discord.com/developers/docs/topics/gateway (*Rate Limiting*, *Session
+    Start Limit*).
+
+    Args:
+        shard_ids: the shards, in the order in which they ask.
+        limit: the session start limit, as Discord gives it now.
+        reserve: session starts never to use up.
+        interval: seconds between two permits of a bucket: Discord's 5.
+        margin: seconds added to that, as for ``LocalQueue``.
+        period: seconds from the first start after a reset to the next reset.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range, such as a reserve
+            that is not less than the limit's total.
+    """
+    reserve = whole_number("reserve", reserve)
+    rules.check_limit(limit, reserve)
+    interval_us, margin_us, period_us = rules.timings_us(interval, margin, period)
+    account = Account(window_us=interval_us + margin_us, period_us=period_us)
+    rules.adopt(account, limit, 0)
+    lines: dict[int, deque[int]] = {}
+    for shard_id in shard_ids:
+        shard_id = whole_number("shard_id", shard_id)  # noqa: PLW2901 - the same, as an int
+        lines.setdefault(shard_id % limit.max_concurrency, deque()).append(shard_id)
+
+    queue = [(0, place, line) for place, line in enumerate(lines.values())]  # is a heap
+    waves = [0] * len(queue)
+    starts: list[ShardStart] = []
+    resets: list[float] = []
+    lasts = True
+    while queue:
+        at_us, place, line = queue[0]
+        period_before, resets_at_us = account.period, account.resets_at_us
+        answer = rules.take(account, line[0], at_us, at_us, reserve)
+        if isinstance(answer, Denial):
+            heapq.heapreplace(queue, (at_us + answer.wait_us, place, line))
+            continue
+        if answer.period != period_before and resets_at_us is not None:
+            resets.append(resets_at_us / MICROSECOND)
+        assert answer.remaining is not None
+        wave = waves[place]
+        starts.append(
+            ShardStart(line.popleft(), answer.bucket, wave, at_us / MICROSECOND, answer.remaining)
+        )
+        waves[place] += 1
+        lasts = lasts and at_us == wave * account.window_us
+        if not line:
+            heapq.heappop(queue)
+
+    left = rules.budget(account, 0)
+    assert left is not None
+    return StartPlan(
+        starts=tuple(starts),
+        last_at=starts[-1].at if starts else 0.0,
+        lasts=lasts,
+        remaining=starts[-1].remaining if starts else left.remaining,
+        resets=tuple(resets),
+    )

@@ -1,0 +1,160 @@
+"""The ``plan`` command: when each shard of a fleet would start, and whether the budget lasts for it.
+
+Nothing is started and nothing is charged. A ``timeline`` tells it in the terminal, a ``picture`` as SVG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+
+from gateway_queue_sync.errors import GatewayBotError
+from gateway_queue_sync.gateway_bot import GatewayBot
+from gateway_queue_sync.models import (
+    DEFAULT_MARGIN,
+    IDENTIFY_INTERVAL,
+    SESSION_PERIOD,
+    SessionStartLimit,
+    whole_number,
+)
+from gateway_queue_sync.plan import plan_start
+from gateway_queue_sync.planner.fleet import Fleet
+from gateway_queue_sync.planner.picture import draw
+from gateway_queue_sync.planner.timeline import describe
+
+MOST_SHARDS = 1_000_000  # a few seconds' work
+SESSION_STARTS = 1000  # a day, as Discord has it
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command; return 0 if the budget lasts, 1 if it does not or something cannot be had."""
+    try:
+        limit = _limit(arguments)
+        fleet = _fleet(arguments, limit)
+    except GatewayBotError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (TypeError, ValueError, OSError) as error:
+        arguments.error(str(error))  # exits with 2
+    if arguments.svg is not None:
+        try:
+            arguments.svg.write_text(draw(fleet), encoding="utf-8")
+        except OSError as error:
+            print(error, file=sys.stderr)
+            return 1
+    if arguments.json:
+        print(json.dumps(asdict(fleet.plan)), flush=True)
+    else:
+        width = shutil.get_terminal_size().columns - 1
+        lines = describe(fleet, datetime.now().astimezone(), width, sys.stdout.encoding or "ascii")
+        print("\n".join(lines), flush=True)
+    return 0 if fleet.plan.lasts else 1
+
+
+def _limit(arguments: argparse.Namespace) -> SessionStartLimit:
+    """Return Discord's limit, or its usual one, with what was said otherwise."""
+    said = {
+        name: getattr(arguments, name)
+        for name in ("total", "remaining", "reset_after", "max_concurrency")
+        if getattr(arguments, name) is not None
+    }
+    if arguments.token_file is not None:
+        token = arguments.token_file.read_text(encoding="utf-8", errors="replace")
+        read = GatewayBot(token, base_url=arguments.base_url).session_start_limit()
+        return replace(read, **said)
+    if arguments.base_url is not None:
+        raise ValueError("--base-url goes with --token-file")
+    total = said.get("total", SESSION_STARTS)
+    remaining = said.get("remaining", total)
+    reset_after = 0.0 if remaining == total else SESSION_PERIOD
+    usual = SessionStartLimit(total, remaining, reset_after, max_concurrency=1)
+    return replace(usual, **said)
+
+
+def _fleet(arguments: argparse.Namespace, limit: SessionStartLimit) -> Fleet:
+    count = whole_number("--shards", arguments.shards, least=1)
+    if count > MOST_SHARDS:
+        raise ValueError(f"--shards must be at most {MOST_SHARDS}, not {count}")
+    first = whole_number("--first-shard", arguments.first_shard)
+    interval, margin, reserve = arguments.interval, arguments.margin, arguments.reserve
+    plan = plan_start(
+        range(first, first + count), limit, reserve=reserve, interval=interval, margin=margin
+    )
+    return Fleet(plan, limit, reserve, interval + margin)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to those of the command line."""
+    what = "tell when each shard of a bot would start, and whether the day's budget lasts for that"
+    parser = subparsers.add_parser(
+        "plan",
+        help=what,
+        description=f"{what.capitalize()}. Nothing is started. Exits with 0 if it lasts, else with 1.",
+    )
+    parser.add_argument(
+        "--shards", type=int, required=True, metavar="N", help="how many shards are to start"
+    )
+    parser.add_argument(
+        "--first-shard",
+        type=int,
+        default=0,
+        metavar="ID",
+        help="the least shard id (default: %(default)s)",
+    )
+    limit = parser.add_argument_group(
+        "the session start limit", "What is not given is Discord's usual one, or read from there."
+    )
+    limit.add_argument(
+        "--max-concurrency", type=int, metavar="N", help="how many buckets there are (usually 1)"
+    )
+    limit.add_argument(
+        "--total", type=int, metavar="N", help=f"session starts a day (usually {SESSION_STARTS})"
+    )
+    limit.add_argument(
+        "--remaining", type=int, metavar="N", help="those that are left now (usually all)"
+    )
+    limit.add_argument(
+        "--reset-after",
+        type=float,
+        metavar="SECONDS",
+        help="until the limit resets (usually a day, if some are used up)",
+    )
+    limit.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="a file that holds the bot's token: read the limit from Discord",
+    )
+    limit.add_argument("--base-url", metavar="URL", help="of the REST API, if not Discord's")
+    settings = parser.add_argument_group("the queue's settings")
+    settings.add_argument(
+        "--reserve",
+        type=int,
+        default=0,
+        metavar="N",
+        help="session starts never to use up (default: %(default)s)",
+    )
+    settings.add_argument(
+        "--interval",
+        type=float,
+        default=IDENTIFY_INTERVAL,
+        metavar="SECONDS",
+        help="the least time between two IDENTIFYs of a bucket (default: %(default)s)",
+    )
+    settings.add_argument(
+        "--margin",
+        type=float,
+        default=DEFAULT_MARGIN,
+        metavar="SECONDS",
+        help="what the queue adds to that (default: %(default)s)",
+    )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw a picture into this file")
+    parser.add_argument(
+        "--json", action="store_true", help="the plan's fields as JSON, instead of the summary"
+    )
+    parser.set_defaults(func=run, error=parser.error)

@@ -1,0 +1,72 @@
+"""What is told and drawn: a plan with all that it was made of, cut into runs and instants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from gateway_queue_sync.models import SessionStartLimit
+from gateway_queue_sync.plan import ShardStart, StartPlan
+from gateway_queue_sync.wording import counted
+
+Instant = list[ShardStart]
+"""Those that start at one time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """A plan of at least one shard, the limit and the reserve it is for, and its window in seconds."""
+
+    plan: StartPlan
+    limit: SessionStartLimit
+    reserve: int
+    window: float
+
+    @property
+    def shards(self) -> int:
+        """How many shards there are."""
+        return len(self.plan.starts)
+
+    @property
+    def buckets(self) -> list[int]:
+        """The buckets that have any, in ascending order."""
+        return sorted({start.bucket for start in self.plan.starts})
+
+    @property
+    def waves(self) -> int:
+        """How many start in the longest line."""
+        return 1 + max(start.wave for start in self.plan.starts)
+
+    @property
+    def instants(self) -> Iterator[Instant]:
+        """Those that start together, in time order."""
+        return (list(starts) for _, starts in groupby(self.plan.starts, key=lambda s: s.at))
+
+    @property
+    def runs(self) -> list[list[Instant]]:
+        """The instants, cut where all wait for a reset: a gap that no window explains."""
+        runs: list[list[Instant]] = []
+        last_at = float("-inf")
+        for instant in self.instants:
+            if instant[0].at - last_at > self.window * 1.001:
+                runs.append([])
+            runs[-1].append(instant)
+            last_at = instant[0].at
+        return runs
+
+    @property
+    def title(self) -> str:
+        """What is started, in one line."""
+        return f"{counted(self.shards, 'shard')} in {counted(len(self.buckets), 'bucket')}"
+
+    @property
+    def verdict(self) -> str:
+        """Whether the budget lasts, in one line."""
+        held = f", reserve {self.reserve}" if self.reserve else ""
+        if self.plan.lasts:
+            ends = f"lasts; {self.plan.remaining} left after the last start"
+        else:
+            late = sum(s.at > (s.wave + 0.001) * self.window for s in self.plan.starts)
+            ends = f"does not last; {counted(late, 'shard')} must wait for a reset"
+        return f"{self.limit.remaining} of {self.limit.total} left now{held}: {ends}"

@@ -1,0 +1,93 @@
+"""A plan in the terminal: a summary, and a bar for each step of the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import chain
+from textwrap import wrap
+
+from gateway_queue_sync.planner.fleet import Fleet, Instant
+from gateway_queue_sync.wording import lasting, ranges, when
+
+MOST_ROWS = 20
+LABEL = TIME_WIDTH = 13  # columns
+LONGEST_BAR, SHORTEST_BAR = 40, 6
+BLOCKS, ASCII_BLOCKS = (
+    ("█", "▒", "░"),
+    ("#", "=", "."),
+)  # who starts now, who has before, who will later
+
+
+def describe(fleet: Fleet, now: datetime, width: int, encoding: str) -> Iterator[str]:
+    """Yield the lines that tell of a plan made at ``now``, in so many columns."""
+    for line in _summary(fleet, now):
+        yield from wrap(line, max(width, 2 * LABEL), subsequent_indent=" " * LABEL) or [""]
+    yield from _timeline(fleet, width, encoding)
+
+
+def _summary(fleet: Fleet, now: datetime) -> Iterator[str]:
+    plan = fleet.plan
+    yield f"{fleet.title}, {fleet.window:g} s between two starts of a bucket"
+    yield ""
+    yield f"first start  {when(now, plan.starts[0].at)}"
+    yield f"last start   {when(now, plan.last_at)}"
+    yield f"budget       {fleet.verdict}"
+    for resets_in in plan.resets[:3]:
+        yield f"resets       {when(now, resets_in)}"
+    if plan.resets[3:]:
+        yield f"resets       and {len(plan.resets) - 3} more times"
+    yield ""
+
+
+def _timeline(fleet: Fleet, width: int, encoding: str) -> Iterator[str]:
+    runs = fleet.runs
+    if len(runs) > MOST_ROWS // 2:
+        runs = [list(chain.from_iterable(runs))]
+    per_row = -(-sum(len(run) for run in runs) // MOST_ROWS)
+    row = _Row(fleet, width, encoding)
+    ends_at = 0.0
+    for run in runs:
+        waits = run[0][0].at - ends_at
+        if waits > fleet.window:
+            yield f"{'...':>{TIME_WIDTH}}  {lasting(waits)} until the limit resets"[:width]
+        for first in range(0, len(run), per_row):
+            yield row.show(run[first : first + per_row])
+        ends_at = run[-1][0].at
+
+
+class _Row:
+    """What all rows have in common, and how many shards those shown have started."""
+
+    def __init__(self, fleet: Fleet, width: int, encoding: str) -> None:
+        self._shards = fleet.shards
+        self._width = width
+        self._started = 0
+        self._digits = len(str(fleet.shards))
+        self._left_digits = len(str(fleet.limit.total))
+        figures = TIME_WIDTH + 2 * self._digits + self._left_digits + 12
+        self._bar = max(SHORTEST_BAR, min(LONGEST_BAR, (width - figures) * 2 // 3))
+        try:
+            "".join(BLOCKS).encode(encoding)
+            blocks = BLOCKS
+        except UnicodeEncodeError:
+            blocks = ASCII_BLOCKS
+        self._now, self._past, self._later = blocks
+
+    def show(self, instants: list[Instant]) -> str:
+        """Return the row for those who start at these instants."""
+        starts = list(chain.from_iterable(instants))
+        before = self._started * self._bar // self._shards
+        self._started += len(starts)
+        after = max(before + 1, self._started * self._bar // self._shards)  # each row shows a block
+        bar = self._past * before + self._now * (after - before) + self._later * (self._bar - after)
+        row = (
+            f"{lasting(starts[0].at):>{TIME_WIDTH}}  {bar}"
+            f"  {self._started:{self._digits}}/{self._shards}"
+            f"  {starts[-1].remaining:{self._left_digits}} left"
+        )
+        ids = ranges(sorted(start.shard_id for start in starts))
+        room = self._width - len(row) - 2
+        if len(ids) > room:
+            ids = f"{ids[: max(0, room - 3)]}..." if room > 8 else ""
+        return f"{row}  {ids}".rstrip()[: self._width]

@@ -1,0 +1,331 @@
+"""What the log tells a person: who waits long and how that ends, and how the budget does."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+
+import pytest
+from test_waiting import WINDOW, in_line, limit
+
+from gateway_queue_sync import AcquireTimeout, LocalQueue, ShardGranted, ShardWaiting, journal
+
+SHARDS, BUDGET = "gateway_queue_sync.shards", "gateway_queue_sync.budget"
+memory = pytest.mark.accounts("memory")
+shared = pytest.mark.accounts("sqlite", "redis")
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, "gateway_queue_sync")
+    return caplog
+
+
+def told(log, logger=SHARDS):
+    """What the log was told, but for the time of day."""
+    return [
+        re.sub(r" \((\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d\)", "", record.getMessage())
+        for record in log.records
+        if record.name == logger
+    ]
+
+
+def levels(log):
+    return {record.levelname for record in log.records}
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def test_a_long_wait_is_told_when_it_begins_and_when_it_ends(account, clock, crew, log):
+    queue = account.local(clock=clock)
+    queue.acquire(0)
+    in_line(queue, crew, clock, range(1, 7))
+    assert told(log) == ["shard 6 waits in bucket 0: 5 before it, its permit is due in 31.5 s"]
+    for left in range(5, -1, -1):
+        clock.advance(WINDOW)
+        clock.settle(left)
+    crew.join()
+    (line,) = told(log)[1:]
+    assert line.startswith("shard 6 has its permit, after 31.5 s")
+    assert levels(log) == {"INFO"}
+
+
+def test_each_shard_is_told_of_once(account, clock, crew, log):
+    queue = account.large(limit(1000, 0, 50.0), clock=clock)
+    in_line(queue, crew, clock, [0, 1])
+    clock.advance(50)
+    clock.settle(1)
+    clock.advance(WINDOW)
+    crew.join()
+    assert told(log) == [
+        "shard 0 waits in bucket 0: 0 before it, its permit is due in 50.0 s",
+        "shard 1 waits in bucket 0: 1 before it, its permit is due in 55.2 s",
+        "shard 0 has its permit, after 50.0 s; 999 session starts are left",
+        "shard 1 has its permit, after 55.2 s; 998 session starts are left",
+    ]
+
+
+def test_it_says_at_what_time_of_day(account, clock, crew, log, freezer):
+    freezer.move_to("2026-11-23 23:59:00")
+    queue = account.large(limit(1000, 0, 90.0), clock=clock)
+    in_line(queue, crew, clock, [0])
+    (record,) = (record for record in log.records if record.name == SHARDS)
+    assert record.getMessage().endswith("due in 1 min 30 s (2026-11-24 00:00:30)")
+    queue.close()
+
+
+def test_a_wait_that_nobody_foresaw_to_be_long_is_told_at_its_end(account, clock, crew, log):
+    queue = account.large(limit(), clock=clock)
+    queue.acquire(0)
+    (call,) = in_line(queue, crew, clock, [1])
+    queue.update(limit(1000, 0, 100.0))
+    clock.settle(1)
+    clock.advance(100)
+    call.now()
+    assert told(log) == ["shard 1 has its permit, after 1 min 40 s; 999 session starts are left"]
+
+
+def test_a_wait_that_ends_sooner_than_foretold_is_told_at_its_end(account, clock, crew, log):
+    queue = account.large(limit(1000, 0, 100.0), clock=clock)
+    (call,) = in_line(queue, crew, clock, [1])
+    queue.update(limit())
+    call.now()
+    assert told(log)[1:] == ["shard 1 has its permit, after 0.0 s; 999 session starts are left"]
+
+
+def test_who_leaves_without_a_permit_is_told_of_too(account, clock, crew, log):
+    queue = account.large(limit(1000, 0, 100.0), clock=clock)
+    (call,) = in_line(queue, crew, clock, [1], timeout=40.0)
+    future = queue.enqueue(2)
+    clock.advance(10)
+    future.cancel()
+    clock.advance(30)
+    assert isinstance(call.exception(10), AcquireTimeout)
+    assert told(log)[2:] == [
+        "shard 2 waits no more, without a permit, after 10.0 s (cancelled)",
+        "shard 1 waits no more, without a permit, after 40.0 s (timeout)",
+    ]
+
+
+def test_futures_are_told_of_as_threads_are(account, clock, log):
+    queue = account.large(limit(1000, 0, 100.0, max_concurrency=4), clock=clock)
+    future = queue.enqueue(6)
+    clock.settle(1)
+    clock.advance(100)
+    future.result(10)
+    assert [line.split(",")[0] for line in told(log)] == [
+        "shard 6 waits in bucket 2: 0 before it",
+        "shard 6 has its permit",
+    ]
+
+
+def test_an_observer_hears_all_and_the_log_only_what_is_long(account, clock, crew, log):
+    events = []
+    queue = account.local(clock=clock, observer=events.append)
+    queue.acquire(0)
+    in_line(queue, crew, clock, range(1, 7))
+    assert len([event for event in events if isinstance(event, ShardWaiting)]) == 6
+    assert len(told(log)) == 1
+    for left in range(5, -1, -1):
+        clock.advance(WINDOW)
+        clock.settle(left)
+    crew.join()
+    assert len([event for event in events if isinstance(event, ShardGranted)]) == 7
+    assert len(told(log)) == 2
+
+
+def test_whoever_does_not_listen_pays_nothing(account, clock, crew, caplog, monkeypatch):
+    """At the level WARNING, which is the default, no position and no ETA are worked out."""
+    queue = account.large(limit(1000, 2, 100.0), clock=clock)
+    for name in ("_eta", "_announce", "_sighting"):
+        monkeypatch.setattr(queue, name, None, raising=False)
+    queue.acquire(0)
+    calls = in_line(queue, crew, clock, [1, 2])
+    clock.advance(WINDOW)
+    calls[0].now()
+    clock.settle(1)
+    clock.advance(100 - WINDOW)
+    calls[1].now()
+    assert not told(caplog)
+
+
+@memory
+def test_a_free_bucket_does_not_even_ask_whether_to_log(account, clock, log, monkeypatch):
+    queue = account.large(limit(max_concurrency=3), clock=clock)
+    for name in ("follows_shards", "is_long", "is_low"):
+        monkeypatch.setattr(journal, name, None)
+    queue.acquire(0)
+    queue.try_acquire(1)
+    queue.enqueue(2)
+    assert queue.snapshot().granted == 3
+
+
+class Slow(logging.Handler):
+    """Takes its time over each line that tells of a permit."""
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self.clock, self.seconds, self.lines = clock, seconds, 0
+
+    def emit(self, record):
+        if "has its permit" in record.getMessage():
+            self.lines += 1
+            self.clock.advance(self.seconds)
+
+
+@pytest.fixture
+def slow(clock, log):
+    handler = Slow(clock, 1.0)
+    logging.getLogger(SHARDS).addHandler(handler)
+    yield handler
+    logging.getLogger(SHARDS).removeHandler(handler)
+
+
+@memory
+def test_nobody_passes_while_a_handler_takes_longer_than_a_window(account, clock, crew, slow):
+    slow.seconds = 2 * WINDOW
+    queue = account.large(limit(1000, 0, 100.0), clock=clock)
+    in_line(queue, crew, clock, [0, 1])
+    clock.advance(100)
+    crew.settle(clock)
+    clock.advance(WINDOW)
+    crew.join()
+    assert [permit.shard_id for permit in crew.returned] == [0, 1]
+    assert slow.lines == 2
+    assert queue.snapshot().granted == 2
+
+
+def test_what_a_slow_handler_takes_is_nobodys_gap(account, clock, crew, slow):
+    """In memory the stamp comes after the line; a shared permit that got too late is asked for anew."""
+    queue = account.large(limit(1000, 0, 100.0), clock=clock)
+    first, second = in_line(queue, crew, clock, [0, 1])
+    returned = []
+    for call in (first, second):
+        call.add_done_callback(lambda _: returned.append(clock.now_us()))
+    clock.advance(100)
+    while not second.done():
+        crew.settle(clock)
+        if clock.next_in is not None:
+            clock.advance(clock.next_in)
+    assert returned[1] - returned[0] >= 5_000_000
+    assert slow.lines == 2
+    assert queue.snapshot().limit.remaining == 998
+
+
+@shared
+def test_the_position_counts_those_of_all_processes(account, clock, crew, log):
+    one, other = (account.queue(limit(), clock=clock) for _ in range(2))
+    one.acquire(0)
+    in_line(one, crew, clock, range(1, 6))
+    clock.advance(2)
+    in_line(other, crew, clock, [6])
+    assert told(log) == []
+    in_line(other, crew, clock, [7])
+    assert told(log) == ["shard 7 waits in bucket 0: 6 before it, its permit is due in 34.8 s"]
+    one.close()
+    other.close()
+
+
+@shared
+def test_many_who_come_at_once_do_not_ask_the_ledger_for_the_log_each(
+    account, clock, log, monkeypatch
+):
+    queue = account.queue(limit(), clock=clock)
+    queue.acquire(0)
+    looks = []
+    look = queue._ledger.look
+    monkeypatch.setattr(queue._ledger, "look", lambda **how: looks.append(how) or look(**how))
+    for shard_id in range(1, 40):
+        queue.enqueue(shard_id)
+    assert len(looks) == 1
+    positions = [int(re.search(r"(\d+) before", line)[1]) for line in told(log)]
+    assert positions == list(range(5, 39))
+    assert told(log)[-1].endswith("its permit is due in 3 min 25 s")
+    queue.close()
+
+
+# --- the budget -----------------------------------------------------------------------------------
+
+
+def test_a_budget_that_runs_low_is_warned_of_once_where_nobody_waits(account, clock, log):
+    queue = account.large(limit(30, 30, 600.0, max_concurrency=64), reserve=10, clock=clock)
+    for shard_id in range(17):
+        with queue.acquire(shard_id):
+            pass
+    assert told(log, BUDGET) == []
+    for shard_id in range(17, 20):
+        with queue.acquire(shard_id):
+            pass
+    assert told(log, BUDGET) == [
+        "the session start limit runs low: 12 of 30 left, reserve 10; it resets in 10 min 0 s"
+    ]
+    assert levels(log) == {"WARNING"}
+
+
+def test_a_budget_that_runs_low_is_warned_of_where_nobody_reports(account, clock, crew, log):
+    queue = account.large(limit(1000, 101, 600.0), clock=clock)
+    queue.acquire(0)
+    in_line(queue, crew, clock, [1, 2])
+    clock.advance(WINDOW)
+    clock.settle(1)
+    assert told(log, BUDGET) == [
+        "the session start limit runs low: 100 of 1000 left, reserve 0; it resets in 10 min 0 s"
+    ]
+    queue.close()
+
+
+def test_each_period_has_a_warning_of_its_own(account, clock, log):
+    queue = account.large(limit(10, 2, 100.0, max_concurrency=64), clock=clock)
+    for shard_id in range(2):
+        queue.acquire(shard_id).sent()
+    clock.advance(100)
+    for shard_id in range(2, 11):
+        queue.acquire(shard_id).sent()
+    assert [line.split(";")[0] for line in told(log, BUDGET)] == [
+        "the session start limit runs low: 1 of 10 left, reserve 0"
+    ] * 2
+
+
+def test_a_budget_that_is_used_up_is_no_longer_low(account, clock, crew, log):
+    queue = account.large(limit(1000, 0, 600.0), clock=clock)
+    in_line(queue, crew, clock, [0])
+    (line,) = told(log, BUDGET)
+    assert line.startswith("the session start limit is used up (0 left, reserve 0)")
+    queue.close()
+
+
+@memory
+def test_a_queue_without_a_budget_has_nothing_to_say_of_it(account, clock, log):
+    queue = account.local(clock=clock)
+    queue.acquire(0).sent()
+    assert not log.records
+
+
+# --- only if asked for ----------------------------------------------------------------------------
+
+
+def test_nothing_is_shown_unless_logging_is_configured():
+    code = (
+        "from gateway_queue_sync import *\n"
+        "queue = LargeBotQueue(SessionStartLimit(10, 2, 600.0, 16))\n"
+        "queue.acquire(0).sent()\n"
+        "queue.acquire(1).sent()\n"
+        "assert queue.try_acquire(2) is None\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout + run.stderr == ""
+    shown = "import logging; logging.basicConfig(level=logging.INFO)\n"
+    run = subprocess.run(
+        [sys.executable, "-c", shown + code], capture_output=True, text=True, check=True
+    )
+    assert "WARNING:gateway_queue_sync.budget:the session start limit runs low" in run.stderr
+    assert "WARNING:gateway_queue_sync.budget:the session start limit is used up" in run.stderr
+
+
+def test_the_loggers_are_below_that_of_the_package():
+    assert LocalQueue.__module__.startswith("gateway_queue_sync.")
+    for logger in (journal.shards, journal.budget):
+        assert logger.parent is logging.getLogger("gateway_queue_sync")

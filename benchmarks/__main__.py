@@ -82,6 +82,12 @@ def _say(what: str) -> None:
         print(f"\r\033[K{what[:100]}", end="", file=sys.stderr, flush=True)
 
 
+def _benchmark(name: str) -> str:
+    if name not in BENCHMARKS:  # argparse's own choices refuse that none is named
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(BENCHMARKS)}")
+    return name
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -91,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "names",
         nargs="*",
         metavar="name",
-        choices=list(BENCHMARKS),
+        type=_benchmark,
         help=f"which: {', '.join(BENCHMARKS)} (all by default)",
     )
     sizes = parser.add_mutually_exclusive_group()

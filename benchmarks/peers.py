@@ -46,7 +46,9 @@ def _naive(window: float) -> Acquire:
     def acquire(_: int) -> None:
         nonlocal last
         with lock:
-            time.sleep(max(0.0, last + window - time.monotonic()))
+            left = last + window - time.monotonic()
+            if left > 0:
+                time.sleep(left)
             last = time.monotonic()
 
     return acquire

@@ -9,10 +9,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     Lock = threading._RLock | threading.RLock
+
+
+class Condition(Protocol):
+    """What a queue asks of a condition, on which one thread waits at a time; the lock is held."""
+
+    def wait(self, timeout: float | None = None) -> object:
+        """Let go of the lock until notified, for at most ``timeout`` seconds, and take it back."""
+
+    def notify(self) -> None:
+        """Wake who waits; it may also be told of what was before it came to wait."""
 
 
 class Clock(Protocol):
@@ -24,7 +34,7 @@ class Clock(Protocol):
     def wall_us(self) -> int:
         """Return microseconds since the Unix epoch on the clock people read."""
 
-    def condition(self, lock: Lock) -> threading.Condition:
+    def condition(self, lock: Lock) -> Condition:
         """Return a condition over ``lock`` whose timed waits end by this clock."""
 
 
@@ -42,12 +52,34 @@ def _unfrozen(name: str, clock_id: str) -> Callable[[], int]:
     return lambda: read_ns() // 1000
 
 
+class _Bell:
+    """A condition for one thread: ``threading.Condition`` takes 1.2 KiB, and longer to wake up."""
+
+    __slots__ = ("_lock", "_rung")
+
+    def __init__(self, lock: Lock) -> None:
+        self._lock: Any = lock
+        self._rung = threading.Lock()  # free once it was rung
+        self._rung.acquire()
+
+    def wait(self, timeout: float | None = None) -> None:
+        taken = self._lock._release_save()
+        try:
+            self._rung.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+        finally:
+            self._lock._acquire_restore(taken)  # which no interrupt ends
+
+    def notify(self) -> None:
+        if self._rung.locked():
+            self._rung.release()
+
+
 class SystemClock:
     """The machine's own clocks: monotonic for waiting, wall time for what outlives a process."""
 
     now_us = staticmethod(_unfrozen("monotonic_ns", "CLOCK_MONOTONIC"))
     wall_us = staticmethod(_unfrozen("time_ns", "CLOCK_REALTIME"))
-    condition = staticmethod(threading.Condition)
+    condition = _Bell
 
     def __repr__(self) -> str:
         return "SystemClock()"

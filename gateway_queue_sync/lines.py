@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
+from gateway_queue_sync.clock import Condition
 from gateway_queue_sync.models import Permit
 from gateway_queue_sync.rules import Grant
 
@@ -60,7 +60,7 @@ class Ticket:
         self.arrived_us = arrived_us
         self.place = (arrived_us - priority_us, next(_serials))
         self.future = future
-        self.condition: threading.Condition | None = None  # a thread's, made when it has to wait
+        self.condition: Condition | None = None  # a thread's, made when it has to wait
         self.waiting = False
         self.left = False  # it stood in a line before
         self.grant: Grant | None = None  # granted, but not handed over yet

@@ -206,7 +206,9 @@ def sleeps(queue, bucket):
     """Whether the first in this bucket's line is asleep."""
     with queue._mutex:
         ticket = queue._lines.first(bucket)
-        return ticket is not None and ticket.condition is not None and ticket.condition._waiters
+        return (
+            ticket is not None and ticket.condition is not None and ticket.condition._rung.locked()
+        )
 
 
 def test_signals_at_random_points_lose_nothing():

@@ -150,13 +150,17 @@ class Line:
         """Return how many wait in front of this place, which stands in line."""
         if ticket.place == self._last:
             return len(self) - 1
-        return sum(other.place < ticket.place for other in self.waiting())
+        place = ticket.place
+        before = sum(1 for other, who in self._heap if other < place and who.waiting)
+        return before - (self._is_first_served() and before > 0)
 
     def __len__(self) -> int:
         """Return how many wait."""
+        return len(self._heap) - self._gone - self._is_first_served()
+
+    def _is_first_served(self) -> bool:
         first = self.first
-        served = first is not None and first.grant is not None
-        return len(self._heap) - self._gone - served
+        return first is not None and first.grant is not None
 
 
 class Lines:

@@ -123,18 +123,18 @@ class Result:
                 rows.append(Row(**{**row, "figures": figures}))
             tables.append(Table(**{**table, "rows": rows}))
         targets = [
-            Target(
-                target["what"],
-                *(math.nan if target[key] is None else target[key] for key in ("got", "limit")),
-                at_least=target["at_least"],
-            )
-            for target in found["targets"]
+            Target(one["what"], _back(one["got"]), _back(one["limit"]), one["at_least"])
+            for one in found["targets"]
         ]
         return cls(found["name"], found["title"], tables, targets, found["skipped"])
 
 
 def _number(value: object) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _back(number: float | None) -> float:
+    return math.nan if number is None else number
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:

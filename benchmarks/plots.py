@@ -15,7 +15,7 @@ COLOURS: dict[Kind, str] = {
     "naive": "#b9a06a",
     "peer": "#c98a8a",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller, and it can be searched
     "svg.hashsalt": "gateway_queue_sync",
     "font.family": "sans-serif",

@@ -63,8 +63,8 @@ def _table(table: Table) -> str:
     names = list(dict.fromkeys(name for row in table.rows for name in row.figures))
     floor = next((row for row in table.rows if row.kind == "floor"), None)
     ours = next((row for row in table.rows if row.kind == "ours"), None)
-    compared = {"× floor": floor, "× ours": ours} if table.compared else {}
-    compared = {label: row for label, row in compared.items() if row and row.figures}
+    others = {"× floor": floor, "× ours": ours} if table.compared else {}
+    compared = {label: row for label, row in others.items() if row and row.figures}
     cells = [["", *names, *compared, ""]]
     for row in table.rows:
         ratios = [_ratio(row, other, table.compared) for other in compared.values()]

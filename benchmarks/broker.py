@@ -49,7 +49,7 @@ class Size(NamedTuple):
 SIZES = {
     "whole": Size(1, (1_000, 5_000, 10_000), 3.0, 60),
     "quick": Size(1, (500,), 1.0, 20),
-    "tiny": Size(1, (5,), 0.1, 3),
+    "tiny": Size(1, (8,), 0.1, 3),
 }
 
 

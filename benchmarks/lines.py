@@ -43,7 +43,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "whole": Size(3, (1_000, 10_000, 100_000), (1_000, 10_000), 1_000, 10.0, 5.0, 1_000),
+    "whole": Size(2, (1_000, 10_000, 100_000), (1_000, 10_000), 1_000, 10.0, 5.0, 1_000),
     "quick": Size(1, (1_000, 10_000), (1_000,), 200, 1.0, 2.0, 500),
     "tiny": Size(1, (50,), (8,), 4, 0.1, 0.1, 5),
 }
@@ -63,7 +63,10 @@ def run(size: Size, say: Say) -> Result:
 def _futures(size: Size, say: Say) -> Table:
     say("futures in line")
     cases = [
-        Case(_many(BARE_FUTURE, size.futures[-1]), "floor", bare_futures, (size.futures[-1],)),
+        *(
+            Case(_many(BARE_FUTURE, count), "floor", bare_futures, (count,))
+            for count in size.futures
+        ),
         *(Case(_many(OURS, count), "ours", futures_in_line, (count,)) for count in size.futures),
         *(
             Case(_many(TASKS, count), "peer", tasks_in_line, (count,), of=TASKS)
@@ -120,8 +123,12 @@ def _targets(size: Size, futures: Table, threads: Table, told: Table) -> list[Ta
     bare = threads.value(_many(BARE_THREADS, size.threads[0]), TRACED)
     ours = _many(OURS, size.threads[0])
     growth = f"{size.futures[0]:,} to {size.futures[-1]:,}"
+    least, most = (_many(BARE_FUTURE, count) for count in (size.futures[0], size.futures[-1]))
+    grows = futures.value(many, JOIN) / futures.value(few, JOIN)
+    floor_grows = futures.value(most, JOIN) / futures.value(least, JOIN)
     return [
-        Target(f"join, {growth}: ratio", futures.value(many, JOIN) / futures.value(few, JOIN), 1.5),
+        Target(f"join, {growth}: ratio", grows, 1.5),
+        Target(f"join, {growth}: ratio / the floor's", grows / floor_grows, 1.15),
         Target(
             f"cancel, {growth}: ratio",
             futures.value(many, CANCEL) / futures.value(few, CANCEL),

@@ -34,6 +34,7 @@ class Subject(NamedTuple):
     package: str = ""
     is_async: bool = False
     is_exact: bool = True  # two threads never get the same permit
+    is_slow: bool = False  # waits for a multiple of a short window
 
 
 def _ours(window: float) -> Acquire:
@@ -167,6 +168,7 @@ SUBJECTS = {
             _throttled_free,
             "throttled",
             "throttled-py",
+            is_slow=True,
         ),
         Subject(
             "throttled-py, retry_after",

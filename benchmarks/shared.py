@@ -49,7 +49,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "whole": Size(3, 8, 8, 1, 300),
+    "whole": Size(2, 8, 8, 1, 300),
     "quick": Size(1, 4, 4, 1, 100),
     "tiny": Size(1, 2, 2, 1, 4),
 }

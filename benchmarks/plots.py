@@ -1,13 +1,16 @@
-"""The charts. Each is drawn from one table, and is skipped if that was not measured."""
+"""The charts. One is skipped if what it shows was not measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import free_path, lines, wake
+from benchmarks import fairness, free_path, lines, wake
 from benchmarks.figures import Kind, Result, Row, Table
+from benchmarks.peers import SUBJECTS
+
+LEAST = 0.001  # what a logarithmic scale can show
 
 COLOURS: dict[Kind, str] = {
     "ours": "#2f6fde",
@@ -35,81 +38,94 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
 
     mpl.use("svg")
     folder.mkdir(parents=True, exist_ok=True)
-    charts: dict[str, Callable[[Result, Path], None]] = {
-        wake.NAME: _wake,
-        free_path.NAME: _free,
-        lines.NAME: _lines,
+    tables = {result.name: result.tables for result in results if not result.skipped}
+    charts: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+        "summary": (_summary, (wake.NAME, fairness.NAME, lines.NAME)),
+        "wake": (_wake, (wake.NAME,)),
+        "free": (_free, (free_path.NAME,)),
     }
     drawn = []
     with mpl.rc_context(STYLE):
-        for result in results:
-            if result.name in charts and not result.skipped:
-                path = folder / f"{result.name}.svg"
-                charts[result.name](result, path)
+        for name, (chart, needed) in charts.items():
+            if all(one in tables for one in needed):
+                path = folder / f"{name}.svg"
+                figure = chart(*(tables[one] for one in needed))
+                figure.savefig(path, metadata={"Date": None, "Creator": None})
                 drawn.append(path)
     return drawn
 
 
-def _wake(result: Result, path: Path) -> None:
-    """How late, alone and beside a thread that burns the processor; whoever is too early is marked."""
-    figure, axes = _axes(
-        2, "how late acquire returns, one permit each 50 ms (ms; bar: median, line: p99)"
+def _summary(late: list[Table], order: list[Table], idle: list[Table]) -> Any:
+    """Draw what users feel: how late they are, whether in order, and what it costs to wait."""
+    names = [name for name, subject in SUBJECTS.items() if not subject.is_slow]
+    figure, axes = _axes(3, "", names)
+    panels = (
+        (late[0], wake.LATE, "late, median (ms)", True),
+        (order[0], fairness.OVERTAKEN, "overtaken (%)", False),
+        (idle[2], lines.IDLE, "CPU while 1,000 wait for 5 s (ms)", True),
     )
-    for axis, table, beside in zip(
-        axes, result.tables, ("alone", "beside a busy thread"), strict=False
-    ):
-        rows = [row for row in table.rows if row.figures]
-        _bars(axis, rows, wake.LATE, beside)
-        for at, row in enumerate(rows):
-            median, p99 = row.figures[wake.LATE].value, row.figures[wake.P99].value
-            axis.plot([max(median, 0.01), max(p99, 0.01)], [at, at], color="#444444", linewidth=1)
-            short = row.figures[wake.SHORT].value
-            if short:
-                axis.annotate(
-                    f" {short:.0f} % too early",
-                    (max(p99, median, 0.01), at),
-                    va="center",
-                    color="#b02a2a",
-                    fontsize=8,
-                )
-        axis.set_xlim(left=0.05)
-    _save(figure, path)
+    for axis, (table, column, title, is_log) in zip(axes, panels, strict=True):
+        _bars(axis, table, column, names, is_log=is_log)
+        axis.set_title(title, fontsize=9)
+    return figure
 
 
-def _free(result: Result, path: Path) -> None:
-    figure, axes = _axes(1, "a call of acquire that need not wait, one thread (ns)")
-    _bars(axes[0], _measured(result.tables[0], free_path.ONE), free_path.ONE, "")
-    _save(figure, path)
+def _wake(tables: list[Table]) -> Any:
+    """Draw how late, alone and beside a thread that burns the processor; and who is too early."""
+    names = [row.subject for row in tables[0].rows]
+    title = tables[0].title.removesuffix(", alone") + ": late by (ms; bar: median, line: p99)"
+    figure, axes = _axes(2, title, names)
+    for axis, table, beside in zip(axes, tables, ("alone", "beside a busy thread"), strict=False):
+        _bars(axis, table, wake.LATE, names, is_log=True)
+        axis.set_title(beside, fontsize=9)
+        for row in table.rows:
+            if row.figures:
+                _whisker(axis, names.index(row.subject), row)
+    return figure
 
 
-def _lines(result: Result, path: Path) -> None:
-    figure, axes = _axes(1, result.tables[2].title + ": CPU (ms)")
-    _bars(axes[0], _measured(result.tables[2], lines.IDLE), lines.IDLE, "")
-    _save(figure, path)
+def _whisker(axis: Any, at: int, row: Row) -> None:
+    median, p99 = (max(LEAST, row.figures[name].value) for name in (wake.LATE, wake.P99))
+    axis.plot([median, max(median, p99)], [at, at], color="#444444", linewidth=1)
+    short = row.figures[wake.SHORT].high
+    if short:
+        style = {"va": "center", "color": "#b02a2a", "fontsize": 8}
+        axis.annotate(f"  {short:.0f} % too early", (max(median, p99), at), **style)
 
 
-def _measured(table: Table, figure: str) -> list[Row]:
-    return [row for row in table.rows if figure in row.figures]
+def _free(tables: list[Table]) -> Any:
+    """Draw what a call costs that need not wait."""
+    names = [row.subject for row in tables[0].rows]
+    figure, axes = _axes(1, "a call of acquire that need not wait, one thread (ns)", names)
+    _bars(axes[0], tables[0], free_path.ONE, names, is_log=True)
+    return figure
 
 
-def _axes(count: int, title: str) -> tuple[Any, Sequence[Any]]:
+def _axes(count: int, title: str, names: Sequence[str]) -> tuple[Any, Sequence[Any]]:
+    """Return a figure with so many panels side by side, in which each name has its line."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5 if count > 1 else 6, 2.8), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(1, count, sharey=False, squeeze=False)[0]
+    figure = Figure(figsize=(3 + 2.2 * count, 0.8 + 0.22 * len(names)), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
     return figure, axes
 
 
-def _bars(axis: Any, rows: Iterable[Row], figure: str, title: str) -> None:
-    rows = list(rows)
-    values = [max(row.figures[figure].value, 0.01) for row in rows]
-    axis.barh(range(len(rows)), values, color=[COLOURS[row.kind] for row in rows], height=0.7)
-    axis.set_yticks(range(len(rows)), [row.subject for row in rows])
-    axis.invert_yaxis()
-    axis.set_xscale("log")
-    axis.set_title(title, fontsize=9)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, metadata={"Date": None, "Creator": None})
+def _bars(axis: Any, table: Table, column: str, names: Sequence[str], *, is_log: bool) -> None:
+    rows = [row for row in table.rows if row.subject in names and column in row.figures]
+    values = [row.figures[column].value for row in rows]
+    axis.barh(
+        [names.index(row.subject) for row in rows],
+        [max(LEAST, value) for value in values] if is_log else values,
+        color=[COLOURS[row.kind] for row in rows],
+        height=0.7,
+    )
+    for row, value in zip(rows, values, strict=True):
+        if value == 0:
+            axis.annotate(" 0", (0, names.index(row.subject)), va="center", fontsize=8)
+    if is_log:
+        axis.set_xscale("log")
+        axis.set_xlim(left=min(max(LEAST, value) for value in values) / 2)

@@ -76,7 +76,7 @@ def _futures(size: Size, say: Say) -> Table:
     rows = interleaved(cases, size.rounds, say)
     note = (
         "aiolimiter: tasks of one event loop. A grant: a permit is given back, and the next takes it. "
-        "What grows is the share of Python's garbage collector, which looks at all that wait again and again."
+        "What grows is the garbage collector's share: it looks at all that wait again and again."
     )
     return Table("Waiting without a thread", rows, note=note)
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 
+from gateway_queue_sync.clock import make_small
 from gateway_queue_sync.models import Permit
 from gateway_queue_sync.rules import Grant
 
@@ -17,14 +18,19 @@ _serials = itertools.count()
 class PermitFuture(Future[Permit]):
     """A future that leaves its line as soon as it is cancelled."""
 
-    on_cancel: Callable[[], None] | None = None
+    ticket: Ticket
+    on_cancel: Callable[[Ticket], None] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        make_small(self._condition)
 
     def cancel(self) -> bool:
         """Cancel as any future does, and leave the line."""
         cancelled = super().cancel()
         on_cancel, self.on_cancel = self.on_cancel, None
         if cancelled and on_cancel is not None:
-            on_cancel()
+            on_cancel(self.ticket)
         return cancelled
 
 
@@ -152,13 +158,17 @@ class Line:
         """Return how many wait in front of this place, which stands in line."""
         if ticket.place == self._last:
             return len(self) - 1
-        return sum(other.place < ticket.place for other in self.waiting())
+        place = ticket.place
+        before = sum(1 for other, who in self._heap if other < place and who.waiting)
+        return before - (self._is_first_served() and before > 0)
 
     def __len__(self) -> int:
         """Return how many wait."""
+        return len(self._heap) - self._gone - self._is_first_served()
+
+    def _is_first_served(self) -> bool:
         first = self.first
-        served = first is not None and first.grant is not None
-        return len(self._heap) - self._gone - served
+        return first is not None and first.grant is not None
 
 
 class Lines:

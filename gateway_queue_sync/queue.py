@@ -185,7 +185,7 @@ class GatewayQueue(Waiting):
             _complete(future, permit)
             return future
         ticket = self._ticket(shard_id, priority_us, permit, future)
-        future.on_cancel = partial(self._leave_cancelled, ticket)
+        future.ticket, future.on_cancel = ticket, self._leave_cancelled
         try:
             self._fulfil(ticket, self._join_as_future(ticket))
         except BaseException:
@@ -200,7 +200,7 @@ class GatewayQueue(Waiting):
         """
         future = PermitFuture()
         ticket = self._ticket(shard_id, priority_us, None, future, arrived_us)
-        future.on_cancel = partial(self._leave_cancelled, ticket)
+        future.ticket, future.on_cancel = ticket, self._leave_cancelled
         self._check_thread()
         self._join_as_future(ticket, asks=False)
         return future

@@ -1,0 +1,256 @@
+"""Benchmark 7: what clients that stall cost the broker, and how late it answers when their turn comes.
+
+The broker is a process of its own, the clients are another one. The floor is an asyncio server that
+answers nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.figures import OURS, Result, Table, Target, percentile
+from benchmarks.machine import HAS_PSUTIL, processor_seconds, resident_bytes
+from benchmarks.rounds import Case, Measured, Say, interleaved
+from benchmarks.shared import free_port
+
+NAME = "broker"
+TITLE = "Broker"
+
+INTERVAL, MARGIN = 0.03, 0.02
+NEVER = 86_400.0  # s: a window that does not end meanwhile
+AT_ONCE = 512  # connections being opened at one time
+PATIENCE = 60.0  # s
+BARE = "bare asyncio server"
+EACH, CONNECT = "each (KiB)", "to connect all (s)"
+IDLE = "CPU while idle (ms a second)"
+LATE, P99, CLOSE = "late, median (ms)", "late, p99 (ms)", "too close (of 100)"
+
+
+class Size(NamedTuple):
+    """How much is measured: how many stall, for how long nobody moves, how many answers are timed."""
+
+    rounds: int
+    stalled: tuple[int, ...]
+    idle: float
+    answers: int
+
+
+SIZES = {
+    "whole": Size(1, (1_000, 5_000, 10_000), 3.0, 60),
+    "quick": Size(1, (500,), 1.0, 20),
+    "tiny": Size(1, (8,), 0.1, 3),
+}
+
+
+def run(size: Size, say: Say) -> Result:
+    """Measure with more and more clients that stall."""
+    if not HAS_PSUTIL:
+        return Result(
+            NAME, TITLE, skipped="psutil, which tells what a process uses, is not installed"
+        )
+    if not _can_serve():
+        return Result(NAME, TITLE, skipped="this version has no `serve` command")
+    allowed = allow_files(max(size.stalled) + 200)
+    stalled = [count for count in size.stalled if count + 200 <= allowed]
+    cases = []
+    for count in stalled:
+        cases += [
+            Case(f"{BARE}, {count:,}", "floor", stall, (BARE, count, size.idle)),
+            Case(f"{OURS}, {count:,}", "ours", stall, (OURS, count, size.idle)),
+        ]
+    table = Table("Connections that stall", interleaved(cases, size.rounds, say))
+    if stalled != list(size.stalled):
+        table.note = f"No more than {allowed:,} files may be open here (ulimit -n)."
+    answers = Table(
+        f"Answers among those that stall, one each {(INTERVAL + MARGIN) * 1e3:.0f} ms",
+        interleaved(
+            [Case(f"{OURS}, {n:,}", "ours", answer, (n, size.answers)) for n in stalled],
+            size.rounds,
+            say,
+        ),
+        note=f"interval {INTERVAL * 1e3:.0f} ms and margin {MARGIN * 1e3:.0f} ms; as the client sees it",
+    )
+    most = f"{OURS}, {stalled[-1]:,}"
+    targets = [
+        Target(f"{stalled[-1]:,} that stall: each (KiB)", table.value(most, EACH), 8),
+        Target(f"{stalled[-1]:,} that stall: median late (ms)", answers.value(most, LATE), 2),
+        Target(f"{stalled[-1]:,} that stall: too close (of 100)", answers.value(most, CLOSE), 0),
+    ]
+    return Result(NAME, TITLE, [table, answers], targets)
+
+
+def _can_serve() -> bool:
+    command = [sys.executable, "-m", "gateway_queue_sync", "serve", "--help"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def allow_files(wanted: int) -> int:
+    """Have this process and its children open so many files, if they may; return how many they may."""
+    try:
+        import resource
+    except ImportError:
+        return 500  # Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = max(wanted, soft)
+    if soft < wanted:
+        soft = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft
+
+
+# --- in a process of its own ----------------------------------------------------------------------
+
+
+def stall(subject: str, count: int, idle: float) -> Measured:
+    """Weigh connections that stall, and see what it costs that nobody moves for a while."""
+    allow_files(count + 200)
+    with _server(subject, NEVER, 0.25) as (port, pid):
+        before = resident_bytes(pid)
+        with _clients(port, count) as clients:
+            clients.send("connect")
+            took = clients.recv()
+            time.sleep(0.5)  # what has just begun comes to rest
+            each = (resident_bytes(pid) - before) / count / 1024
+            used = processor_seconds(pid)
+            time.sleep(idle)
+            used = processor_seconds(pid) - used
+    return {EACH: each, CONNECT: took, IDLE: used / idle * 1e3}
+
+
+def answer(count: int, answers: int) -> Measured:
+    """Time answers that come while so many stall."""
+    allow_files(count + 200)
+    with _server(OURS, INTERVAL, MARGIN) as (port, _), _clients(port, count) as clients:
+        clients.send("connect")
+        clients.recv()
+        clients.send(answers)
+        answered = clients.recv()
+    gaps = [later - earlier for earlier, later in itertools.pairwise(sorted(answered))]
+    late = sorted(gap - INTERVAL - MARGIN for gap in gaps)
+    return {
+        LATE: percentile(late, 50) * 1e3,
+        P99: percentile(late, 99) * 1e3,
+        CLOSE: sum(gap < INTERVAL for gap in gaps) / len(gaps) * 100,
+    }
+
+
+@contextlib.contextmanager
+def _server(subject: str, interval: float, margin: float) -> Iterator[tuple[int, int]]:
+    """Run a server meanwhile; return its port and its process."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        if subject == BARE:
+            command = [sys.executable, "-m", "benchmarks.broker", str(port)]
+        else:
+            command = [
+                *(sys.executable, "-m", "gateway_queue_sync", "serve"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+                *("--interval", str(interval), "--margin", str(margin)),
+                *("--state", str(Path(folder) / "state.sqlite3")),
+            ]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment()
+        )
+        try:
+            asyncio.run(_until_it_listens(process, port))
+            yield port, process.pid
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """Return this process's environment without what a broker takes its settings from."""
+    settings = ("HOST", "PORT", "DISCORD_TOKEN", "CONCURRENCY")
+    return {name: value for name, value in os.environ.items() if name not in settings}
+
+
+async def _until_it_listens(process: subprocess.Popen[bytes], port: int) -> None:
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            if process.poll() is not None or time.monotonic() > give_up:
+                raise RuntimeError(f"the server does not listen on port {port}") from None
+            await asyncio.sleep(0.02)
+        else:
+            writer.close()
+            return
+
+
+@contextlib.contextmanager
+def _clients(port: int, count: int) -> Iterator[Any]:
+    """Have a process of clients meanwhile; return how to talk to it."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=be_clients, args=(there, port, count))
+    process.start()
+    try:
+        yield here
+    finally:
+        process.kill()
+        process.join()
+
+
+def be_clients(orders: Any, port: int, count: int) -> None:
+    """Open connections that ask for a permit and wait for it; then tell when answers come."""
+    asyncio.run(_be_clients(orders, port, count))
+
+
+async def _be_clients(orders: Any, port: int, count: int) -> None:
+    answered: asyncio.Queue[float] = asyncio.Queue()
+    turns = asyncio.Semaphore(AT_ONCE)
+    loop = asyncio.get_running_loop()
+
+    class Client(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            transport.write(b"GET /?shard=0 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+
+        def data_received(self, data: bytes) -> None:
+            if data.startswith(b"HTTP/1.1 200"):
+                answered.put_nowait(time.monotonic())
+
+    async def connect() -> None:
+        async with turns:
+            await loop.create_connection(Client, "127.0.0.1", port)
+
+    orders.recv()
+    began = time.monotonic()
+    await asyncio.gather(*(connect() for _ in range(count)))
+    orders.send(time.monotonic() - began)
+    wanted = await asyncio.to_thread(orders.recv)
+    while not answered.empty():
+        answered.get_nowait()  # what came while not all were there
+    async with asyncio.timeout(PATIENCE):
+        orders.send([await answered.get() for _ in range(wanted)])
+
+
+class _Silent(asyncio.Protocol):
+    """Takes a request, and never answers."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+
+async def _be_silent(port: int) -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(_Silent, "127.0.0.1", port, backlog=4096)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(_be_silent(int(sys.argv[1])))

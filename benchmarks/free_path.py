@@ -1,0 +1,162 @@
+"""Benchmark 2: what ``acquire`` costs when nobody must wait, with the permit made."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from benchmarks.figures import OURS, Result, Table, Target
+from benchmarks.peers import SUBJECTS
+from benchmarks.rounds import Case, Measured, Say, interleaved
+from gateway_queue_sync import LargeBotQueue, SessionStartLimit
+
+NAME = "free"
+TITLE = "Free path"
+
+FLOOR = "lock, clock, compare, store"
+BUDGET = f"{OURS}, a bucket each"
+ONE = "1 thread (ns)"
+THREADS = (1, 2, 8)
+
+
+class Size(NamedTuple):
+    """How much is measured: calls in each of the rounds, over all threads."""
+
+    rounds: int
+    calls: int
+
+
+SIZES = {"whole": Size(3, 100_000), "quick": Size(2, 20_000), "tiny": Size(1, 400)}
+
+
+def run(size: Size, say: Say) -> Result:
+    """Measure with 1, 2 and 8 threads that call without a pause."""
+    cases = [
+        Case(FLOOR, "floor", floor, (size.calls,)),
+        Case(OURS, "ours", calls_of, (OURS, size.calls)),
+        Case(
+            BUDGET,
+            "ours",
+            with_budget,
+            (size.calls,),
+            "LargeBotQueue(limit): buckets never asked before, the day's budget, margin 0.25 s",
+        ),
+    ]
+    cases += [
+        Case(peer.name, peer.kind, calls_of, (peer.name, size.calls))
+        for peer in SUBJECTS.values()
+        if peer.kind != "ours" and not peer.is_slow  # calls the same here
+    ]
+    note = "" if size.calls >= SIZES["quick"].calls else "too few calls to say anything"
+    table = Table(
+        "A call of acquire that need not wait",
+        interleaved(cases, size.rounds, say),
+        compared=ONE,
+        note=note,
+    )
+    exact = min(
+        (
+            row.figures[ONE].value
+            for row in table.rows
+            if row.kind == "peer" and row.figures and SUBJECTS[row.subject].is_exact
+        ),
+        default=float("nan"),
+    )
+    ours, floor_ns = table.value(OURS, ONE), table.value(FLOOR, ONE)
+    targets = [
+        Target("one thread / the floor", ours / floor_ns, 3),
+        Target("one thread / the fastest peer that is exact", ours / exact, 1),
+    ]
+    return Result(NAME, TITLE, [table], targets)
+
+
+# --- in a process of its own ----------------------------------------------------------------------
+
+
+def calls_of(name: str, calls: int) -> Measured:
+    """Call a subject that never blocks."""
+    subject = SUBJECTS[name]
+    if subject.is_async:
+        return asyncio.run(_tasks(name, calls))
+    return _for_each_count(lambda _: subject.free(), calls)
+
+
+def with_budget(calls: int) -> Measured:
+    """Call a queue as a big bot has it, each time for a bucket that was never asked."""
+
+    def make(count: int) -> Callable[[int], object]:
+        limit = SessionStartLimit(count, count, 0.0, count)
+        acquire, shard_ids = LargeBotQueue(limit).acquire, itertools.count()
+        return lambda _: acquire(next(shard_ids))
+
+    return _for_each_count(make, calls)
+
+
+def floor(calls: int) -> Measured:
+    """Do the least that any exact limiter must: lock, read the clock, compare and store."""
+
+    def make(_: int) -> Callable[[int], object]:
+        lock, due = threading.Lock(), 0
+        now = time.monotonic_ns
+
+        def acquire(_: int) -> bool:
+            nonlocal due
+            with lock:
+                at = now()
+                if at < due:
+                    return False
+                due = at + 1
+                return True
+
+        return acquire
+
+    return _for_each_count(make, calls)
+
+
+def _for_each_count(make: Callable[[int], Callable[[int], object]], calls: int) -> Measured:
+    measured = {}
+    for threads in THREADS:
+        each = calls // threads
+        name = f"{threads} thread{'s' * (threads > 1)} (ns)"
+        measured[name] = _time(make(calls), threads, each) / (each * threads) * 1e9
+    return measured
+
+
+def _time(acquire: Callable[[int], object], threads: int, each: int) -> float:
+    """Return the seconds from when all threads may begin until the last has made its calls."""
+    gate = threading.Barrier(threads + 1)
+
+    def call() -> None:
+        gate.wait()
+        for _ in range(each):
+            acquire(0)
+
+    callers = [threading.Thread(target=call) for _ in range(threads)]
+    for caller in callers:
+        caller.start()
+    gate.wait()
+    began = time.perf_counter()
+    for caller in callers:
+        caller.join()
+    return time.perf_counter() - began
+
+
+async def _tasks(name: str, calls: int) -> Measured:
+    acquire = SUBJECTS[name].free()
+    measured = {}
+    for tasks in THREADS:
+        each = calls // tasks
+
+        async def call(each: int = each) -> None:
+            for _ in range(each):
+                await acquire(0)
+
+        began = time.perf_counter()
+        await asyncio.gather(*(call() for _ in range(tasks)))
+        name = f"{tasks} thread{'s' * (tasks > 1)} (ns)"
+        measured[name] = (time.perf_counter() - began) / (each * tasks) * 1e9
+    return measured

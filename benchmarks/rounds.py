@@ -1,0 +1,88 @@
+"""Running what is measured: each in a process of its own, in rounds that take turns."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+from benchmarks.figures import Figure, Kind, Row
+from benchmarks.machine import Watch
+from benchmarks.peers import missing
+
+Measured = dict[str, float]
+"""What one round came to: figures by their names, which end in the unit."""
+
+Say = Callable[[str], None]
+"""Tells whoever waits how far things are."""
+
+_PROCESSES = multiprocessing.get_context("spawn")
+
+
+class Case(NamedTuple):
+    """One row to be: whom to measure, and the function and arguments that do, in a process apart."""
+
+    subject: str
+    kind: Kind
+    function: Callable[..., Measured]
+    args: tuple[Any, ...]
+    note: str = ""
+    of: str = ""
+
+    @property
+    def missing(self) -> str:
+        """Why it cannot be measured, if so. ``of`` names whom, if the row has another name."""
+        return missing(self.of or self.subject)
+
+
+def apart(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a new process, and return what it returned."""
+    return side_by_side([(function, args)])[0]
+
+
+def side_by_side(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
+    """Call each function in a new process, all at one time; return what they returned."""
+    with ProcessPoolExecutor(len(calls), _PROCESSES) as pool:
+        futures = [pool.submit(function, *args) for function, args in calls]
+        return [future.result() for future in futures]
+
+
+def interleaved(cases: Sequence[Case], rounds: int, say: Say) -> list[Row]:
+    """Measure all cases in turn, so many times over, and return a row for each.
+
+    A case whose package is not installed has a row that says so.
+    """
+    measured: dict[Case, list[Measured]] = defaultdict(list)
+    noisy: dict[Case, int] = defaultdict(int)
+    for number in range(rounds):
+        for case in cases:
+            if case.missing:
+                continue
+            say(f"round {number + 1} of {rounds}: {case.subject}")
+            with Watch() as watch:
+                measured[case].append(apart(case.function, *case.args))
+            noisy[case] += watch.is_noisy
+    return [row_of(case, measured[case], noisy[case]) for case in cases]
+
+
+def at_one_time(cases: Sequence[Case], say: Say) -> list[Row]:
+    """Measure all cases once, at one time: for what costs next to nothing, but takes long."""
+    present = [case for case in cases if not case.missing]
+    say(", ".join(case.subject for case in present))
+    with Watch() as watch:
+        found = side_by_side([(case.function, case.args) for case in present])
+    measured = dict(zip(present, found, strict=True))
+    return [
+        row_of(case, [measured[case]] if case in measured else [], int(watch.is_noisy))
+        for case in cases
+    ]
+
+
+def row_of(case: Case, measured: Sequence[Measured], noisy: int) -> Row:
+    """Return a case's row, from what its rounds came to."""
+    if not measured:
+        return Row(case.subject, case.kind, note=case.missing)
+    figures = {name: Figure.of(one[name] for one in measured) for name in measured[0]}
+    return Row(case.subject, case.kind, figures, case.note, noisy, len(measured))

@@ -1,0 +1,110 @@
+"""The benchmarks run, and what they come to is well formed. No speed is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from benchmarks import fairness, fleet, peers, report, wake
+from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.figures import OURS, Figure, Result, Row, Table, Target
+
+
+def ignore(what):
+    """Tell nobody how far things are."""
+
+
+def check(result):
+    assert result.skipped or result.tables
+    for row in (row for table in result.tables for row in table.rows):
+        assert row.figures or row.note.startswith(("not installed: pip install ", "no redis"))
+        for figure in row.figures.values():
+            assert math.isfinite(figure.value)
+            assert figure.low <= figure.value <= figure.high
+        assert row.noisy <= row.rounds
+    found = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert Result.from_json(found).to_json() == found
+    text = report.as_text(result)
+    assert all(table.title in text for table in result.tables)
+    assert all(target.what in text for target in result.targets)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_tiny_run_gives_well_formed_figures(name):
+    module = BENCHMARKS[name]
+    result = module.run(module.SIZES["tiny"], ignore)
+    assert (result.name, result.title) == (name, module.TITLE)
+    check(result)
+    if not result.skipped:
+        assert any(row.kind == "ours" and row.figures for row in result.tables[0].rows)
+
+
+def test_a_peer_that_is_not_installed_has_a_row_that_says_so(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    result = fairness.run(fairness.SIZES["tiny"], ignore)
+    check(result)
+    rows = {row.subject: row for row in result.tables[0].rows}
+    assert rows["aiolimiter"].note == "not installed: pip install aiolimiter"
+    assert rows[OURS].figures
+    assert peers.versions() == {}
+
+
+def test_what_was_measured_can_be_shown_again(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    assert main(["fairness", "--tiny", "--json", str(file)]) == 0
+    measured = capsys.readouterr().out
+    assert main(["--load", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert set(shown.splitlines()) <= set(measured.splitlines())
+    assert main(["--load", str(file), "--markdown"]) == 0
+    head, ruler, *rows = capsys.readouterr().out.splitlines()
+    assert len({line.count("|") for line in (head, ruler, *rows)}) == 1
+    assert rows[0].startswith("| **this package** |")
+
+
+def test_a_name_that_is_no_benchmark_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["sleep"])
+    assert "'sleep' is none of wake, free," in capsys.readouterr().err
+
+
+def test_a_figure_is_the_median_of_its_rounds_with_its_spread():
+    assert Figure.of([3.0, 1.0, 8.0]) == Figure(value=3.0, low=1.0, high=8.0)
+
+
+def test_a_target_without_a_measurement_is_neither_met_nor_missed():
+    assert Target("late", math.nan, 1).met is None
+    assert [Target("late", got, 1).met for got in (1, 2)] == [True, False]
+    assert Target("faster", 2, 3, at_least=True).met is False
+
+
+def test_a_spacing_below_the_window_counts_as_short():
+    judged = wake.judge([10.0, 11.5, 12.25, 14.0], 1.0)
+    assert judged[wake.SHORT] == pytest.approx(100 / 3)
+    assert judged[wake.SHORTEST] == pytest.approx(250)
+    assert judged[wake.LATE] == pytest.approx(500)
+
+
+def test_the_least_that_a_start_takes_is_reckoned_from_when_shards_asked():
+    assert fleet.least_seconds([10.0, 10.0, 10.0, 10.0], 2, 5.0) == 5.0
+    assert fleet.least_seconds([10.0, 11.0, 18.0], 1, 5.0) == 10.0  # due at 10, 15, 20
+    assert fleet.least_seconds([10.0, 10.0, 18.0], 2, 5.0) == 8.0
+
+
+def test_an_overtaken_shard_is_found(monkeypatch):
+    monkeypatch.setattr(fairness, "_served_threads", lambda *_: [0, 2, 3, 1])
+    judged = fairness.order(OURS, 4, 0.02)
+    assert judged == {fairness.OVERTAKEN: 25.0, fairness.MOST: 2.0, fairness.BEHIND: 2.0}
+
+
+def test_ratios_are_to_the_floor_and_to_ours():
+    def row(subject, kind, late):
+        return Row(subject, kind, {"late (ms)": Figure(late, late, late)})
+
+    rows = [row("floor", "floor", 0.2), row(OURS, "ours", 0.3), row("other", "peer", 0.9)]
+    table = Table("A table", rows, compared="late (ms)")
+    text = report.as_text(Result("wake", "Wake", [table]))
+    other = next(line for line in text.splitlines() if line.strip().startswith("other"))
+    assert other.split() == ["other", "0.900", "4.50", "3.00"]

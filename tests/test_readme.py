@@ -8,9 +8,17 @@ import shlex
 import threading
 
 import pytest
-from recipes import README, block
+from recipes import README, block, run
 
-from gateway_queue_sync import LargeBotQueue, LocalQueue, QueueClosed, SessionStartLimit, cli
+from gateway_queue_sync import (
+    LargeBotQueue,
+    LocalQueue,
+    QueueClosed,
+    SessionStartLimit,
+    SqliteQueue,
+    cli,
+    serve,
+)
 
 
 def test_the_bot_in_ten_lines_starts_its_shards(monkeypatch):
@@ -102,3 +110,31 @@ def test_the_shared_queue_grants_and_can_be_looked_at(monkeypatch, tmp_path, cap
     assert command.pop() == "--watch"
     assert cli.main(command[3:]) == 0
     assert "left today  999 of 1000" in capsys.readouterr().out
+
+
+def test_the_remote_queue_asks_its_broker(tmp_path, capsys):
+    with SqliteQueue(tmp_path / "q", interval=0.01, margin=0.02) as queue:
+        with serve(queue, port=0) as broker:
+            changes = {"http://127.0.0.1:8787": broker.url, '")\nwith': '", margin=0.02)\nwith'}
+            run("HttpQueue(", changes=changes)["queue"].close()
+    assert capsys.readouterr().out.startswith("<Permit shard_id=7 bucket=0 ")
+
+
+def test_the_plan_is_what_the_comment_says(capsys):
+    run("plan_start(")
+    said = block("python", "plan_start(").split("print(plan)  # ")[1]
+    assert capsys.readouterr().out == said
+
+
+RUN = ("def run_shard", "def wait_to_identify", "SqliteQueue(", "HttpQueue(", "plan_start(",
+       "class Shard", "import websocket\n", "from websockets.sync", "from gevent", "import discord",
+       "add_done_callback", "SqliteQueue.from_token(", "RedisQueue.from_token(",
+       "class PausableQueue")  # fmt: skip
+
+
+def test_every_block_is_run_by_a_test():
+    """A new one has its name here, and a test that runs it."""
+    blocks = re.findall(r"```(?:python|py)\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == len(RUN)
+    for containing in RUN:
+        assert block("python", containing)

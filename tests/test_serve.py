@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from recipes import block
 from redis_servers import RedisServer, free_port, needs_redis, until
 from test_gateway_bot import TOKEN, answer
 from test_gateway_bot import serving as discord
@@ -159,6 +160,18 @@ def test_clients_are_held_until_their_turn_and_then_granted(shared, ask):
     since = time.monotonic()
     assert ask(shared.url) == BODY
     assert time.monotonic() - since > 0.2  # a window after the one before, which was just granted
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no node here")
+def test_the_recipe_for_node_waits_until_it_may(shared):
+    recipe = block("js", "waitToIdentify").replace("http://127.0.0.1:8787", shared.url)
+    script = (
+        recipe + "waitToIdentify(1).then(() => waitToIdentify(2)).then(() => console.log('ok'))"
+    )
+    since = time.monotonic()
+    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "ok\n"
+    assert time.monotonic() - since > 0.2
 
 
 # --- settings -------------------------------------------------------------------------------------

@@ -347,7 +347,10 @@ class _Turn:
         return True
 
     def _open_with(self, limit: SessionStartLimit) -> None:
-        """Take the limit that a process begins with: within the period that runs it refills nothing."""
+        """Take the limit that a process begins with.
+
+        Within the period that runs it refills nothing, nor does it bring the reset nearer.
+        """
         account = self.account
         period, owed, left = (
             account.period,
@@ -355,12 +358,13 @@ class _Turn:
             rules.budget(account, self.wall_us),
         )
         runs = left is not None and left.resets_in_us > 0
-        if runs and left is not None and limit.remaining >= left.remaining:
-            limit = replace(
-                limit,
-                remaining=min(left.remaining, limit.total),
-                reset_after=left.resets_in_us / rules.MICROSECOND,
-            )
+        if runs and left is not None:
+            resets_in = left.resets_in_us / rules.MICROSECOND
+            if limit.remaining >= left.remaining:
+                remaining, reset_after = min(left.remaining, limit.total), resets_in
+            else:
+                remaining, reset_after = limit.remaining, max(limit.reset_after, resets_in)
+            limit = replace(limit, remaining=remaining, reset_after=reset_after)
         rules.adopt(account, limit, self.wall_us)
         if runs:
             account.period, account.refresh_owed = period, owed

@@ -376,7 +376,9 @@ def test_a_process_that_dies_while_it_reads_the_limit_is_waited_for_for_a_lease(
     [
         (limit(10, 10, 900.0), (10, 6, 590.0)),  # a restart refills nothing
         (limit(10, 6, 900.0), (10, 6, 590.0)),
-        (limit(10, 2, 30.0), (10, 2, 30.0)),  # Discord knows of more
+        (limit(10, 2, 30.0), (10, 2, 590.0)),  # Discord knows of more
+        (limit(10, 2, 900.0), (10, 2, 900.0)),
+        (limit(10, 2, 0.0), (10, 2, 590.0)),
         (limit(100, 100, 900.0), (100, 6, 590.0)),  # total is taken as given
         (limit(4, 4, 900.0), (4, 4, 900.0)),
         (None, (10, 6, 590.0)),
@@ -415,6 +417,16 @@ def test_a_crash_loop_cannot_burn_the_budget_unseen(account, clock):
         granted += queue.try_acquire(0) is not None
         queue._ledger.close()  # and not the queue: it crashes
     assert granted == 15
+
+
+def test_a_crash_loop_whose_limit_says_that_its_reset_is_due_cannot_either(account, clock):
+    granted = 0
+    for _ in range(50):
+        queue = account.queue(limit(20, 15, 0.0), clock=clock)
+        clock.advance(WINDOW)
+        granted += queue.try_acquire(0) is not None
+        queue._ledger.close()
+    assert granted == 16  # one of a new period, and what was given
 
 
 def test_other_buckets_given_at_a_start_begin_from_the_latest_grant(account, clock):

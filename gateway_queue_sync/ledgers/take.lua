@@ -426,8 +426,12 @@ end
 local function open_with(limit)
   local period, owed, total, remaining, in_us = account.period, account.refresh_owed, budget()
   local runs = in_us > 0
-  if runs and limit.remaining >= remaining then
-    limit.remaining, limit.reset_after_us = math.min(remaining, limit.total), in_us
+  if runs then
+    if limit.remaining >= remaining then
+      limit.remaining, limit.reset_after_us = math.min(remaining, limit.total), in_us
+    else
+      limit.reset_after_us = math.max(limit.reset_after_us, in_us)
+    end
   end
   adopt(limit)
   if runs then

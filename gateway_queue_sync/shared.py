@@ -12,11 +12,11 @@ import logging
 import os
 import random
 import re
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import get_ident
 from typing import TypedDict
 
 from gateway_queue_sync import forecast
@@ -226,7 +226,7 @@ class SharedQueue(GatewayQueue):
         with self._mutex:
             if self._closed:
                 raise QueueClosed
-            if get_ident() in self._threads:
+            if threading.get_ident() in self._threads:
                 raise reentered()
         return None
 
@@ -540,22 +540,30 @@ def _outlook(reply: Reply, period_us: int, reserve: int) -> forecast.Outlook:
 _queues: weakref.WeakSet[SharedQueue] = weakref.WeakSet()
 
 
-_held: list[SharedLedger] = []  # between the hooks, for one fork at a time
+class _Held(threading.local):
+    """The ledgers that a thread which forks has made ready for that."""
+
+    def __init__(self) -> None:
+        self.ledgers: list[SharedLedger] = []
+
+
+_held = _Held()
 
 
 def _before_fork() -> None:
-    _held[:] = [queue._ledger for queue in list(_queues)]
-    for ledger in _held:
+    # In one order, for two threads that fork at once.
+    for ledger in sorted((queue._ledger for queue in list(_queues)), key=id):
         ledger.before_fork()
+        _held.ledgers.append(ledger)
 
 
 def _after_fork_in_parent() -> None:
-    while _held:
-        _held.pop().after_fork_in_parent()
+    while _held.ledgers:
+        _held.ledgers.pop().after_fork_in_parent()
 
 
 def _after_fork_in_child() -> None:
-    _held.clear()
+    _held.ledgers.clear()
     for queue in list(_queues):
         queue._begin_anew_after_fork()
 

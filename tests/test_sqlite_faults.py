@@ -1251,6 +1251,28 @@ queue.close()
 
 
 @needs_fork
+def test_threads_that_fork_at_once_let_each_other_go_on(path):
+    (said,) = run(
+        FORKING
+        + """
+def forks():
+    for _ in range(100):
+        assert status_of(fork(lambda: 0)) == 0
+threads = [threading.Thread(target=forks, daemon=True) for _ in range(3)]
+for thread in threads:
+    thread.start()
+give_up = time.monotonic() + 20
+while any(thread.is_alive() for thread in threads) and time.monotonic() < give_up:
+    queue._ledger.peek()
+print(sum(thread.is_alive() for thread in threads), flush=True)
+os._exit(0)
+""",
+        path,
+    )
+    assert said == "0"
+
+
+@needs_fork
 def test_the_child_of_a_closed_queue_grants_nothing_and_leaves_nothing_open(path):
     (said,) = run(
         FORKING

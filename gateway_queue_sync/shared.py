@@ -301,6 +301,8 @@ class SharedQueue(GatewayQueue):
                 return replace(ticket.answer, wait_us=left_us)
             ticket.woken, ticket.known = False, True
             heir = self._lines.second(self._lines.bucket(ticket))
+            if isinstance(heir, SharedTicket) and not heir.stays:
+                heir = None
             self._mutex.release()
             try:
                 answer, heir_us = self._consult(ticket, heir)
@@ -445,7 +447,10 @@ class SharedQueue(GatewayQueue):
             if self._ledger.forgotten:
                 self._ledger.forgotten = False
                 for ticket in self._lines:
-                    self._ledger.joined(ticket)
+                    assert isinstance(ticket, SharedTicket)
+                    if ticket.stays:  # one that just tries is never told of
+                        ticket.known = True
+                        self._ledger.joined(ticket)
         if outage is not None and outage.failures >= WORTH_A_WARNING:
             away = (self._now_us() - outage.since_us) / MICROSECOND
             log.warning("%r answers again, after %.1f s", self._ledger, away)

@@ -247,6 +247,20 @@ def test_trying_leaves_nothing_behind(two, clock):
     assert one.acquire(3).waited == 0.0
 
 
+def test_who_only_tries_inherits_no_place(two, crew, monkeypatch):
+    one, other = two
+    carry = one._ledger.carry
+
+    def passed_meanwhile(request, patience=0.0):
+        monkeypatch.undo()
+        crew(one.acquire, 2, priority=9.0).now()
+        return carry(request)
+
+    monkeypatch.setattr(one._ledger, "carry", passed_meanwhile)
+    assert one.try_acquire(1) is None
+    assert other.snapshot().waiting == 0
+
+
 def test_a_timeout_leaves_the_line_of_all(two, clock, crew):
     one, other = two
     one.acquire(99)
@@ -552,6 +566,16 @@ def test_who_waits_is_told_anew_to_a_ledger_that_lost_it(two, clock, crew):
     one.snapshot()
     assert order(other.snapshot()) == [1, 2, 3]
     one.close()
+
+
+def test_who_only_tried_is_not_told_to_a_ledger_that_lost_it(two, clock):
+    one, other = two
+    one.acquire(99)
+    forget_all(one)
+    assert one.try_acquire(1) is None
+    with pytest.raises(AcquireTimeout):
+        other.acquire(2, timeout=0)
+    assert one.snapshot().waiting == other.snapshot().waiting == 0
 
 
 def test_after_a_loss_the_limit_is_read_anew(account, clock):

@@ -4,7 +4,10 @@
 -- microseconds of this server's clock. They are whole numbers below 2^53, which Lua holds exactly, but
 -- writes with 14 digits unless told otherwise: so `whole` writes them.
 --
--- KEYS  1 account   hash: its fields, and `b:<number>` for each bucket
+-- An account that another run of a server has kept (it was restarted, or failed over) may be an older one:
+-- what was granted since is not in it, and no bucket grants for a window.
+--
+-- KEYS  1 account   hash: its fields, the server's run, and `b:<number>` for each bucket
 --       2 process   sorted set: owner by when its lease ends
 --       3 void      hash: owner -> up to which of its requests it has given them up
 --       4 head      hash: `<number> <owner>` -> ticket, shard id, place
@@ -35,6 +38,8 @@ else
   now = time[1] * 1e6 + time[2]
   wall = now
 end
+local info = redis.pcall('INFO', 'server') -- a user who may not ask is told an error
+local run = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or ''
 local shift = request.at_us and now - request.at_us or 0
 local account, buckets = {}, {}
 local new, relaid = false, false
@@ -71,13 +76,13 @@ end
 -- the store -----------------------------------------------------------------------------------------
 
 local function load_account()
-  local values = redis.call('HMGET', ACCOUNT, 'refresher', unpack(NUMBERS))
-  if not values[2] then
+  local values = redis.call('HMGET', ACCOUNT, 'refresher', 'run', unpack(NUMBERS))
+  if not values[3] then
     return false
   end
-  account.refresher = values[1]
+  account.refresher, account.run = values[1], values[2] or ''
   for place, name in ipairs(NUMBERS) do
-    account[name] = tonumber(values[place + 1])
+    account[name] = tonumber(values[place + 2])
   end
   return true
 end
@@ -106,7 +111,7 @@ local function keep()
   if relaid then
     redis.call('DEL', ACCOUNT)
   end
-  local fields = {'refresher', account.refresher}
+  local fields = {'refresher', account.refresher, 'run', run ~= '' and run or account.run}
   for _, name in ipairs(NUMBERS) do
     fields[#fields + 1] = name
     fields[#fields + 1] = whole(account[name])
@@ -361,7 +366,7 @@ local function begin()
     window_us = request.interval_us + request.margin_us, period_us = request.period_us,
     max_concurrency = 1, total = 0, remaining = 0, resets_at_us = NOT_BEGUN, span_us = 0,
     period = request.period, refresh_owed = 0, granted = request.granted, interval_us = 0, margin_us = 0, interval_until_us = NEVER,
-    margin_until_us = NEVER, opened_us = NEVER, refresher = '', refresh_until_us = NEVER,
+    margin_until_us = NEVER, opened_us = NEVER, refresher = '', run = '', refresh_until_us = NEVER,
     fresh_last_us = now, fresh_closed_until_us = NEVER,
   }
   local order = request.order
@@ -439,7 +444,7 @@ local function open_with(limit)
   end
 end
 
-local function make_good()
+local function begin_windows_anew()
   load_buckets()
   local closed_until = account.fresh_closed_until_us
   for _, bucket in pairs(buckets) do
@@ -447,6 +452,11 @@ local function make_good()
   end
   account.fresh_last_us, account.fresh_closed_until_us = now, closed_until
   buckets, relaid = {}, true
+  account.refresh_owed = 1
+end
+
+local function make_good()
+  begin_windows_anew()
   open_with(request.limit)
   account.period = math.max(account.period, request.period)
   account.granted, account.refresh_owed = request.granted, 1
@@ -645,8 +655,12 @@ local function reply(known, booked, void)
   }
 end
 
+local other_run = false
 if not load_account() then
   begin()
+elseif run ~= '' and account.run ~= '' and run ~= account.run then
+  other_run = true
+  begin_windows_anew()
 end
 if owner == '' then
   return reply(not new, false)
@@ -655,6 +669,8 @@ local given_up = math.max(request.void, tonumber(redis.call('HGET', VOID, owner)
 redis.call('HSET', VOID, owner, whole(given_up)) -- the first to write: refused where memory is short
 if new then
   redis.call('DEL', PROCESS, HEAD, PERMIT, WAITER)
+elseif other_run then
+  redis.call('DEL', PROCESS, HEAD, WAITER) -- whoever waits is told anew
 end
 local period = account.period
 local known = redis.call('ZADD', PROCESS, whole(now + request.lease_us), owner) == 0

@@ -8,8 +8,10 @@ Only the first ticket that each process has for a bucket stands in the line, ord
 head start. It has *rank* r if r of them are before it, and may take from r *graces* after the bucket
 opens on: so each process ahead of it that is dead or stuck costs one grace, and not the line. A
 process counts while it holds its *lease*, which any request renews; whoever is passed over loses it,
-and has it and its old place back with its next request. The others of a process are known for
-snapshots alone, so they may be told of late, and many at a time.
+and has it and its old place back with its next request. Where a bucket opens by surprise (a permit was
+given back, a limit is new), who is first may sleep on for a third of a lease: graces count from then.
+One that only tries passes nobody. The others of a process are known for snapshots alone, so they may
+be told of late, and many at a time.
 
 A ticket is granted once, however often it asks, until it gives the permit back: a reply that was lost
 costs nothing. ``ledgers/take.lua`` says the same to Redis; the two are tested against each other,
@@ -49,8 +51,8 @@ class SharedAccount(Account):
     Attributes:
         interval_us, margin_us: the largest that a live process wants; they make the window.
         interval_until_us, margin_until_us: until when a smaller one does not count.
-        opened_us: since when there is a budget or a window again that nobody could wait for: what
-            was refunded, or a new limit. Graces count from then.
+        opened_us: from when on graces count at least, where there is a budget or a window again:
+            after a reset, or when the first have woken that could not know of a surprise.
         refresher, refresh_until_us: which process reads the limit anew, and until when others let it.
     """
 
@@ -306,7 +308,7 @@ class _Turn:
             return
         self._bucket(permit.shard_id)
         rules.unused(self.account, permit)
-        self.account.opened_us = self.now_us
+        self._open_by_surprise()
         self.store.put_permit(self.request.owner, permit)
 
     def _hear_of_use(self, news: News, permit: SharedGrant, at_us: int) -> None:
@@ -332,7 +334,8 @@ class _Turn:
             return rules.trust(account, order.period)
         if order.limit is None or (self.new and order.kind in ("open", "renew")):
             return True  # there is nothing new in it
-        if order.limit.max_concurrency != account.max_concurrency:
+        other_buckets = order.limit.max_concurrency != account.max_concurrency
+        if other_buckets:
             self._load_all()
             self.relaid = True
         if order.kind == "renew":
@@ -343,8 +346,12 @@ class _Turn:
             self._open_with(order.limit)
         else:
             rules.adopt(account, order.limit, self.wall_us)
-        account.opened_us = self.now_us
+        if other_buckets or order.kind != "open":  # which gives nobody more than there was
+            self._open_by_surprise()
         return True
+
+    def _open_by_surprise(self) -> None:
+        self.account.opened_us = self.now_us + self._longest_sleep_us()
 
     def _open_with(self, limit: SessionStartLimit) -> None:
         """Take the limit that a process begins with.
@@ -392,7 +399,10 @@ class _Turn:
             if other[:2] == head[:2]:
                 head = other  # it has a place, and keeps it
         ahead = self._ahead(head, heads)
-        opens_us, period = self._opens_us(bucket), account.period
+        opens_us, period = self._opens_us(bucket, len(ahead)), account.period
+        turn_us = opens_us + len(ahead) * self._grace_us()
+        if ahead and not take.stays:
+            turn_us = max(turn_us, now_us + 1)
         answer = rules.take(
             account,
             take.shard_id,
@@ -400,7 +410,7 @@ class _Turn:
             self.wall_us,
             take.reserve,
             take.can_refresh,
-            opens_us + len(ahead) * self._grace_us(),
+            turn_us,
         )
         if isinstance(answer, Denial):
             if take.stays:
@@ -408,7 +418,7 @@ class _Turn:
             self._deny(answer, len(ahead), opens_us)
             return
         if account.period != period:
-            account.opened_us = opens_us
+            account.opened_us = max(account.opened_us, opens_us)
         permit = SharedGrant(
             answer.serial, answer.shard_id, number, now_us, answer.remaining, answer.period
         )
@@ -445,13 +455,14 @@ class _Turn:
     def _grace_us(self) -> int:
         return min(LONGEST_GRACE_US, self.account.window_us // 5)
 
-    def _opens_us(self, bucket: Bucket) -> int:
-        """Return when there was, or will be, something to take that nobody could take before."""
+    def _opens_us(self, bucket: Bucket, rank: int) -> int:
+        """Return from when on there was, or will be, something to take; graces count from then."""
         account, now_us = self.account, self.now_us
         opens_us = now_us + rules.closed_for_us(account, bucket, now_us)
-        opens_us = max(opens_us, min(account.opened_us, now_us))
         if account.resets_at_us is not None and self.wall_us >= account.resets_at_us:
             opens_us = max(opens_us, now_us - (self.wall_us - account.resets_at_us))
+        if rank and opens_us <= now_us:  # whoever is first did perhaps not know
+            opens_us = max(opens_us, min(account.opened_us, now_us + self._longest_sleep_us()))
         return opens_us
 
     def _grant(self, permit: SharedGrant, next_us: int = 0) -> None:
@@ -477,7 +488,10 @@ class _Turn:
         """Return how long a ticket may sleep: till its turn, or sooner where much may happen before."""
         sleep_us = opens_us - self.now_us + min(rank, 2) * self._grace_us()
         sleep_us += max(0, rank - 2) * self.account.window_us
-        return min(max(1, sleep_us), self.request.lease_us // 3)
+        return min(max(1, sleep_us), self._longest_sleep_us())
+
+    def _longest_sleep_us(self) -> int:
+        return self.request.lease_us // 3
 
     def _claim_refresh(self) -> int:
         """Let one process read the limit anew: return 0 if it is this one, else how long to wait."""

@@ -219,6 +219,60 @@ def test_those_who_wait_are_heard_of_three_times_in_a_lease(account, clock, crew
     queue.close()
 
 
+@pytest.mark.parametrize("freed_by", ["unused", "update"])
+def test_a_bucket_that_opens_by_surprise_is_for_who_is_first(account, clock, crew, freed_by):
+    one, other = (account.queue(clock=clock, lease=LEASE) for _ in range(2))
+    one.update(limit(10, 1 if freed_by == "update" else 10, 600.0))
+    permit = one.acquire(99)
+    (first,) = in_line(other, crew, clock, [1])
+    clock.advance(0.01)
+    (second,) = in_line(one, crew, clock, [2])
+    if freed_by == "unused":
+        permit.unused()
+    else:
+        clock.advance(WINDOW)
+        clock.settle(2)
+        one.update(limit(10, 9, 600.0))
+    clock.advance(0.15)
+    clock.settle(2)
+    assert one.try_acquire(3) is None
+    while not first.done():
+        assert not second.done()
+        clock.advance(0.1)
+        crew.settle(clock)
+    clock.advance(WINDOW)
+    assert second.now().shard_id == 2
+
+
+def test_a_process_that_is_stuck_costs_a_third_of_a_lease_after_a_surprise(
+    account, clock, crew, monkeypatch
+):
+    stuck, other = (account.queue(clock=clock, lease=LEASE) for _ in range(2))
+    permit = other.acquire(99)
+    in_line(stuck, crew, clock, [1])
+    clock.advance(0.01)
+    (call,) = in_line(other, crew, clock, [2])
+    cut_off(stuck, monkeypatch)
+    permit.unused()
+    clock.settle(2)
+    clock.advance(LEASE / 3 + GRACE - 0.001)
+    clock.settle(2)
+    assert not call.done()
+    clock.advance(0.001)
+    assert call.now().shard_id == 2
+    stuck.close()
+
+
+def test_who_only_tries_passes_nobody(two, clock, crew):
+    stuck, other = two
+    stuck.acquire(99)
+    in_line(stuck, crew, clock, [1])
+    with clock_stopped_for(stuck):
+        clock.advance(WINDOW + 10 * GRACE)
+        assert other.try_acquire(2) is None
+    stuck.close()
+
+
 def test_closing_one_queue_leaves_the_others_alone(two, clock, crew):
     one, other = two
     one.acquire(99)

@@ -387,10 +387,18 @@ local function agree_on_window()
   account.period_us = request.period_us
 end
 
+local function longest_sleep()
+  return math.floor(request.lease_us / 3)
+end
+
+local function open_by_surprise()
+  account.opened_us = now + longest_sleep()
+end
+
 local function give_back(permit)
   if permit then
     unused(permit)
-    account.opened_us = now
+    open_by_surprise()
     put_permit(permit)
   end
 end
@@ -472,6 +480,7 @@ local function obey(order)
   if not order.limit or new and (order.kind == 'open' or order.kind == 'renew') then
     return true
   end
+  local other_buckets = order.limit.max_concurrency ~= account.max_concurrency
   if order.kind == 'renew' then
     if not renew(order.limit, order.period, order.granted) then
       return false
@@ -481,7 +490,9 @@ local function obey(order)
   else
     adopt(order.limit)
   end
-  account.opened_us = now
+  if other_buckets or order.kind ~= 'open' then
+    open_by_surprise()
+  end
   return true
 end
 
@@ -510,10 +521,13 @@ local function grace()
   return math.min(LONGEST_GRACE, math.floor(account.window_us / 5))
 end
 
-local function opens(bucket)
-  local at = math.max(now + closed_for(bucket), math.min(account.opened_us, now))
+local function opens(bucket, rank)
+  local at = now + closed_for(bucket)
   if is_due() then
     at = math.max(at, now - (wall - account.resets_at_us))
+  end
+  if rank > 0 and at <= now then
+    at = math.max(at, math.min(account.opened_us, now + longest_sleep()))
   end
   return at
 end
@@ -529,7 +543,7 @@ end
 
 local function sleep(rank, opens_at)
   local us = opens_at - now + math.min(rank, 2) * grace() + math.max(0, rank - 2) * account.window_us
-  return math.min(math.max(1, us), math.floor(request.lease_us / 3))
+  return math.min(math.max(1, us), longest_sleep())
 end
 
 local function tell_grant(permit, next_us)
@@ -598,10 +612,13 @@ local function answer_take(wish)
     end
   end
   local ahead = ahead_of(head, all)
-  local opens_at, period = opens(bucket), account.period
+  local opens_at, period = opens(bucket, #ahead), account.period
+  local turn = opens_at + #ahead * grace()
+  if #ahead > 0 and not wish.stays then
+    turn = math.max(turn, now + 1)
+  end
   local reason, resets_in_us
-  permit, reason, resets_in_us =
-    take(wish.shard_id, wish.reserve, wish.can_refresh, opens_at + #ahead * grace())
+  permit, reason, resets_in_us = take(wish.shard_id, wish.reserve, wish.can_refresh, turn)
   if not permit then
     if wish.stays then
       stand(number, head, wish.at_us)
@@ -609,7 +626,7 @@ local function answer_take(wish)
     return tell_denial(reason, resets_in_us, #ahead, opens_at)
   end
   if account.period ~= period then
-    account.opened_us = opens_at
+    account.opened_us = math.max(account.opened_us, opens_at)
   end
   permit.ticket = wish.ticket
   put_permit(permit)

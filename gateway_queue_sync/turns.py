@@ -133,7 +133,7 @@ class Store(Protocol):
         """Forget the permits of earlier periods than that, if they were granted before then."""
 
     def put_waiter(self, owner: str, waiter: Waiter) -> None:
-        """Keep that a ticket waits, unless that is known."""
+        """Keep that a ticket waits; if that is known, the earlier arrival and place count."""
 
     def drop_waiter(self, owner: str, ticket: int) -> None:
         """Forget that a ticket waits."""
@@ -397,7 +397,8 @@ class _Turn:
         heads = store.heads(number, now_us)
         for other in heads:
             if other[:2] == head[:2]:
-                head = other  # it has a place, and keeps it
+                # It has a place, and keeps it unless the ledger's clock was set back.
+                head = head._replace(place_us=min(head.place_us, other.place_us))
         ahead = self._ahead(head, heads)
         opens_us, period = self._opens_us(bucket, len(ahead)), account.period
         turn_us = opens_us + len(ahead) * self._grace_us()

@@ -31,8 +31,9 @@ from test_waiting import in_line, limit, order
 
 from gateway_queue_sync import AcquireTimeout, BrokerError, RedisQueue
 from gateway_queue_sync.ledgers.redis import KEYS
-from gateway_queue_sync.messages import Reply
-from gateway_queue_sync.testing import Referee
+from gateway_queue_sync.messages import OUTCOMES, Reply, Take
+from gateway_queue_sync.rules import Grant
+from gateway_queue_sync.testing import FakeClock, Referee
 
 pytestmark = needs_redis
 
@@ -1037,6 +1038,40 @@ def test_what_a_server_undid_itself_does_not_hold(server, make, clock):
     queue = begun(make, server.url, clock)
     take(queue, 0).unused()
     take(queue, 0)
+
+
+def test_a_servers_clock_that_is_set_back_sends_nobody_to_the_end_of_the_line(
+    server, make, clock, monkeypatch
+):
+    """Places are reckoned from the clocks of those who wait, which did not move."""
+    ledger = begun(make, server.url, clock, limit(100, 100, 6000.0))._ledger
+    served = FakeClock()
+    monkeypatch.setattr(ledger, "_clock", served)
+
+    def ask(ticket, came_us, owner="abc"):
+        at_us = clock.now_us()
+        return ledger.carry(
+            ledger._request(take=Take(ticket, 0, came_us, came_us))._replace(
+                owner=owner, at_us=at_us
+            )
+        )
+
+    def move(by):
+        clock.advance(by)
+        served.advance(by)
+
+    move(WINDOW)
+    ask(1, clock.now_us())
+    first = clock.now_us()
+    ask(2, first)
+    served._now_us -= 60_000_000
+    for ticket in range(3, 6):
+        ask(ticket, clock.now_us(), "def")
+        move(WINDOW)
+        if OUTCOMES[ask(2, first).outcome.kind] is Grant:
+            break
+        ask(ticket, clock.now_us(), "def")
+    assert ticket == 3
 
 
 def test_a_bucket_that_is_ahead_of_the_server_costs_one_window_at_most(server, make, clock):

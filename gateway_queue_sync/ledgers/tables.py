@@ -182,7 +182,13 @@ class Tables:
 
     def put_waiter(self, owner: str, waiter: Waiter) -> None:
         row = (self._name, owner, *waiter)
-        self._run(_insert("waiter", len(row)).replace("OR REPLACE", "OR IGNORE"), row)
+        self._run(
+            _insert("waiter", len(row)).replace("OR REPLACE ", "")
+            + " ON CONFLICT (name, owner, ticket) DO UPDATE SET "
+            "arrived_us = min(arrived_us, excluded.arrived_us), "
+            "place_us = min(place_us, excluded.place_us)",
+            row,
+        )
 
     def drop_waiter(self, owner: str, ticket: int) -> None:
         self._run(

@@ -145,6 +145,16 @@ local function heads(number)
   return found
 end
 
+local function put_waiter(ticket, shard_id, arrived, place)
+  local field = words(owner, ticket)
+  local text = redis.call('HGET', WAITER, field)
+  if text then
+    local n = numbers(text)
+    arrived, place = math.min(arrived, n[2]), math.min(place, n[3])
+  end
+  redis.call('HSET', WAITER, field, words(shard_id, arrived, place))
+end
+
 local function put_head(number, head)
   redis.call('HSET', HEAD, words(number, head.owner), words(head.ticket, head.shard_id, head.place))
 end
@@ -409,8 +419,7 @@ local function hear(news)
   local held = permit and permit.returned == 0 and permit or nil
   if news.kind == 'joined' then
     if not held then
-      local place = news.place_us + shift
-      redis.call('HSETNX', WAITER, words(owner, ticket), words(news.shard_id, at, place))
+      put_waiter(ticket, news.shard_id, at, news.place_us + shift)
     end
   elseif news.kind == 'left' then
     redis.call('HDEL', WAITER, words(owner, ticket))
@@ -576,8 +585,7 @@ end
 
 local function stand(number, head, at_us)
   put_head(number, head)
-  redis.call('HSETNX', WAITER, words(head.owner, head.ticket),
-    words(head.shard_id, at_us + shift, head.place))
+  put_waiter(head.ticket, head.shard_id, at_us + shift, head.place)
 end
 
 local function hand_on(wish, number)
@@ -608,7 +616,7 @@ local function answer_take(wish)
   local all = heads(number)
   for _, other in ipairs(all) do
     if other.owner == owner and other.ticket == wish.ticket then
-      head = other
+      head.place = math.min(head.place, other.place)
     end
   end
   local ahead = ahead_of(head, all)

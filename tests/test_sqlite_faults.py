@@ -525,6 +525,23 @@ def test_the_limit_is_read_anew_after_a_loss(path, make, clock):
     assert len(read) == 1
 
 
+def test_who_begins_on_an_older_copy_is_granted_nothing_for_a_window(path, make, clock, caplog):
+    before = make(limit(10, 8, 600.0))
+    keep_a_copy(path)
+    before.acquire(0)
+    before.close()
+    put_back(path)
+    clock.advance(1)
+    queue = make(refresh=lambda: limit(10, 4, 500.0))
+    assert len(told(caplog, "replaced by a copy")) == 1
+    clock.advance(WINDOW - 0.000_001)
+    assert queue.try_acquire(0) is None
+    clock.advance(0.000_001)
+    assert queue.acquire(0).remaining == 3  # the copy may know of fewer grants: it is read anew
+    clock.advance(WINDOW)
+    assert make().try_acquire(0) is not None
+
+
 def test_an_older_state_written_over_the_file_grants_nothing_for_a_window(path, make, clock):
     """The process has seen more permits than the file tells of."""
     queue = make()

@@ -25,7 +25,7 @@ class OpenFile:
 
     Attributes:
         connection: SQLite's.
-        identity: what tells the file from others of its name.
+        inode: what tells the file from others of its name, in whichever container.
 
     Args:
         path: where the file is; it is made if it is not there, for its owner's eyes only.
@@ -39,7 +39,8 @@ class OpenFile:
     def __init__(self, path: Path, *, create: bool) -> None:
         self._path = path
         found = _owned(path, create=create)
-        self.identity = _identity(found)
+        self._found = found
+        self.inode = str(found.st_ino)
         self.connection = sqlite3.connect(
             path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
@@ -81,15 +82,11 @@ class OpenFile:
             found = self._path.stat()
         except FileNotFoundError:
             return False
-        return _identity(found) == self.identity
+        return os.path.samestat(found, self._found)
 
     def close(self) -> None:
         """Close the connection."""
         self.connection.close()
-
-
-def _identity(found: os.stat_result) -> str:
-    return f"{found.st_dev}:{found.st_ino}"
 
 
 def _owned(path: Path, *, create: bool) -> os.stat_result:

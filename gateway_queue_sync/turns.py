@@ -197,6 +197,7 @@ class _Turn:
         self._open_with(request.limit)
         account.period = max(account.period, request.period)
         account.granted, account.refresh_owed = request.granted, True
+        self._rebucket_heads()
 
     def answer(self) -> Reply:
         request, account = self.request, self.account

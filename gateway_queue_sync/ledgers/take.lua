@@ -472,11 +472,33 @@ local function begin_windows_anew()
   account.refresh_owed = 1
 end
 
+local function is_before(one, other)
+  if one.place ~= other.place then
+    return one.place < other.place
+  end
+  return one.owner < other.owner
+end
+
+local function rebucket_heads()
+  local all = {}
+  for field, text in pairs(pairs_of(HEAD)) do
+    local n = numbers(text)
+    all[#all + 1] =
+      {owner = string.match(field, ' (.*)$'), ticket = n[1], shard_id = n[2], place = n[3]}
+  end
+  table.sort(all, function(one, other) return is_before(other, one) end)
+  redis.call('DEL', HEAD)
+  for _, head in ipairs(all) do
+    put_head(head.shard_id % account.max_concurrency, head)
+  end
+end
+
 local function make_good()
   begin_windows_anew()
   open_with(request.limit)
   account.period = math.max(account.period, request.period)
   account.granted, account.refresh_owed = request.granted, 1
+  rebucket_heads()
 end
 
 local function obey(order)
@@ -503,27 +525,6 @@ local function obey(order)
     open_by_surprise()
   end
   return true
-end
-
-local function is_before(one, other)
-  if one.place ~= other.place then
-    return one.place < other.place
-  end
-  return one.owner < other.owner
-end
-
-local function rebucket_heads()
-  local all = {}
-  for field, text in pairs(pairs_of(HEAD)) do
-    local n = numbers(text)
-    all[#all + 1] =
-      {owner = string.match(field, ' (.*)$'), ticket = n[1], shard_id = n[2], place = n[3]}
-  end
-  table.sort(all, function(one, other) return is_before(other, one) end)
-  redis.call('DEL', HEAD)
-  for _, head in ipairs(all) do
-    put_head(head.shard_id % account.max_concurrency, head)
-  end
 end
 
 local function grace()

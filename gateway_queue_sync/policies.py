@@ -311,9 +311,10 @@ class RedisQueue(SharedQueue):
     its settings, a URL's password included, and works on in a forked child.
 
     Args:
-        client_or_url: ``redis://...``, ``rediss://...`` (TLS) or ``unix://...``, or a client of
-            redis-py's, which is used as it is: its pool, retries, TLS, Sentinel or Cluster. A call takes
-            as long as the client's ``socket_timeout`` and retries let it; one made for a URL, 1 s.
+        client_or_url: ``redis://...``, ``rediss://...`` (TLS) or ``unix://...`` (in which a password
+            is percent-encoded), or a client of redis-py's, which is used as it is: its pool, retries,
+            TLS, Sentinel or Cluster. A call takes as long as the client's ``socket_timeout`` and
+            retries let it; one made for a URL, 1 s.
         limit: as for ``SqliteQueue``.
         name: which account on the server: one for each bot. All its keys are in one hash slot.
         refresh: as for ``SqliteQueue``, and so are the others.

@@ -891,7 +891,6 @@ def test_a_refusal_names_its_server_and_its_reason_and_no_password(
         "localhost:6379",
         f"http://:{SECRET}@localhost",
         f"redis://:{SECRET}@localhost:port",
-        f"redis://:{SECRET}/@localhost",
         f"redis://:{SECRET}@localhost/0?socket_timeout={SECRET}",
         f"redis://:{SECRET}@localhost/0?no_such_setting={SECRET}",
         f"redis://:{SECRET}@localhost/0?protocol={SECRET}",
@@ -901,6 +900,15 @@ def test_a_url_that_cannot_be_read_is_refused_and_not_shown(make, url):
     with pytest.raises(ValueError, match="the URL must be like redis://") as caught:
         make(url)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("mark", "/?#")
+def test_a_password_that_is_not_percent_encoded_is_refused_and_not_shown(make, mark):
+    with pytest.raises(ValueError, match="percent-encode the password") as caught:
+        make(f"redis://:44{mark}{SECRET}@localhost/0")
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(BrokerError):  # nothing is there, but it can be read
+        make(f"redis://:44%{ord(mark):X}{SECRET}@localhost:1/0")
 
 
 @pytest.mark.parametrize(

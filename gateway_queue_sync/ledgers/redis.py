@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import inspect
 import json
+import re
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,11 @@ def made_from(url: str) -> redis.Redis:
     Raises:
         ValueError: it is no URL of a Redis server; no message shows it, it may hold a password.
     """
+    if re.search(r"//[^/?#]*[/?#].*@", url):  # what would be read as a host, or shown as a path
+        raise ValueError(
+            "the URL has an @ after its host: percent-encode the password (/ is %2F, ? is %3F, # is "
+            "%23, @ is %40)"
+        )
     once_more = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
     try:
         client = redis.Redis.from_url(

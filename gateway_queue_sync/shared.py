@@ -401,7 +401,15 @@ class SharedQueue(GatewayQueue):
     # Without the mutex
 
     def _consult(self, ticket: SharedTicket, heir: Ticket | None) -> tuple[Grant | Denial, int]:
-        """Ask the ledger; one that is out of reach denies for a pause that grows."""
+        """Ask the ledger; one that is out of reach denies for a pause that grows.
+
+        Until that is over nobody asks but who only tries: an attempt may block.
+        """
+        outage = self._outage
+        if outage is not None and ticket.stays:
+            pause_us = outage.pause_until_us - self._now_us()
+            if pause_us > 0:
+                return Denial(pause_us, Reason.WINDOW), 0
         can_refresh = self._refresh is not None and ticket.trusted_period != self._ledger.period
         try:
             answer, heir_us = self._ledger.take(

@@ -777,6 +777,27 @@ def test_futures_wait_an_outage_out(two, clock, monkeypatch):
     assert future.result(10).remaining == 99
 
 
+def test_in_the_pauses_of_an_outage_only_those_ask_who_just_try(account, clock, monkeypatch):
+    one = account.queue(limit(100, 100, 6000.0, max_concurrency=9), clock=clock)
+    asked = []
+
+    def carry(request, patience=0.0):
+        asked.append(request)
+        raise BrokerError("out of reach") from OSError("no route")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(one._ledger, "carry", carry)
+        futures = [one.enqueue(shard_id) for shard_id in range(8)]
+        clock.settle(1)
+        assert len(asked) == 1
+        with pytest.raises(BrokerError):
+            one.try_acquire(8)
+        assert len(asked) == 2
+    clock.advance(2)
+    assert futures[0].result(10).remaining == 99
+    one.close()
+
+
 def test_reports_made_in_an_outage_are_booked_after_it(two, clock, monkeypatch):
     one, other = two
     one.acquire(0).sent()

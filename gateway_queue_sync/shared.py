@@ -194,7 +194,7 @@ class SharedQueue(GatewayQueue):
             RuntimeError: as ``acquire`` does.
         """
         self._check_thread()
-        return picture(self._look(patient=True), self._ledger.terms.period_us, self._reserve)
+        return picture(self._own(self._look(patient=True)))
 
     def close(self) -> None:
         """Grant no more permits: whoever waits here gets ``QueueClosed``; other processes go on.
@@ -277,7 +277,7 @@ class SharedQueue(GatewayQueue):
             if other != number or waiter.place < place:
                 lengths[other] = lengths.get(other, 0) + 1
                 before += other == number
-        eta_us = forecast.eta_us(self._outlook(reply), number, before, lengths)
+        eta_us = forecast.eta_us(_outlook(self._own(reply)), number, before, lengths)
         return before, None if eta_us is None else eta_us / MICROSECOND
 
     def _look(self, *, patient: bool) -> Reply:
@@ -287,8 +287,9 @@ class SharedQueue(GatewayQueue):
             reply = self._ledger.look(patient=patient)
         return reply
 
-    def _outlook(self, reply: Reply) -> forecast.Outlook:
-        return _outlook(reply, self._ledger.terms.period_us, self._reserve)
+    def _own(self, reply: Reply) -> Reply:
+        """Return what a look found, with this queue's own reserve."""
+        return reply._replace(reserve=self._reserve)
 
     # ----------------------------------------------------------------------------------------------
     # With the mutex held
@@ -530,20 +531,19 @@ class SharedQueue(GatewayQueue):
             return False  # whoever asks next is told to read it again
 
 
-def picture(reply: Reply, period_us: int, reserve: int = 0) -> QueueSnapshot:
+def picture(reply: Reply) -> QueueSnapshot:
     """Return the snapshot of an account, as a ledger has answered a look at it."""
     lines: dict[int, list[Waiter]] = {}
     for waiter in reply.waiting:
         lines.setdefault(waiter.shard_id % reply.max_concurrency, []).append(waiter)
-    outlook = _outlook(reply, period_us, reserve)
-    return forecast.snapshot(outlook, lines, reply.now_us, reply.granted)
+    return forecast.snapshot(_outlook(reply), lines, reply.now_us, reply.granted)
 
 
-def _outlook(reply: Reply, period_us: int, reserve: int) -> forecast.Outlook:
+def _outlook(reply: Reply) -> forecast.Outlook:
     return forecast.Outlook(
         window_us=reply.interval_us + reply.margin_us,
-        period_us=period_us,
-        reserve=reserve,
+        period_us=reply.period_us,
+        reserve=reply.reserve,
         ready_in_us=dict.fromkeys(range(reply.max_concurrency), reply.others_ready_in_us)
         | dict(reply.ready_in_us),
         budget=Budget(reply.total, reply.remaining, reply.resets_in_us),

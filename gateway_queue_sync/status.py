@@ -60,7 +60,7 @@ def _show(ledger: SharedLedger, arguments: argparse.Namespace) -> bool:
     except BrokerError as error:
         print(error, file=sys.stderr)
         return False
-    seen = picture(reply, STRANGER.period_us)
+    seen = picture(reply)
     if arguments.json:
         print(json.dumps(asdict(seen)), flush=True)
         return True

@@ -54,6 +54,8 @@ class SharedAccount(Account):
         opened_us: from when on graces count at least, where there is a budget or a window again:
             after a reset, or when the first have woken that could not know of a surprise.
         refresher, refresh_until_us: which process reads the limit anew, and until when others let it.
+        reserve: that of whoever asked for a permit last, and ``period_us`` that of whoever asked for
+            anything: for those who look.
     """
 
     interval_us: int = 0
@@ -63,6 +65,7 @@ class SharedAccount(Account):
     opened_us: int = NEVER
     refresher: str = ""
     refresh_until_us: int = NEVER
+    reserve: int = 0
 
 
 @dataclass(slots=True)
@@ -252,6 +255,8 @@ class _Turn:
             account.granted,
             account.interval_us,
             account.margin_us,
+            account.period_us,
+            account.reserve,
             self.outcome,
             ready_in_us,
             others_us,
@@ -388,6 +393,7 @@ class _Turn:
 
     def _take(self, take: Take) -> None:
         store, account, owner, now_us = self.store, self.account, self.request.owner, self.now_us
+        account.reserve = take.reserve
         permit = store.permit(owner, take.ticket)
         if permit is not None and not permit.returned:  # its reply was lost
             self._grant(permit)

@@ -93,6 +93,29 @@ def test_a_file_is_shown_with_those_who_wait_in_it(file, capsys):
         assert "waiting     2, in 1 of 4 bucket(s)" in printed
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_it_tells_of_turns_with_the_reserve_and_the_period_of_who_waits(
+    file, request, capsys, kind
+):
+    limit = SessionStartLimit(100, 10, 3600.0, 1)
+    settings = {"reserve": 10, "period": 7200.0, "name": "reserved"}
+    if kind == "sqlite":
+        queue, where = SqliteQueue(file, limit, **settings), file
+    else:
+        if redis_servers.BINARY is None:
+            pytest.skip(redis_servers.WITHOUT)
+        where = request.getfixturevalue("redis_server").url
+        queue = RedisQueue(where, limit, **settings)
+    with queue:
+        queue.enqueue(5)
+        seen = queue.snapshot()
+        assert cli.main(["status", "--json", f"--{kind}", where, "--name", "reserved"]) == 0
+        told = json.loads(capsys.readouterr().out)
+    (shard,) = told["buckets"][0]["shards"]
+    assert shard["eta"] == pytest.approx(seen.buckets[0].shards[0].eta, abs=10)
+    assert shard["eta"] > 3000
+
+
 def test_programs_get_the_fields_of_the_snapshot(file, capsys):
     with SqliteQueue(file, LIMIT) as queue:
         queue.enqueue(5)

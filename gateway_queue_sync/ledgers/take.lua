@@ -24,7 +24,7 @@ local GRANT, WINDOW, BUDGET, RESET = 1, 2, 3, 4
 local NUMBERS = {
   'window_us', 'period_us', 'max_concurrency', 'total', 'remaining', 'resets_at_us', 'span_us', 'period',
   'refresh_owed', 'granted', 'interval_us', 'margin_us', 'interval_until_us', 'margin_until_us',
-  'opened_us', 'refresh_until_us', 'fresh_last_us', 'fresh_closed_until_us',
+  'opened_us', 'refresh_until_us', 'reserve', 'fresh_last_us', 'fresh_closed_until_us',
 }
 local NOT_BEGUN = NEVER -- a period that ends then has not begun
 
@@ -375,9 +375,10 @@ local function begin()
   account = {
     window_us = request.interval_us + request.margin_us, period_us = request.period_us,
     max_concurrency = 1, total = 0, remaining = 0, resets_at_us = NOT_BEGUN, span_us = 0,
-    period = request.period, refresh_owed = 0, granted = request.granted, interval_us = 0, margin_us = 0, interval_until_us = NEVER,
-    margin_until_us = NEVER, opened_us = NEVER, refresher = '', run = '', refresh_until_us = NEVER,
-    fresh_last_us = now, fresh_closed_until_us = NEVER,
+    period = request.period, refresh_owed = 0, granted = request.granted, interval_us = 0,
+    margin_us = 0, interval_until_us = NEVER, margin_until_us = NEVER, opened_us = NEVER,
+    refresher = '', run = '', refresh_until_us = NEVER, reserve = 0, fresh_last_us = now,
+    fresh_closed_until_us = NEVER,
   }
   local order = request.order
   local fresh = order and (order.kind == 'open' or order.kind == 'renew')
@@ -605,6 +606,7 @@ local function hand_on(wish, number)
 end
 
 local function answer_take(wish)
+  account.reserve = wish.reserve
   local permit = load_permit(wish.ticket)
   if permit and permit.returned == 0 then
     return tell_grant(permit, 0)
@@ -676,7 +678,8 @@ local function reply(known, booked, void)
   end
   return {
     request.number, void and 1 or 0, known and 1 or 0, booked and 1 or 0, total, remaining, in_us, account.max_concurrency,
-    account.period, account.granted, account.interval_us, account.margin_us, outcome, ready, others,
+    account.period, account.granted, account.interval_us, account.margin_us, account.period_us,
+    account.reserve, outcome, ready, others,
     waiting, now,
   }
 end

@@ -150,7 +150,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     ledger = parser.add_mutually_exclusive_group(required=True)
     ledger.add_argument("--sqlite", metavar="FILE", help="the file of a SqliteQueue")
-    ledger.add_argument("--redis", metavar="URL", help="the server of a RedisQueue")
+    ledger.add_argument(
+        "--redis",
+        metavar="URL",
+        help="the server of a RedisQueue; of a cluster, the one that has the account's slot",
+    )
     parser.add_argument("--name", default="default", help="which account (default: %(default)s)")
     parser.add_argument(
         "--watch",

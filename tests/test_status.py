@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import redis_servers
@@ -152,6 +154,29 @@ def test_looking_leaves_no_trace(file):
     assert cli.main(["status", "--sqlite", file]) == 0
     with open(file, "rb") as kept:  # noqa: PTH123
         assert kept.read() == before
+
+
+def test_looking_changes_neither_the_mode_nor_an_empty_file(file, tmp_path):
+    SqliteQueue(file, LIMIT).close()
+    Path(file).chmod(0o640)
+    empty = tmp_path / "empty"
+    empty.touch()
+    before = {path.name: path.stat() for path in tmp_path.iterdir()}
+    assert cli.main(["status", "--sqlite", file]) == 0
+    assert cli.main(["status", "--sqlite", str(empty)]) == 1
+    after = {path.name: path.stat() for path in tmp_path.iterdir()}
+    assert {name: (s.st_mode, s.st_size, s.st_mtime_ns) for name, s in before.items()} == {
+        name: (s.st_mode, s.st_size, s.st_mtime_ns) for name, s in after.items()
+    }
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else"
+)
+def test_root_may_look_at_anybodys_file(file):
+    SqliteQueue(file, LIMIT).close()
+    os.chown(file, 65534, 65534)
+    assert cli.main(["status", "--sqlite", file]) == 0
 
 
 def test_a_file_that_is_not_there_is_not_made(tmp_path, capsys):

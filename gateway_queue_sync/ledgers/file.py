@@ -28,8 +28,9 @@ class OpenFile:
         inode: what tells the file from others of its name, in whichever container.
 
     Args:
-        path: where the file is; it is made if it is not there, for its owner's eyes only.
-        create: whether to make it.
+        path: where the file is.
+        create: whether to make it if it is not there, for its owner's eyes only; if not, this is for
+            one who only looks: nothing is changed, and whoever may read it may look.
 
     Raises:
         OSError, sqlite3.Error: it cannot be opened, or not yet.
@@ -46,6 +47,8 @@ class OpenFile:
         )
         try:
             self.holds_tables()  # before anything is changed in a file that is not ours
+            if not create:
+                return
             self.connection.execute("PRAGMA journal_mode = TRUNCATE")
             self.connection.execute("PRAGMA synchronous = OFF")
             if hasattr(os, "geteuid") and stat.S_IMODE(found.st_mode) & 0o077:
@@ -90,7 +93,7 @@ class OpenFile:
 
 
 def _owned(path: Path, *, create: bool) -> os.stat_result:
-    """Return what kind of file it is, after making sure that it is ours."""
+    """Return what kind of file it is; make sure that it is there and ours, or just that it is a file."""
     if create:
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
         with contextlib.suppress(FileExistsError):
@@ -98,7 +101,7 @@ def _owned(path: Path, *, create: bool) -> os.stat_result:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError(None, "is no regular file")
-    if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+    if create and hasattr(os, "geteuid") and found.st_uid != os.geteuid():
         raise OSError(None, f"belongs to user {found.st_uid}, not to {os.geteuid()}")
     return found
 

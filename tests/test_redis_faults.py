@@ -1390,3 +1390,38 @@ def test_children_that_are_forked_in_the_midst_of_calls_work_on(server):
         """
     )
     assert (outcome.stdout.strip(), outcome.stderr) == ("done", "")
+
+
+@needs_fork
+def test_a_child_does_not_wait_for_what_the_parent_has_locked_in_a_clusters_client(cluster):
+    cluster.client().close()  # the servers know each other
+    outcome = python(
+        f"""
+        import os, redis, signal, threading, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from gateway_queue_sync import RedisQueue
+        client = redis.RedisCluster(host="127.0.0.1", port={cluster.nodes[0].port})
+        queue = RedisQueue(client, name="bot-{next(names)}")
+        nodes = client.nodes_manager
+        held, forked = threading.Event(), threading.Event()
+        def hold():
+            pools = [node.redis_connection.connection_pool for node in nodes.nodes_cache.values()
+                     if node.redis_connection]
+            with client._lock, nodes._initialization_lock, nodes._lock, pools[0]._lock:
+                held.set()
+                forked.wait()
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)
+            queue.snapshot()
+            os._exit(0)
+        forked.set()
+        holder.join()
+        print(os.waitpid(child, 0)[1])
+        queue.close()
+        """
+    )
+    assert (outcome.stdout.strip(), outcome.stderr) == ("0", "")

@@ -63,13 +63,19 @@ class RedisLedger(SharedLedger):
         return f"Redis server {self._where}"
 
     def after_fork_in_child(self) -> None:
-        """Be another process. redis-py's pool notices that itself, but would wait for its lock.
+        """Be another process. redis-py's pools notice that themselves, but would wait for their locks.
 
-        Some thread of the parent may have held it, which is not there to let go of it.
+        Some thread of the parent may have held one, which is not there to let go of it.
         """
-        pool: Any = getattr(self._client, "connection_pool", None)
-        if hasattr(pool, "_lock"):
-            pool._lock = threading.RLock()
+        parts: list[Any] = [self._client]
+        if isinstance(self._client, redis.RedisCluster):
+            manager = self._client.nodes_manager
+            parts += [manager, *(node.redis_connection for node in manager.nodes_cache.values())]
+        parts += [getattr(part, "connection_pool", None) for part in parts]
+        for part in parts:
+            for lock in ("_lock", "_initialization_lock"):
+                if hasattr(part, lock):
+                    setattr(part, lock, threading.RLock())
         super().after_fork_in_child()
 
     def carry(self, request: Request, patience: float = 0.0) -> Reply:

@@ -153,7 +153,10 @@ class SharedQueue(GatewayQueue):
         lease: float = DEFAULT_LEASE,
         clock: Clock = SYSTEM_CLOCK,
         observer: Observer | None = None,
+        **unknown: object,
     ) -> None:
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no setting {min(unknown)!r}")
         ledger = connect(account_name(name), _terms(interval, margin, period, lease), clock)
         super().__init__(
             ledger,

@@ -542,7 +542,7 @@ def test_the_larger_window_wins_with_a_warning_while_its_process_lives(account, 
         ({"when_exhausted": "stop"}, ValueError, "when_exhausted"),
         ({"reserve": -1}, ValueError, "reserve must be at least 0"),
         ({"observer": 5}, TypeError, "observer must be callable"),
-        ({"nmae": "x"}, TypeError, "nmae"),
+        ({"nmae": "x"}, TypeError, "^(Sqlite|Redis)Queue has no setting 'nmae'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(account, clock, settings, error, words):

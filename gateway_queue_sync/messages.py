@@ -147,6 +147,8 @@ class Reply(NamedTuple):
     granted: int
     interval_us: int
     margin_us: int
+    period_us: int
+    reserve: int  # that of whoever asked for a permit last
     outcome: Outcome = Outcome()
     ready_in_us: tuple[tuple[int, int], ...] = ()  # of the buckets that were used, by number
     others_ready_in_us: int = 0  # of the buckets that were not

@@ -240,7 +240,8 @@ class SqliteQueue(SharedQueue):
             next permit asks again.
         reserve: session starts never to use up: at ``remaining <= reserve`` the queue is exhausted.
         when_exhausted: ``"wait"`` for the reset, or ``"raise"`` ``SessionLimitExhausted``.
-        period: seconds from the first grant after a reset to the next reset.
+        period: seconds from the first grant after a reset to the next reset. Give all processes the
+            same: that of whoever makes the first grant counts.
         interval: seconds between two permits of a bucket: Discord's 5.
         margin: seconds added to it, at least 0.02. A permit that took longer to come back to its
             caller is given back and asked for again. If processes disagree on interval or margin,
@@ -301,14 +302,16 @@ class RedisQueue(SharedQueue):
 
     Needs redis-py: ``pip install gateway-queue-sync[redis]``. Spacing, order, budget and limits hold
     over all queues of one ``name`` on one server. While its primary is the same, two permits of a
-    bucket are never too close; when it fails over or loses its data, at most one permit of a bucket may
-    come early. An account that is new, or that was lost, grants nothing for one window. It pickles as
+    bucket are never too close, unless its host's clock is set forward; while two primaries are at work
+    in a failover, one permit of a bucket may come early. An account that is new or was lost grants
+    nothing for one window, nor does a server that was restarted or has failed over. It pickles as
     its settings, a URL's password included, and works on in a forked child.
 
     Args:
-        client_or_url: ``redis://...``, ``rediss://...`` (TLS) or ``unix://...``, or a client of
-            redis-py's, which is used as it is: its pool, retries, TLS, Sentinel or Cluster. A call takes
-            as long as the client's ``socket_timeout`` and retries let it; one made for a URL, 1 s.
+        client_or_url: ``redis://...``, ``rediss://...`` (TLS) or ``unix://...`` (in which a password
+            is percent-encoded), or a client of redis-py's, which is used as it is: its pool, retries,
+            TLS, Sentinel or Cluster. A call takes as long as the client's ``socket_timeout`` and
+            retries let it; one made for a URL, 1 s.
         limit: as for ``SqliteQueue``.
         name: which account on the server: one for each bot. All its keys are in one hash slot.
         refresh: as for ``SqliteQueue``, and so are the others.

@@ -166,7 +166,10 @@ class SharedQueue(GatewayQueue):
         lease: float = DEFAULT_LEASE,
         clock: Clock = SYSTEM_CLOCK,
         observer: Observer | None = None,
+        **unknown: object,
     ) -> None:
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no setting {min(unknown)!r}")
         ledger = connect(account_name(name), _terms(interval, margin, period, lease), clock)
         super().__init__(
             ledger,
@@ -208,7 +211,7 @@ class SharedQueue(GatewayQueue):
             RuntimeError: as ``acquire`` does.
         """
         self._check_thread()
-        return picture(self._look(patient=True), self._ledger.terms.period_us, self._reserve)
+        return picture(self._own(self._look(patient=True)))
 
     def close(self) -> None:
         """Grant no more permits: whoever waits here gets ``QueueClosed``; other processes go on.
@@ -292,7 +295,7 @@ class SharedQueue(GatewayQueue):
         with self._mutex:
             before = max(before, self._lines.before(ticket))  # who came here since
         lengths[number] = max(lengths[number], before + 1)
-        eta_us = forecast.eta_us(self._outlook(reply), number, before, lengths)
+        eta_us = forecast.eta_us(_outlook(self._own(reply)), number, before, lengths)
         return before, None if eta_us is None else eta_us / MICROSECOND
 
     def _sighting(self) -> _Sighting:
@@ -305,8 +308,9 @@ class SharedQueue(GatewayQueue):
             reply = self._ledger.look(patient=patient)
         return reply
 
-    def _outlook(self, reply: Reply) -> forecast.Outlook:
-        return _outlook(reply, self._ledger.terms.period_us, self._reserve)
+    def _own(self, reply: Reply) -> Reply:
+        """Return what a look found, with this queue's own reserve."""
+        return reply._replace(reserve=self._reserve)
 
     # ----------------------------------------------------------------------------------------------
     # With the mutex held
@@ -319,6 +323,8 @@ class SharedQueue(GatewayQueue):
                 return replace(ticket.answer, wait_us=left_us)
             ticket.woken, ticket.known = False, True
             heir = self._lines.second(self._lines.bucket(ticket))
+            if isinstance(heir, SharedTicket) and not heir.stays:
+                heir = None
             self._mutex.release()
             try:
                 answer, heir_us = self._consult(ticket, heir)
@@ -424,7 +430,15 @@ class SharedQueue(GatewayQueue):
     # Without the mutex
 
     def _consult(self, ticket: SharedTicket, heir: Ticket | None) -> tuple[Grant | Denial, int]:
-        """Ask the ledger; one that is out of reach denies for a pause that grows."""
+        """Ask the ledger; one that is out of reach denies for a pause that grows.
+
+        Until that is over nobody asks but who only tries: an attempt may block.
+        """
+        outage = self._outage
+        if outage is not None and ticket.stays:
+            pause_us = outage.pause_until_us - self._now_us()
+            if pause_us > 0:
+                return Denial(pause_us, Reason.WINDOW), 0
         can_refresh = self._refresh is not None and ticket.trusted_period != self._ledger.period
         try:
             answer, heir_us = self._ledger.take(
@@ -470,7 +484,10 @@ class SharedQueue(GatewayQueue):
             if self._ledger.forgotten:
                 self._ledger.forgotten = False
                 for ticket in self._lines:
-                    self._ledger.joined(ticket)
+                    assert isinstance(ticket, SharedTicket)
+                    if ticket.stays:  # one that just tries is never told of
+                        ticket.known = True
+                        self._ledger.joined(ticket)
         if outage is not None and outage.failures >= WORTH_A_WARNING:
             away = (self._now_us() - outage.since_us) / MICROSECOND
             log.warning("%r answers again, after %.1f s", self._ledger, away)
@@ -549,20 +566,19 @@ class SharedQueue(GatewayQueue):
             return False  # whoever asks next is told to read it again
 
 
-def picture(reply: Reply, period_us: int, reserve: int = 0) -> QueueSnapshot:
+def picture(reply: Reply) -> QueueSnapshot:
     """Return the snapshot of an account, as a ledger has answered a look at it."""
     lines: dict[int, list[Waiter]] = {}
     for waiter in reply.waiting:
         lines.setdefault(waiter.shard_id % reply.max_concurrency, []).append(waiter)
-    outlook = _outlook(reply, period_us, reserve)
-    return forecast.snapshot(outlook, lines, reply.now_us, reply.granted)
+    return forecast.snapshot(_outlook(reply), lines, reply.now_us, reply.granted)
 
 
-def _outlook(reply: Reply, period_us: int, reserve: int) -> forecast.Outlook:
+def _outlook(reply: Reply) -> forecast.Outlook:
     return forecast.Outlook(
         window_us=reply.interval_us + reply.margin_us,
-        period_us=period_us,
-        reserve=reserve,
+        period_us=reply.period_us,
+        reserve=reply.reserve,
         ready_in_us=dict.fromkeys(range(reply.max_concurrency), reply.others_ready_in_us)
         | dict(reply.ready_in_us),
         budget=Budget(reply.total, reply.remaining, reply.resets_in_us),
@@ -572,22 +588,30 @@ def _outlook(reply: Reply, period_us: int, reserve: int) -> forecast.Outlook:
 _queues: weakref.WeakSet[SharedQueue] = weakref.WeakSet()
 
 
-_held: list[SharedLedger] = []  # between the hooks, for one fork at a time
+class _Held(threading.local):
+    """The ledgers that a thread which forks has made ready for that."""
+
+    def __init__(self) -> None:
+        self.ledgers: list[SharedLedger] = []
+
+
+_held = _Held()
 
 
 def _before_fork() -> None:
-    _held[:] = [queue._ledger for queue in list(_queues)]
-    for ledger in _held:
+    # In one order, for two threads that fork at once.
+    for ledger in sorted((queue._ledger for queue in list(_queues)), key=id):
         ledger.before_fork()
+        _held.ledgers.append(ledger)
 
 
 def _after_fork_in_parent() -> None:
-    while _held:
-        _held.pop().after_fork_in_parent()
+    while _held.ledgers:
+        _held.ledgers.pop().after_fork_in_parent()
 
 
 def _after_fork_in_child() -> None:
-    _held.clear()
+    _held.ledgers.clear()
     for queue in list(_queues):
         queue._begin_anew_after_fork()
 

@@ -61,7 +61,7 @@ def _show(ledger: SharedLedger, arguments: argparse.Namespace) -> bool:
     except BrokerError as error:
         print(error, file=sys.stderr)
         return False
-    seen = picture(reply, STRANGER.period_us)
+    seen = picture(reply)
     if arguments.json:
         print(json.dumps(asdict(seen)), flush=True)
         return True
@@ -120,7 +120,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     ledger = parser.add_mutually_exclusive_group(required=True)
     ledger.add_argument("--sqlite", metavar="FILE", help="the file of a SqliteQueue")
-    ledger.add_argument("--redis", metavar="URL", help="the server of a RedisQueue")
+    ledger.add_argument(
+        "--redis",
+        metavar="URL",
+        help="the server of a RedisQueue; of a cluster, the one that has the account's slot",
+    )
     parser.add_argument("--name", default="default", help="which account (default: %(default)s)")
     parser.add_argument(
         "--watch",

@@ -8,8 +8,10 @@ Only the first ticket that each process has for a bucket stands in the line, ord
 head start. It has *rank* r if r of them are before it, and may take from r *graces* after the bucket
 opens on: so each process ahead of it that is dead or stuck costs one grace, and not the line. A
 process counts while it holds its *lease*, which any request renews; whoever is passed over loses it,
-and has it and its old place back with its next request. The others of a process are known for
-snapshots alone, so they may be told of late, and many at a time.
+and has it and its old place back with its next request. Where a bucket opens by surprise (a permit was
+given back, a limit is new), who is first may sleep on for a third of a lease: graces count from then.
+One that only tries passes nobody. The others of a process are known for snapshots alone, so they may
+be told of late, and many at a time.
 
 A ticket is granted once, however often it asks, until it gives the permit back: a reply that was lost
 costs nothing. ``ledgers/take.lua`` says the same to Redis; the two are tested against each other,
@@ -49,9 +51,11 @@ class SharedAccount(Account):
     Attributes:
         interval_us, margin_us: the largest that a live process wants; they make the window.
         interval_until_us, margin_until_us: until when a smaller one does not count.
-        opened_us: since when there is a budget or a window again that nobody could wait for: what
-            was refunded, or a new limit. Graces count from then.
+        opened_us: from when on graces count at least, where there is a budget or a window again:
+            after a reset, or when the first have woken that could not know of a surprise.
         refresher, refresh_until_us: which process reads the limit anew, and until when others let it.
+        reserve: that of whoever asked for a permit last, and ``period_us`` that of whoever asked for
+            anything: for those who look.
     """
 
     interval_us: int = 0
@@ -61,6 +65,7 @@ class SharedAccount(Account):
     opened_us: int = NEVER
     refresher: str = ""
     refresh_until_us: int = NEVER
+    reserve: int = 0
 
 
 @dataclass(slots=True)
@@ -131,7 +136,7 @@ class Store(Protocol):
         """Forget the permits of earlier periods than that, if they were granted before then."""
 
     def put_waiter(self, owner: str, waiter: Waiter) -> None:
-        """Keep that a ticket waits, unless that is known."""
+        """Keep that a ticket waits; if that is known, the earlier arrival and place count."""
 
     def drop_waiter(self, owner: str, ticket: int) -> None:
         """Forget that a ticket waits."""
@@ -195,6 +200,7 @@ class _Turn:
         self._open_with(request.limit)
         account.period = max(account.period, request.period)
         account.granted, account.refresh_owed = request.granted, True
+        self._rebucket_heads()
 
     def answer(self) -> Reply:
         request, account = self.request, self.account
@@ -249,6 +255,8 @@ class _Turn:
             account.granted,
             account.interval_us,
             account.margin_us,
+            account.period_us,
+            account.reserve,
             self.outcome,
             ready_in_us,
             others_us,
@@ -306,7 +314,7 @@ class _Turn:
             return
         self._bucket(permit.shard_id)
         rules.unused(self.account, permit)
-        self.account.opened_us = self.now_us
+        self._open_by_surprise()
         self.store.put_permit(self.request.owner, permit)
 
     def _hear_of_use(self, news: News, permit: SharedGrant, at_us: int) -> None:
@@ -332,7 +340,8 @@ class _Turn:
             return rules.trust(account, order.period)
         if order.limit is None or (self.new and order.kind in ("open", "renew")):
             return True  # there is nothing new in it
-        if order.limit.max_concurrency != account.max_concurrency:
+        other_buckets = order.limit.max_concurrency != account.max_concurrency
+        if other_buckets:
             self._load_all()
             self.relaid = True
         if order.kind == "renew":
@@ -343,11 +352,18 @@ class _Turn:
             self._open_with(order.limit)
         else:
             rules.adopt(account, order.limit, self.wall_us)
-        account.opened_us = self.now_us
+        if other_buckets or order.kind != "open":  # which gives nobody more than there was
+            self._open_by_surprise()
         return True
 
+    def _open_by_surprise(self) -> None:
+        self.account.opened_us = self.now_us + self._longest_sleep_us()
+
     def _open_with(self, limit: SessionStartLimit) -> None:
-        """Take the limit that a process begins with: within the period that runs it refills nothing."""
+        """Take the limit that a process begins with.
+
+        Within the period that runs it refills nothing, nor does it bring the reset nearer.
+        """
         account = self.account
         period, owed, left = (
             account.period,
@@ -355,12 +371,13 @@ class _Turn:
             rules.budget(account, self.wall_us),
         )
         runs = left is not None and left.resets_in_us > 0
-        if runs and left is not None and limit.remaining >= left.remaining:
-            limit = replace(
-                limit,
-                remaining=min(left.remaining, limit.total),
-                reset_after=left.resets_in_us / rules.MICROSECOND,
-            )
+        if runs and left is not None:
+            resets_in = left.resets_in_us / rules.MICROSECOND
+            if limit.remaining >= left.remaining:
+                remaining, reset_after = min(left.remaining, limit.total), resets_in
+            else:
+                remaining, reset_after = limit.remaining, max(limit.reset_after, resets_in)
+            limit = replace(limit, remaining=remaining, reset_after=reset_after)
         rules.adopt(account, limit, self.wall_us)
         if runs:
             account.period, account.refresh_owed = period, owed
@@ -376,6 +393,7 @@ class _Turn:
 
     def _take(self, take: Take) -> None:
         store, account, owner, now_us = self.store, self.account, self.request.owner, self.now_us
+        account.reserve = take.reserve
         permit = store.permit(owner, take.ticket)
         if permit is not None and not permit.returned:  # its reply was lost
             self._grant(permit)
@@ -386,9 +404,13 @@ class _Turn:
         heads = store.heads(number, now_us)
         for other in heads:
             if other[:2] == head[:2]:
-                head = other  # it has a place, and keeps it
+                # It has a place, and keeps it unless the ledger's clock was set back.
+                head = head._replace(place_us=min(head.place_us, other.place_us))
         ahead = self._ahead(head, heads)
-        opens_us, period = self._opens_us(bucket), account.period
+        opens_us, period = self._opens_us(bucket, len(ahead)), account.period
+        turn_us = opens_us + len(ahead) * self._grace_us()
+        if ahead and not take.stays:
+            turn_us = max(turn_us, now_us + 1)
         answer = rules.take(
             account,
             take.shard_id,
@@ -396,7 +418,7 @@ class _Turn:
             self.wall_us,
             take.reserve,
             take.can_refresh,
-            opens_us + len(ahead) * self._grace_us(),
+            turn_us,
         )
         if isinstance(answer, Denial):
             if take.stays:
@@ -404,7 +426,7 @@ class _Turn:
             self._deny(answer, len(ahead), opens_us)
             return
         if account.period != period:
-            account.opened_us = opens_us
+            account.opened_us = max(account.opened_us, opens_us)
         permit = SharedGrant(
             answer.serial, answer.shard_id, number, now_us, answer.remaining, answer.period
         )
@@ -441,13 +463,14 @@ class _Turn:
     def _grace_us(self) -> int:
         return min(LONGEST_GRACE_US, self.account.window_us // 5)
 
-    def _opens_us(self, bucket: Bucket) -> int:
-        """Return when there was, or will be, something to take that nobody could take before."""
+    def _opens_us(self, bucket: Bucket, rank: int) -> int:
+        """Return from when on there was, or will be, something to take; graces count from then."""
         account, now_us = self.account, self.now_us
         opens_us = now_us + rules.closed_for_us(account, bucket, now_us)
-        opens_us = max(opens_us, min(account.opened_us, now_us))
         if account.resets_at_us is not None and self.wall_us >= account.resets_at_us:
             opens_us = max(opens_us, now_us - (self.wall_us - account.resets_at_us))
+        if rank and opens_us <= now_us:  # whoever is first did perhaps not know
+            opens_us = max(opens_us, min(account.opened_us, now_us + self._longest_sleep_us()))
         return opens_us
 
     def _grant(self, permit: SharedGrant, next_us: int = 0) -> None:
@@ -473,7 +496,10 @@ class _Turn:
         """Return how long a ticket may sleep: till its turn, or sooner where much may happen before."""
         sleep_us = opens_us - self.now_us + min(rank, 2) * self._grace_us()
         sleep_us += max(0, rank - 2) * self.account.window_us
-        return min(max(1, sleep_us), self.request.lease_us // 3)
+        return min(max(1, sleep_us), self._longest_sleep_us())
+
+    def _longest_sleep_us(self) -> int:
+        return self.request.lease_us // 3
 
     def _claim_refresh(self) -> int:
         """Let one process read the limit anew: return 0 if it is this one, else how long to wait."""

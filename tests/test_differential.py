@@ -57,6 +57,7 @@ class World:
     def request(self) -> Request:
         dice, owner = self.dice, self.dice.choice(self.owners)
         now_us = self.clock.now_us()
+        went_back = dice.random() < 0.02  # the ledger, and has lost permits that the process saw
         return Request(
             owner if dice.random() > 0.02 else "",
             self.request_number(),
@@ -68,8 +69,11 @@ class World:
             dice.choice((1, 5)) * S,
             self.limit(),
             self.last[0] + (dice.random() < 0.1),
-            self.last[1] + (dice.random() < 0.01),
-            tuple(self.news(owner, now_us) for _ in range(dice.choice((0, 0, 1, 1, 3)))),
+            self.last[1] + went_back,
+            tuple(
+                self.news(owner, now_us)
+                for _ in range(12 if went_back else dice.choice((0, 0, 1, 1, 3)))
+            ),
             self.order() if dice.random() < 0.06 else None,
             self.take(owner, now_us) if dice.random() < 0.75 else None,
             dice.random() < 0.2,

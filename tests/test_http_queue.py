@@ -68,6 +68,32 @@ def queue(broker):
 # --- one line -------------------------------------------------------------------------------------
 
 
+def test_remote_queues_and_the_plain_wire_stand_in_one_line(broker, queue):
+    queue.update(limit(1000, 0, 60.0))
+    with clients_of(broker.port) as client, HttpQueue(broker.url, **SHORT) as other:
+        order = []
+        futures = []
+        for number in range(6):
+            if number % 3 == 2:
+                futures.append(client(f"/?shard={number}"))
+            else:
+                future = (queue, other)[number % 3].enqueue(number)
+                future.add_done_callback(lambda future: order.append(future.result().shard_id))
+                futures.append(future)
+            wait_for_line(broker.queue, number + 1)
+        threads = [
+            threading.Thread(target=lambda n=n, one=one: (one.read(), order.append(n)))
+            for n, one in ((2, futures[2]), (5, futures[5]))
+        ]
+        for thread in threads:
+            thread.start()
+        broker.queue.update(limit())
+        until(lambda: len(order) == 6, "six permits")
+        assert order == [0, 1, 2, 3, 4, 5]
+        for thread in threads:
+            thread.join()
+
+
 def test_spacing_holds_at_all_callers(broker):
     referee = Referee(1, interval=SHORT["interval"])
     with contextlib.ExitStack() as stack:

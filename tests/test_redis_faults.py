@@ -31,8 +31,9 @@ from test_waiting import in_line, limit, order
 
 from gateway_queue_sync import AcquireTimeout, BrokerError, RedisQueue
 from gateway_queue_sync.ledgers.redis import KEYS
-from gateway_queue_sync.messages import Reply
-from gateway_queue_sync.testing import Referee
+from gateway_queue_sync.messages import OUTCOMES, Reply, Take
+from gateway_queue_sync.rules import Grant
+from gateway_queue_sync.testing import FakeClock, Referee
 
 pytestmark = needs_redis
 
@@ -282,18 +283,19 @@ def test_what_is_kept_on_disk_survives_a_killed_server(keeping, make, clock):
     for shard in range(3):
         take(queue, shard)
         clock.advance(1)
-    before = queue.snapshot()
     restart(keeping)
-    assert queue.snapshot() == before
-    assert (before.granted, before.limit.remaining) == (3, 5)
+    seen = queue.snapshot()
+    assert (seen.granted, seen.limit.remaining, len(seen.buckets)) == (3, 5, 3)
 
 
-def test_windows_go_on_where_the_data_was_kept(keeping, make, clock):
+def test_a_server_that_was_restarted_grants_nothing_for_one_window(keeping, make, clock):
+    """What it has kept may be older than what it has answered, and nobody may know."""
     queue = begun(make, keeping.url, clock)
     take(queue, 0)
     clock.advance(1)
     restart(keeping)
-    clock.advance(WINDOW - 1 - MOMENT)
+    assert queue.try_acquire(1) is None
+    clock.advance(WINDOW - MOMENT)
     assert queue.try_acquire(1) is None
     clock.advance(MOMENT)
     assert queue.try_acquire(1) is not None
@@ -889,7 +891,6 @@ def test_a_refusal_names_its_server_and_its_reason_and_no_password(
         "localhost:6379",
         f"http://:{SECRET}@localhost",
         f"redis://:{SECRET}@localhost:port",
-        f"redis://:{SECRET}/@localhost",
         f"redis://:{SECRET}@localhost/0?socket_timeout={SECRET}",
         f"redis://:{SECRET}@localhost/0?no_such_setting={SECRET}",
         f"redis://:{SECRET}@localhost/0?protocol={SECRET}",
@@ -899,6 +900,15 @@ def test_a_url_that_cannot_be_read_is_refused_and_not_shown(make, url):
     with pytest.raises(ValueError, match="the URL must be like redis://") as caught:
         make(url)
     assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("mark", "/?#")
+def test_a_password_that_is_not_percent_encoded_is_refused_and_not_shown(make, mark):
+    with pytest.raises(ValueError, match="percent-encode the password") as caught:
+        make(f"redis://:44{mark}{SECRET}@localhost/0")
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(BrokerError):  # nothing is there, but it can be read
+        make(f"redis://:44%{ord(mark):X}{SECRET}@localhost:1/0")
 
 
 @pytest.mark.parametrize(
@@ -999,13 +1009,15 @@ def test_a_replica_that_missed_grants_gives_no_budget_back(proxy, replica, make,
     assert remaining(queue) <= 8
 
 
-def test_a_replica_that_saw_everything_goes_on_at_once(server, proxy, replica, make, clock):
+def test_a_replica_that_saw_everything_goes_on_after_a_window(server, proxy, replica, make, clock):
     queue = begun(make, url_of(proxy), clock)
     take(queue, 0)
     with server.client() as client:
         client.wait(1, 10_000)
     promote(replica)
+    clock.advance(1)
     fail_over(proxy, replica)
+    assert queue.snapshot().buckets[0].ready_in == WINDOW
     clock.advance(WINDOW)
     assert take(queue, 1).remaining == 8
 
@@ -1036,6 +1048,40 @@ def test_what_a_server_undid_itself_does_not_hold(server, make, clock):
     take(queue, 0)
 
 
+def test_a_servers_clock_that_is_set_back_sends_nobody_to_the_end_of_the_line(
+    server, make, clock, monkeypatch
+):
+    """Places are reckoned from the clocks of those who wait, which did not move."""
+    ledger = begun(make, server.url, clock, limit(100, 100, 6000.0))._ledger
+    served = FakeClock()
+    monkeypatch.setattr(ledger, "_clock", served)
+
+    def ask(ticket, came_us, owner="abc"):
+        at_us = clock.now_us()
+        return ledger.carry(
+            ledger._request(take=Take(ticket, 0, came_us, came_us))._replace(
+                owner=owner, at_us=at_us
+            )
+        )
+
+    def move(by):
+        clock.advance(by)
+        served.advance(by)
+
+    move(WINDOW)
+    ask(1, clock.now_us())
+    first = clock.now_us()
+    ask(2, first)
+    served._now_us -= 60_000_000
+    for ticket in range(3, 6):
+        ask(ticket, clock.now_us(), "def")
+        move(WINDOW)
+        if OUTCOMES[ask(2, first).outcome.kind] is Grant:
+            break
+        ask(ticket, clock.now_us(), "def")
+    assert ticket == 3
+
+
 def test_a_bucket_that_is_ahead_of_the_server_costs_one_window_at_most(server, make, clock):
     queue = begun(make, server.url, clock)
     take(queue, 0)
@@ -1045,21 +1091,81 @@ def test_a_bucket_that_is_ahead_of_the_server_costs_one_window_at_most(server, m
     assert queue.try_acquire(0) is not None
 
 
-def test_an_old_snapshot_gives_no_budget_back(tmp_path, make, clock):
-    """Redis keeps its data like that by default, up to an hour behind."""
+@pytest.fixture
+def saving(tmp_path):
+    """A server that keeps its data as Redis does by default: up to an hour behind."""
     server = RedisServer(tmp_path, "--save", "3600 1")
-    queue = begun(make, server.url, clock)
-    with server.client() as client:
+    yield server
+    server.stop()
+
+
+def test_an_old_snapshot_gives_no_budget_back(saving, make, clock):
+    queue = begun(make, saving.url, clock)
+    with saving.client() as client:
         client.save()
     for _ in range(5):
         take(queue, 0)
         clock.advance(WINDOW)
-    restart(server)
+    restart(saving)
     queue.try_acquire(0)
-    left = remaining(queue)
-    queue.close()
-    server.stop()
-    assert left <= 5
+    assert remaining(queue) <= 5
+
+
+@pytest.mark.parametrize("who", ["it lives on", "it begins"])
+def test_an_old_snapshot_grants_nothing_early_to_who_saw_no_more_of_it(saving, make, clock, who):
+    queue = begun(make, saving.url, clock)
+    other = make(saving.url, clock=clock, lease=NEVER_HEARD_OF)
+    with saving.client() as client:
+        client.save()
+    take(queue, 0)
+    restart(saving)
+    if who == "it begins":
+        other = make(saving.url, TEN, clock=clock)
+    assert other.try_acquire(1) is None
+    clock.advance(WINDOW - MOMENT)
+    assert other.try_acquire(1) is None
+    clock.advance(MOMENT)
+    take(other, 1)
+
+
+def test_the_limit_is_read_anew_after_a_restart(saving, make, clock, crew):
+    queue = begun(make, saving.url, clock, refresh=lambda: limit(20, 15, 300.0))
+    with saving.client() as client:
+        client.save()
+    restart(saving)
+    call = crew(queue.acquire, 1)
+    drive(clock, call)
+    assert call.now().remaining == 14
+
+
+def test_who_left_before_a_restart_does_not_wait_after_it(saving, make, clock, crew):
+    queue = begun(make, saving.url, clock, limit(10, 10, 600.0, max_concurrency=2))
+    take(queue, 0)
+    take(queue, 1)
+    calls = in_line(queue, crew, clock, [2, 3])
+    with saving.client() as client:
+        client.save()
+    clock.advance(WINDOW)
+    assert {call.now().shard_id for call in calls} == {2, 3}
+    restart(saving)
+    assert queue.snapshot().waiting == 0
+    clock.advance(WINDOW)
+    take(make(saving.url, clock=clock), 0)
+
+
+@pytest.mark.parametrize("rights", [["+@all"], ["+@all", "-info"]])
+def test_a_server_that_tells_its_run_for_the_first_time_is_no_other_one(own, make, clock, rights):
+    queue = begun(make, own.url, clock)
+    with own.client() as client:
+        client.hset(key("account"), "run", "")
+        client.execute_command("ACL SETUSER", "bob", "on", f">{SECRET}", "~*", *rights)
+    bob = make(with_a_password(own, SECRET, "bob"), clock=clock, lease=NEVER_HEARD_OF)
+    take(bob, 0)
+    for _ in range(3):
+        clock.advance(WINDOW)
+        take(queue, 0)
+        clock.advance(WINDOW)
+        take(bob, 0)
 
 
 # --- 10. a cluster --------------------------------------------------------------------------------
@@ -1284,3 +1390,38 @@ def test_children_that_are_forked_in_the_midst_of_calls_work_on(server):
         """
     )
     assert (outcome.stdout.strip(), outcome.stderr) == ("done", "")
+
+
+@needs_fork
+def test_a_child_does_not_wait_for_what_the_parent_has_locked_in_a_clusters_client(cluster):
+    cluster.client().close()  # the servers know each other
+    outcome = python(
+        f"""
+        import os, redis, signal, threading, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from gateway_queue_sync import RedisQueue
+        client = redis.RedisCluster(host="127.0.0.1", port={cluster.nodes[0].port})
+        queue = RedisQueue(client, name="bot-{next(names)}")
+        nodes = client.nodes_manager
+        held, forked = threading.Event(), threading.Event()
+        def hold():
+            pools = [node.redis_connection.connection_pool for node in nodes.nodes_cache.values()
+                     if node.redis_connection]
+            with client._lock, nodes._initialization_lock, nodes._lock, pools[0]._lock:
+                held.set()
+                forked.wait()
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)
+            queue.snapshot()
+            os._exit(0)
+        forked.set()
+        holder.join()
+        print(os.waitpid(child, 0)[1])
+        queue.close()
+        """
+    )
+    assert (outcome.stdout.strip(), outcome.stderr) == ("0", "")

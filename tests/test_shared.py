@@ -219,6 +219,60 @@ def test_those_who_wait_are_heard_of_three_times_in_a_lease(account, clock, crew
     queue.close()
 
 
+@pytest.mark.parametrize("freed_by", ["unused", "update"])
+def test_a_bucket_that_opens_by_surprise_is_for_who_is_first(account, clock, crew, freed_by):
+    one, other = (account.queue(clock=clock, lease=LEASE) for _ in range(2))
+    one.update(limit(10, 1 if freed_by == "update" else 10, 600.0))
+    permit = one.acquire(99)
+    (first,) = in_line(other, crew, clock, [1])
+    clock.advance(0.01)
+    (second,) = in_line(one, crew, clock, [2])
+    if freed_by == "unused":
+        permit.unused()
+    else:
+        clock.advance(WINDOW)
+        clock.settle(2)
+        one.update(limit(10, 9, 600.0))
+    clock.advance(0.15)
+    clock.settle(2)
+    assert one.try_acquire(3) is None
+    while not first.done():
+        assert not second.done()
+        clock.advance(0.1)
+        crew.settle(clock)
+    clock.advance(WINDOW)
+    assert second.now().shard_id == 2
+
+
+def test_a_process_that_is_stuck_costs_a_third_of_a_lease_after_a_surprise(
+    account, clock, crew, monkeypatch
+):
+    stuck, other = (account.queue(clock=clock, lease=LEASE) for _ in range(2))
+    permit = other.acquire(99)
+    in_line(stuck, crew, clock, [1])
+    clock.advance(0.01)
+    (call,) = in_line(other, crew, clock, [2])
+    cut_off(stuck, monkeypatch)
+    permit.unused()
+    clock.settle(2)
+    clock.advance(LEASE / 3 + GRACE - 0.001)
+    clock.settle(2)
+    assert not call.done()
+    clock.advance(0.001)
+    assert call.now().shard_id == 2
+    stuck.close()
+
+
+def test_who_only_tries_passes_nobody(two, clock, crew):
+    stuck, other = two
+    stuck.acquire(99)
+    in_line(stuck, crew, clock, [1])
+    with clock_stopped_for(stuck):
+        clock.advance(WINDOW + 10 * GRACE)
+        assert other.try_acquire(2) is None
+    stuck.close()
+
+
 def test_closing_one_queue_leaves_the_others_alone(two, clock, crew):
     one, other = two
     one.acquire(99)
@@ -245,6 +299,20 @@ def test_trying_leaves_nothing_behind(two, clock):
     assert one.snapshot().waiting == 0
     clock.advance(WINDOW)
     assert one.acquire(3).waited == 0.0
+
+
+def test_who_only_tries_inherits_no_place(two, crew, monkeypatch):
+    one, other = two
+    carry = one._ledger.carry
+
+    def passed_meanwhile(request, patience=0.0):
+        monkeypatch.undo()
+        crew(one.acquire, 2, priority=9.0).now()
+        return carry(request)
+
+    monkeypatch.setattr(one._ledger, "carry", passed_meanwhile)
+    assert one.try_acquire(1) is None
+    assert other.snapshot().waiting == 0
 
 
 def test_a_timeout_leaves_the_line_of_all(two, clock, crew):
@@ -376,7 +444,9 @@ def test_a_process_that_dies_while_it_reads_the_limit_is_waited_for_for_a_lease(
     [
         (limit(10, 10, 900.0), (10, 6, 590.0)),  # a restart refills nothing
         (limit(10, 6, 900.0), (10, 6, 590.0)),
-        (limit(10, 2, 30.0), (10, 2, 30.0)),  # Discord knows of more
+        (limit(10, 2, 30.0), (10, 2, 590.0)),  # Discord knows of more
+        (limit(10, 2, 900.0), (10, 2, 900.0)),
+        (limit(10, 2, 0.0), (10, 2, 590.0)),
         (limit(100, 100, 900.0), (100, 6, 590.0)),  # total is taken as given
         (limit(4, 4, 900.0), (4, 4, 900.0)),
         (None, (10, 6, 590.0)),
@@ -415,6 +485,16 @@ def test_a_crash_loop_cannot_burn_the_budget_unseen(account, clock):
         granted += queue.try_acquire(0) is not None
         queue._ledger.close()  # and not the queue: it crashes
     assert granted == 15
+
+
+def test_a_crash_loop_whose_limit_says_that_its_reset_is_due_cannot_either(account, clock):
+    granted = 0
+    for _ in range(50):
+        queue = account.queue(limit(20, 15, 0.0), clock=clock)
+        clock.advance(WINDOW)
+        granted += queue.try_acquire(0) is not None
+        queue._ledger.close()
+    assert granted == 16  # one of a new period, and what was given
 
 
 def test_other_buckets_given_at_a_start_begin_from_the_latest_grant(account, clock):
@@ -462,7 +542,7 @@ def test_the_larger_window_wins_with_a_warning_while_its_process_lives(account, 
         ({"when_exhausted": "stop"}, ValueError, "when_exhausted"),
         ({"reserve": -1}, ValueError, "reserve must be at least 0"),
         ({"observer": 5}, TypeError, "observer must be callable"),
-        ({"nmae": "x"}, TypeError, "nmae"),
+        ({"nmae": "x"}, TypeError, "^(Sqlite|Redis)Queue has no setting 'nmae'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(account, clock, settings, error, words):
@@ -540,6 +620,16 @@ def test_who_waits_is_told_anew_to_a_ledger_that_lost_it(two, clock, crew):
     one.snapshot()
     assert order(other.snapshot()) == [1, 2, 3]
     one.close()
+
+
+def test_who_only_tried_is_not_told_to_a_ledger_that_lost_it(two, clock):
+    one, other = two
+    one.acquire(99)
+    forget_all(one)
+    assert one.try_acquire(1) is None
+    with pytest.raises(AcquireTimeout):
+        other.acquire(2, timeout=0)
+    assert one.snapshot().waiting == other.snapshot().waiting == 0
 
 
 def test_after_a_loss_the_limit_is_read_anew(account, clock):
@@ -685,6 +775,27 @@ def test_futures_wait_an_outage_out(two, clock, monkeypatch):
         clock.settle(1)
     clock.advance(2)
     assert future.result(10).remaining == 99
+
+
+def test_in_the_pauses_of_an_outage_only_those_ask_who_just_try(account, clock, monkeypatch):
+    one = account.queue(limit(100, 100, 6000.0, max_concurrency=9), clock=clock)
+    asked = []
+
+    def carry(request, patience=0.0):
+        asked.append(request)
+        raise BrokerError("out of reach") from OSError("no route")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(one._ledger, "carry", carry)
+        futures = [one.enqueue(shard_id) for shard_id in range(8)]
+        clock.settle(1)
+        assert len(asked) == 1
+        with pytest.raises(BrokerError):
+            one.try_acquire(8)
+        assert len(asked) == 2
+    clock.advance(2)
+    assert futures[0].result(10).remaining == 99
+    one.close()
 
 
 def test_reports_made_in_an_outage_are_booked_after_it(two, clock, monkeypatch):

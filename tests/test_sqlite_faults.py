@@ -525,6 +525,23 @@ def test_the_limit_is_read_anew_after_a_loss(path, make, clock):
     assert len(read) == 1
 
 
+def test_who_begins_on_an_older_copy_is_granted_nothing_for_a_window(path, make, clock, caplog):
+    before = make(limit(10, 8, 600.0))
+    keep_a_copy(path)
+    before.acquire(0)
+    before.close()
+    put_back(path)
+    clock.advance(1)
+    queue = make(refresh=lambda: limit(10, 4, 500.0))
+    assert len(told(caplog, "replaced by a copy")) == 1
+    clock.advance(WINDOW - 0.000_001)
+    assert queue.try_acquire(0) is None
+    clock.advance(0.000_001)
+    assert queue.acquire(0).remaining == 3  # the copy may know of fewer grants: it is read anew
+    clock.advance(WINDOW)
+    assert make().try_acquire(0) is not None
+
+
 def test_an_older_state_written_over_the_file_grants_nothing_for_a_window(path, make, clock):
     """The process has seen more permits than the file tells of."""
     queue = make()
@@ -1251,6 +1268,28 @@ queue.close()
 
 
 @needs_fork
+def test_threads_that_fork_at_once_let_each_other_go_on(path):
+    (said,) = run(
+        FORKING
+        + """
+def forks():
+    for _ in range(100):
+        assert status_of(fork(lambda: 0)) == 0
+threads = [threading.Thread(target=forks, daemon=True) for _ in range(3)]
+for thread in threads:
+    thread.start()
+give_up = time.monotonic() + 20
+while any(thread.is_alive() for thread in threads) and time.monotonic() < give_up:
+    queue._ledger.peek()
+print(sum(thread.is_alive() for thread in threads), flush=True)
+os._exit(0)
+""",
+        path,
+    )
+    assert said == "0"
+
+
+@needs_fork
 def test_the_child_of_a_closed_queue_grants_nothing_and_leaves_nothing_open(path):
     (said,) = run(
         FORKING
@@ -1549,7 +1588,7 @@ def test_a_crash_loop_neither_moves_the_window_nor_comes_early(make, clock):
 def test_within_the_period_a_smaller_remaining_is_news(make, clock):
     make(limit(1000, 900, 3600.0))
     left = make(limit(1000, 300, 1800.0)).snapshot().limit
-    assert (left.remaining, left.resets_in) == (300, 1800.0)
+    assert (left.remaining, left.resets_in) == (300, 3600.0)  # the reset comes no nearer
 
 
 def test_within_the_period_total_and_buckets_are_taken_as_given(make, clock):

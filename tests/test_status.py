@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import redis_servers
@@ -93,6 +95,29 @@ def test_a_file_is_shown_with_those_who_wait_in_it(file, capsys):
         assert "waiting     2, in 1 of 4 bucket(s)" in printed
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_it_tells_of_turns_with_the_reserve_and_the_period_of_who_waits(
+    file, request, capsys, kind
+):
+    limit = SessionStartLimit(100, 10, 3600.0, 1)
+    settings = {"reserve": 10, "period": 7200.0, "name": "reserved"}
+    if kind == "sqlite":
+        queue, where = SqliteQueue(file, limit, **settings), file
+    else:
+        if redis_servers.BINARY is None:
+            pytest.skip(redis_servers.WITHOUT)
+        where = request.getfixturevalue("redis_server").url
+        queue = RedisQueue(where, limit, **settings)
+    with queue:
+        queue.enqueue(5)
+        seen = queue.snapshot()
+        assert cli.main(["status", "--json", f"--{kind}", where, "--name", "reserved"]) == 0
+        told = json.loads(capsys.readouterr().out)
+    (shard,) = told["buckets"][0]["shards"]
+    assert shard["eta"] == pytest.approx(seen.buckets[0].shards[0].eta, abs=10)
+    assert shard["eta"] > 3000
+
+
 def test_programs_get_the_fields_of_the_snapshot(file, capsys):
     with SqliteQueue(file, LIMIT) as queue:
         queue.enqueue(5)
@@ -129,6 +154,29 @@ def test_looking_leaves_no_trace(file):
     assert cli.main(["status", "--sqlite", file]) == 0
     with open(file, "rb") as kept:  # noqa: PTH123
         assert kept.read() == before
+
+
+def test_looking_changes_neither_the_mode_nor_an_empty_file(file, tmp_path):
+    SqliteQueue(file, LIMIT).close()
+    Path(file).chmod(0o640)
+    empty = tmp_path / "empty"
+    empty.touch()
+    before = {path.name: path.stat() for path in tmp_path.iterdir()}
+    assert cli.main(["status", "--sqlite", file]) == 0
+    assert cli.main(["status", "--sqlite", str(empty)]) == 1
+    after = {path.name: path.stat() for path in tmp_path.iterdir()}
+    assert {name: (s.st_mode, s.st_size, s.st_mtime_ns) for name, s in before.items()} == {
+        name: (s.st_mode, s.st_size, s.st_mtime_ns) for name, s in after.items()
+    }
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can be somebody else"
+)
+def test_root_may_look_at_anybodys_file(file):
+    SqliteQueue(file, LIMIT).close()
+    os.chown(file, 65534, 65534)
+    assert cli.main(["status", "--sqlite", file]) == 0
 
 
 def test_a_file_that_is_not_there_is_not_made(tmp_path, capsys):

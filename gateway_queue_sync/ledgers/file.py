@@ -25,11 +25,12 @@ class OpenFile:
 
     Attributes:
         connection: SQLite's.
-        identity: what tells the file from others of its name.
+        inode: what tells the file from others of its name, in whichever container.
 
     Args:
-        path: where the file is; it is made if it is not there, for its owner's eyes only.
-        create: whether to make it.
+        path: where the file is.
+        create: whether to make it if it is not there, for its owner's eyes only; if not, this is for
+            one who only looks: nothing is changed, and whoever may read it may look.
 
     Raises:
         OSError, sqlite3.Error: it cannot be opened, or not yet.
@@ -39,12 +40,15 @@ class OpenFile:
     def __init__(self, path: Path, *, create: bool) -> None:
         self._path = path
         found = _owned(path, create=create)
-        self.identity = _identity(found)
+        self._found = found
+        self.inode = str(found.st_ino)
         self.connection = sqlite3.connect(
             path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
         try:
             self.holds_tables()  # before anything is changed in a file that is not ours
+            if not create:
+                return
             self.connection.execute("PRAGMA journal_mode = TRUNCATE")
             self.connection.execute("PRAGMA synchronous = OFF")
             if hasattr(os, "geteuid") and stat.S_IMODE(found.st_mode) & 0o077:
@@ -81,19 +85,15 @@ class OpenFile:
             found = self._path.stat()
         except FileNotFoundError:
             return False
-        return _identity(found) == self.identity
+        return os.path.samestat(found, self._found)
 
     def close(self) -> None:
         """Close the connection."""
         self.connection.close()
 
 
-def _identity(found: os.stat_result) -> str:
-    return f"{found.st_dev}:{found.st_ino}"
-
-
 def _owned(path: Path, *, create: bool) -> os.stat_result:
-    """Return what kind of file it is, after making sure that it is ours."""
+    """Return what kind of file it is; make sure that it is there and ours, or just that it is a file."""
     if create:
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
         with contextlib.suppress(FileExistsError):
@@ -101,7 +101,7 @@ def _owned(path: Path, *, create: bool) -> os.stat_result:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError(None, "is no regular file")
-    if hasattr(os, "geteuid") and found.st_uid != os.geteuid():
+    if create and hasattr(os, "geteuid") and found.st_uid != os.geteuid():
         raise OSError(None, f"belongs to user {found.st_uid}, not to {os.geteuid()}")
     return found
 

@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import inspect
 import json
+import re
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -62,13 +63,19 @@ class RedisLedger(SharedLedger):
         return f"Redis server {self._where}"
 
     def after_fork_in_child(self) -> None:
-        """Be another process. redis-py's pool notices that itself, but would wait for its lock.
+        """Be another process. redis-py's pools notice that themselves, but would wait for their locks.
 
-        Some thread of the parent may have held it, which is not there to let go of it.
+        Some thread of the parent may have held one, which is not there to let go of it.
         """
-        pool: Any = getattr(self._client, "connection_pool", None)
-        if hasattr(pool, "_lock"):
-            pool._lock = threading.RLock()
+        parts: list[Any] = [self._client]
+        if isinstance(self._client, redis.RedisCluster):
+            manager = self._client.nodes_manager
+            parts += [manager, *(node.redis_connection for node in manager.nodes_cache.values())]
+        parts += [getattr(part, "connection_pool", None) for part in parts]
+        for part in parts:
+            for lock in ("_lock", "_initialization_lock"):
+                if hasattr(part, lock):
+                    setattr(part, lock, threading.RLock())
         super().after_fork_in_child()
 
     def carry(self, request: Request, patience: float = 0.0) -> Reply:
@@ -122,6 +129,11 @@ def made_from(url: str) -> redis.Redis:
     Raises:
         ValueError: it is no URL of a Redis server; no message shows it, it may hold a password.
     """
+    if re.search(r"//[^/?#]*[/?#].*@", url):  # what would be read as a host, or shown as a path
+        raise ValueError(
+            "the URL has an @ after its host: percent-encode the password (/ is %2F, ? is %3F, # is "
+            "%23, @ is %40)"
+        )
     once_more = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
     try:
         client = redis.Redis.from_url(

@@ -55,7 +55,7 @@ class SqliteLedger(SharedLedger):
         self._io = threading.RLock()
         self._file: OpenFile | None = None
         self._closer: weakref.finalize[..., SqliteLedger] | None = None
-        self._lost = False  # the file was deleted or replaced just now
+        self._opened_anew = False  # and nothing was asked of the file since
 
     def __repr__(self) -> str:
         name = "" if self._name == "default" else f" ({self._name})"
@@ -96,7 +96,7 @@ class SqliteLedger(SharedLedger):
                     if file.is_current():
                         reply = self._answer(file, request)
                         connection.execute("COMMIT")
-                        self._lost = False
+                        self._opened_anew = False
                         return reply
                 finally:
                     if connection.in_transaction:
@@ -105,7 +105,6 @@ class SqliteLedger(SharedLedger):
                         self._disconnect()
                 log.warning("%r was deleted or replaced; going on with what is there now", self)
                 self._disconnect()
-                self._lost = True
 
     def _answer(self, file: OpenFile, request: Request) -> Reply:
         if not file.holds_tables():
@@ -114,7 +113,7 @@ class SqliteLedger(SharedLedger):
             for statement in CREATE:
                 file.connection.execute(statement)
         now_us, wall_us = self._clock.now_us(), self._clock.wall_us()
-        kept = Kept(self._which_clock(), file.identity, wall_us)
+        kept = Kept(self._which_clock(), file.inode, wall_us)
         tables = Tables(file.connection, self._name, kept)
         try:
             if request.owner:
@@ -147,8 +146,8 @@ class SqliteLedger(SharedLedger):
                     "clock cannot be compared with this one's; give each a file of its own"
                 ) from ValueError(last.clock)
             why = "was kept by another clock (a reboot?)"
-        elif self._lost and last.file != mine.file:  # and nobody has noticed before
-            why = "was replaced by an older copy"
+        elif self._opened_anew and last.inode != mine.inode:  # and nobody has noticed before
+            why = "was replaced by a copy, which may be older"
         else:
             return
         log.warning("%r %s: no bucket grants for a window", self, why)
@@ -159,6 +158,7 @@ class SqliteLedger(SharedLedger):
     def _opened(self, *, create: bool) -> OpenFile:
         if self._file is None:
             file = OpenFile(self._path, create=create)
+            self._opened_anew = True
             self._closer = weakref.finalize(self, file.close)
             self._file = file
             file_system = remote_file_system(self._path)
@@ -219,22 +219,6 @@ def _explained(error: sqlite3.Error) -> str:
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return f"{error}; to begin anew move it away, and give the limit that is left"
     return str(error)
-
-
-def _time_kept() -> str:
-    """Return what tells this machine's monotonic clock from others: its boot and time namespace."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/time')}"  # noqa: PTH115 - it is no path
-    except OSError:
-        return str(SYSTEM_CLOCK.wall_us() - SYSTEM_CLOCK.now_us())
-
-
-def _is_same_time(one: str, other: str) -> bool:
-    """Return whether two of these are one clock; where a machine has no boot id, more or less."""
-    if one.isdigit() and other.isdigit():
-        return abs(int(one) - int(other)) < IN_USE_US
-    return one == other
 
 
 def _boot() -> str | None:

@@ -23,7 +23,7 @@ _bucket_row, _grant_row, _account_row = (
 )
 CREATE = (
     f"""CREATE TABLE account (name PRIMARY KEY, {", ".join(_ACCOUNT)}, fresh_last_us,
-        fresh_closed_until_us, clock, file, touched_us) WITHOUT ROWID""",
+        fresh_closed_until_us, clock, inode, touched_us) WITHOUT ROWID""",
     f"""CREATE TABLE bucket (name, number, {", ".join(_BUCKET)},
         PRIMARY KEY (name, number)) WITHOUT ROWID""",
     """CREATE TABLE process (name, owner, lease_until_us, void,
@@ -47,7 +47,7 @@ class Kept(NamedTuple):
     """By which clock an account was kept, in which file, and when by the wall clock."""
 
     clock: str
-    file: str
+    inode: str
     touched_us: int
 
 
@@ -62,17 +62,18 @@ class Tables:
     def last_kept(self) -> Kept | None:
         """Return where, when and by which clock the account was last kept; ``None``: never."""
         row = self._run(
-            "SELECT clock, file, touched_us FROM account WHERE name = ?", (self._name,)
+            "SELECT clock, inode, touched_us FROM account WHERE name = ?", (self._name,)
         ).fetchone()
         return None if row is None else Kept(*row)
 
     def begin_windows_anew(self, now_us: int) -> None:
-        """Forget all but the budget: no bucket grants for a window."""
+        """Forget all but the budget: no bucket grants for a window, and the limit is read anew."""
         self.begin_anew()
         self._run("DELETE FROM bucket WHERE name = ?", (self._name,))
         self._run(
             "UPDATE account SET fresh_last_us = ?, fresh_closed_until_us = ?, opened_us = ?, "
-            "interval_until_us = ?, margin_until_us = ?, refresh_until_us = ? WHERE name = ?",
+            "interval_until_us = ?, margin_until_us = ?, refresh_until_us = ?, "
+            "refresh_owed = 1 WHERE name = ?",
             (now_us, *[NEVER] * 5, self._name),
         )
 
@@ -182,7 +183,13 @@ class Tables:
 
     def put_waiter(self, owner: str, waiter: Waiter) -> None:
         row = (self._name, owner, *waiter)
-        self._run(_insert("waiter", len(row)).replace("OR REPLACE", "OR IGNORE"), row)
+        self._run(
+            _insert("waiter", len(row)).replace("OR REPLACE ", "")
+            + " ON CONFLICT (name, owner, ticket) DO UPDATE SET "
+            "arrived_us = min(arrived_us, excluded.arrived_us), "
+            "place_us = min(place_us, excluded.place_us)",
+            row,
+        )
 
     def drop_waiter(self, owner: str, ticket: int) -> None:
         self._run(

@@ -4,7 +4,10 @@
 -- microseconds of this server's clock. They are whole numbers below 2^53, which Lua holds exactly, but
 -- writes with 14 digits unless told otherwise: so `whole` writes them.
 --
--- KEYS  1 account   hash: its fields, and `b:<number>` for each bucket
+-- An account that another run of a server has kept (it was restarted, or failed over) may be an older one:
+-- what was granted since is not in it, and no bucket grants for a window.
+--
+-- KEYS  1 account   hash: its fields, the server's run, and `b:<number>` for each bucket
 --       2 process   sorted set: owner by when its lease ends
 --       3 void      hash: owner -> up to which of its requests it has given them up
 --       4 head      hash: `<number> <owner>` -> ticket, shard id, place
@@ -21,7 +24,7 @@ local GRANT, WINDOW, BUDGET, RESET = 1, 2, 3, 4
 local NUMBERS = {
   'window_us', 'period_us', 'max_concurrency', 'total', 'remaining', 'resets_at_us', 'span_us', 'period',
   'refresh_owed', 'granted', 'interval_us', 'margin_us', 'interval_until_us', 'margin_until_us',
-  'opened_us', 'refresh_until_us', 'fresh_last_us', 'fresh_closed_until_us',
+  'opened_us', 'refresh_until_us', 'reserve', 'fresh_last_us', 'fresh_closed_until_us',
 }
 local NOT_BEGUN = NEVER -- a period that ends then has not begun
 
@@ -35,6 +38,8 @@ else
   now = time[1] * 1e6 + time[2]
   wall = now
 end
+local info = redis.pcall('INFO', 'server') -- a user who may not ask is told an error
+local run = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or ''
 local shift = request.at_us and now - request.at_us or 0
 local account, buckets = {}, {}
 local new, relaid = false, false
@@ -71,13 +76,13 @@ end
 -- the store -----------------------------------------------------------------------------------------
 
 local function load_account()
-  local values = redis.call('HMGET', ACCOUNT, 'refresher', unpack(NUMBERS))
-  if not values[2] then
+  local values = redis.call('HMGET', ACCOUNT, 'refresher', 'run', unpack(NUMBERS))
+  if not values[3] then
     return false
   end
-  account.refresher = values[1]
+  account.refresher, account.run = values[1], values[2] or ''
   for place, name in ipairs(NUMBERS) do
-    account[name] = tonumber(values[place + 1])
+    account[name] = tonumber(values[place + 2])
   end
   return true
 end
@@ -106,7 +111,7 @@ local function keep()
   if relaid then
     redis.call('DEL', ACCOUNT)
   end
-  local fields = {'refresher', account.refresher}
+  local fields = {'refresher', account.refresher, 'run', run ~= '' and run or account.run}
   for _, name in ipairs(NUMBERS) do
     fields[#fields + 1] = name
     fields[#fields + 1] = whole(account[name])
@@ -138,6 +143,16 @@ local function heads(number)
     end
   end
   return found
+end
+
+local function put_waiter(ticket, shard_id, arrived, place)
+  local field = words(owner, ticket)
+  local text = redis.call('HGET', WAITER, field)
+  if text then
+    local n = numbers(text)
+    arrived, place = math.min(arrived, n[2]), math.min(place, n[3])
+  end
+  redis.call('HSET', WAITER, field, words(shard_id, arrived, place))
 end
 
 local function put_head(number, head)
@@ -360,9 +375,10 @@ local function begin()
   account = {
     window_us = request.interval_us + request.margin_us, period_us = request.period_us,
     max_concurrency = 1, total = 0, remaining = 0, resets_at_us = NOT_BEGUN, span_us = 0,
-    period = request.period, refresh_owed = 0, granted = request.granted, interval_us = 0, margin_us = 0, interval_until_us = NEVER,
-    margin_until_us = NEVER, opened_us = NEVER, refresher = '', refresh_until_us = NEVER,
-    fresh_last_us = now, fresh_closed_until_us = NEVER,
+    period = request.period, refresh_owed = 0, granted = request.granted, interval_us = 0,
+    margin_us = 0, interval_until_us = NEVER, margin_until_us = NEVER, opened_us = NEVER,
+    refresher = '', run = '', refresh_until_us = NEVER, reserve = 0, fresh_last_us = now,
+    fresh_closed_until_us = NEVER,
   }
   local order = request.order
   local fresh = order and (order.kind == 'open' or order.kind == 'renew')
@@ -382,10 +398,18 @@ local function agree_on_window()
   account.period_us = request.period_us
 end
 
+local function longest_sleep()
+  return math.floor(request.lease_us / 3)
+end
+
+local function open_by_surprise()
+  account.opened_us = now + longest_sleep()
+end
+
 local function give_back(permit)
   if permit then
     unused(permit)
-    account.opened_us = now
+    open_by_surprise()
     put_permit(permit)
   end
 end
@@ -396,8 +420,7 @@ local function hear(news)
   local held = permit and permit.returned == 0 and permit or nil
   if news.kind == 'joined' then
     if not held then
-      local place = news.place_us + shift
-      redis.call('HSETNX', WAITER, words(owner, ticket), words(news.shard_id, at, place))
+      put_waiter(ticket, news.shard_id, at, news.place_us + shift)
     end
   elseif news.kind == 'left' then
     redis.call('HDEL', WAITER, words(owner, ticket))
@@ -426,8 +449,12 @@ end
 local function open_with(limit)
   local period, owed, total, remaining, in_us = account.period, account.refresh_owed, budget()
   local runs = in_us > 0
-  if runs and limit.remaining >= remaining then
-    limit.remaining, limit.reset_after_us = math.min(remaining, limit.total), in_us
+  if runs then
+    if limit.remaining >= remaining then
+      limit.remaining, limit.reset_after_us = math.min(remaining, limit.total), in_us
+    else
+      limit.reset_after_us = math.max(limit.reset_after_us, in_us)
+    end
   end
   adopt(limit)
   if runs then
@@ -435,7 +462,7 @@ local function open_with(limit)
   end
 end
 
-local function make_good()
+local function begin_windows_anew()
   load_buckets()
   local closed_until = account.fresh_closed_until_us
   for _, bucket in pairs(buckets) do
@@ -443,32 +470,7 @@ local function make_good()
   end
   account.fresh_last_us, account.fresh_closed_until_us = now, closed_until
   buckets, relaid = {}, true
-  open_with(request.limit)
-  account.period = math.max(account.period, request.period)
-  account.granted, account.refresh_owed = request.granted, 1
-end
-
-local function obey(order)
-  if account.refresher == owner then
-    account.refresher = ''
-  end
-  if order.kind == 'trust' then
-    return trust(order.period)
-  end
-  if not order.limit or new and (order.kind == 'open' or order.kind == 'renew') then
-    return true
-  end
-  if order.kind == 'renew' then
-    if not renew(order.limit, order.period, order.granted) then
-      return false
-    end
-  elseif order.kind == 'open' then
-    open_with(order.limit)
-  else
-    adopt(order.limit)
-  end
-  account.opened_us = now
-  return true
+  account.refresh_owed = 1
 end
 
 local function is_before(one, other)
@@ -492,14 +494,51 @@ local function rebucket_heads()
   end
 end
 
+local function make_good()
+  begin_windows_anew()
+  open_with(request.limit)
+  account.period = math.max(account.period, request.period)
+  account.granted, account.refresh_owed = request.granted, 1
+  rebucket_heads()
+end
+
+local function obey(order)
+  if account.refresher == owner then
+    account.refresher = ''
+  end
+  if order.kind == 'trust' then
+    return trust(order.period)
+  end
+  if not order.limit or new and (order.kind == 'open' or order.kind == 'renew') then
+    return true
+  end
+  local other_buckets = order.limit.max_concurrency ~= account.max_concurrency
+  if order.kind == 'renew' then
+    if not renew(order.limit, order.period, order.granted) then
+      return false
+    end
+  elseif order.kind == 'open' then
+    open_with(order.limit)
+  else
+    adopt(order.limit)
+  end
+  if other_buckets or order.kind ~= 'open' then
+    open_by_surprise()
+  end
+  return true
+end
+
 local function grace()
   return math.min(LONGEST_GRACE, math.floor(account.window_us / 5))
 end
 
-local function opens(bucket)
-  local at = math.max(now + closed_for(bucket), math.min(account.opened_us, now))
+local function opens(bucket, rank)
+  local at = now + closed_for(bucket)
   if is_due() then
     at = math.max(at, now - (wall - account.resets_at_us))
+  end
+  if rank > 0 and at <= now then
+    at = math.max(at, math.min(account.opened_us, now + longest_sleep()))
   end
   return at
 end
@@ -515,7 +554,7 @@ end
 
 local function sleep(rank, opens_at)
   local us = opens_at - now + math.min(rank, 2) * grace() + math.max(0, rank - 2) * account.window_us
-  return math.min(math.max(1, us), math.floor(request.lease_us / 3))
+  return math.min(math.max(1, us), longest_sleep())
 end
 
 local function tell_grant(permit, next_us)
@@ -548,8 +587,7 @@ end
 
 local function stand(number, head, at_us)
   put_head(number, head)
-  redis.call('HSETNX', WAITER, words(head.owner, head.ticket),
-    words(head.shard_id, at_us + shift, head.place))
+  put_waiter(head.ticket, head.shard_id, at_us + shift, head.place)
 end
 
 local function hand_on(wish, number)
@@ -568,6 +606,7 @@ local function hand_on(wish, number)
 end
 
 local function answer_take(wish)
+  account.reserve = wish.reserve
   local permit = load_permit(wish.ticket)
   if permit and permit.returned == 0 then
     return tell_grant(permit, 0)
@@ -580,14 +619,17 @@ local function answer_take(wish)
   local all = heads(number)
   for _, other in ipairs(all) do
     if other.owner == owner and other.ticket == wish.ticket then
-      head = other
+      head.place = math.min(head.place, other.place)
     end
   end
   local ahead = ahead_of(head, all)
-  local opens_at, period = opens(bucket), account.period
+  local opens_at, period = opens(bucket, #ahead), account.period
+  local turn = opens_at + #ahead * grace()
+  if #ahead > 0 and not wish.stays then
+    turn = math.max(turn, now + 1)
+  end
   local reason, resets_in_us
-  permit, reason, resets_in_us =
-    take(wish.shard_id, wish.reserve, wish.can_refresh, opens_at + #ahead * grace())
+  permit, reason, resets_in_us = take(wish.shard_id, wish.reserve, wish.can_refresh, turn)
   if not permit then
     if wish.stays then
       stand(number, head, wish.at_us)
@@ -595,7 +637,7 @@ local function answer_take(wish)
     return tell_denial(reason, resets_in_us, #ahead, opens_at)
   end
   if account.period ~= period then
-    account.opened_us = opens_at
+    account.opened_us = math.max(account.opened_us, opens_at)
   end
   permit.ticket = wish.ticket
   put_permit(permit)
@@ -636,13 +678,18 @@ local function reply(known, booked, void)
   end
   return {
     request.number, void and 1 or 0, known and 1 or 0, booked and 1 or 0, total, remaining, in_us, account.max_concurrency,
-    account.period, account.granted, account.interval_us, account.margin_us, outcome, ready, others,
+    account.period, account.granted, account.interval_us, account.margin_us, account.period_us,
+    account.reserve, outcome, ready, others,
     waiting, now,
   }
 end
 
+local other_run = false
 if not load_account() then
   begin()
+elseif run ~= '' and account.run ~= '' and run ~= account.run then
+  other_run = true
+  begin_windows_anew()
 end
 if owner == '' then
   return reply(not new, false)
@@ -651,6 +698,8 @@ local given_up = math.max(request.void, tonumber(redis.call('HGET', VOID, owner)
 redis.call('HSET', VOID, owner, whole(given_up)) -- the first to write: refused where memory is short
 if new then
   redis.call('DEL', PROCESS, HEAD, PERMIT, WAITER)
+elseif other_run then
+  redis.call('DEL', PROCESS, HEAD, WAITER) -- whoever waits is told anew
 end
 local period = account.period
 local known = redis.call('ZADD', PROCESS, whole(now + request.lease_us), owner) == 0

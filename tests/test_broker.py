@@ -24,7 +24,7 @@ from gateway_queue_sync import (
     SqliteQueue,
     serve,
 )
-from gateway_queue_sync.broker import connection, desk
+from gateway_queue_sync.broker import connection, desk, server
 from gateway_queue_sync.testing import FakeClock
 
 WINDOW = 5.25
@@ -381,6 +381,50 @@ def test_a_permit_that_reaches_its_client_too_late_is_given_back_and_asked_for_a
     assert held.is_set()
     assert queue.snapshot().limit.remaining == 999
     assert queue.snapshot().granted == 2  # both were stamped, one was given back
+
+
+def test_a_permit_for_a_client_that_is_just_going_is_given_back(client, queue, clock, monkeypatch):
+    """Its end was reset, and the loop has not come to that yet."""
+    hand_over = desk.Desk._hand_over
+
+    def while_it_goes(self, one, future):
+        one._transport.abort()
+        hand_over(self, one, future)
+
+    monkeypatch.setattr(desk.Desk, "_hand_over", while_it_goes)
+    client("/?shard=1")
+    until(lambda: queue.snapshot().granted == 1 and queue.snapshot().limit.remaining == 1000)
+    assert b"wait_seconds_count 0" in client("/metrics").read()[2]
+
+
+@pytest.mark.parametrize("end", ["close", "half-close"])
+def test_a_client_leaves_the_line_before_its_connection_is_lost(queue, clock, monkeypatch, end):
+    """What is still to be sent may keep a connection that closes for long."""
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0").granted
+        monkeypatch.setattr(connection.Connection, "connection_lost", lambda *_: None)
+        client("/?shard=1")
+        wait_for_line(queue, 1)
+        (one,) = (one for one in broker._desk.connections if one.future is not None)
+        going = one.close if end == "close" else one.eof_received
+        broker._loop.call_soon_threadsafe(going)
+        wait_for_line(queue, 0)
+
+
+def test_clients_that_left_are_out_of_the_line_when_the_broker_is_closed(queue):
+    """Though all threads that would have seen to that were busy."""
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0").granted
+        gone = client("/?shard=1")
+        wait_for_line(queue, 1)
+        go_on = threading.Event()
+        for _ in range(server.POOL):
+            broker._pool.submit(go_on.wait)
+        gone.close()
+        until(lambda: len(broker._desk.connections) == 1)
+        broker.close()
+        go_on.set()
+        assert queue.snapshot().waiting == 0
 
 
 # --- who is refused -------------------------------------------------------------------------------

@@ -102,7 +102,8 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """Take a client that closes its end for gone."""
-        return False  # the transport closes itself
+        self.close()
+        return False
 
     def connection_lost(self, _: Exception | None) -> None:
         """Leave."""
@@ -153,10 +154,10 @@ class Connection(asyncio.Protocol):
 
     # --- answering --------------------------------------------------------------------------------
 
-    def answer(self, answer: wire.Answer) -> None:
-        """Send an answer, and go on to the next request."""
+    def answer(self, answer: wire.Answer) -> bool:
+        """Send an answer, and go on to the next request; return false if the client is gone."""
         if self._transport is None or self._transport.is_closing():
-            return
+            return False
         assert self.head is not None
         self._cancel_timer()
         self._wants_body = False
@@ -164,10 +165,11 @@ class Connection(asyncio.Protocol):
         self._transport.write(wire.response(answer, head))
         if head.closes:
             self.close()
-            return
+            return True
         self.after(IDLE_TIMEOUT, self.close)
         if self._received:
             asyncio.get_running_loop().call_soon(self._go_on)
+        return True
 
     def _go_on(self) -> None:
         if self.head is None and self._transport is not None:
@@ -202,7 +204,8 @@ class Connection(asyncio.Protocol):
             self._timer = None
 
     def close(self) -> None:
-        """Close, after what was written is sent."""
+        """Leave the line at once, and close after what was written is sent."""
+        self.desk.leave_line(self)
         if self._transport is not None:
             self._transport.close()
 

@@ -62,6 +62,7 @@ class Desk:
         self._places = Places()
         self._stopping = False
         self._looking = False
+        self._returning: set[Future[Permit]] = set()  # of those who left, until the queue knows
         self.connections: set[Connection] = set()
         self.metrics = Metrics()
         self._page = importlib.resources.files(__package__).joinpath("page.html").read_bytes()
@@ -76,10 +77,10 @@ class Desk:
     def left(self, connection: Connection) -> None:
         """Let go of a connection; the place of a client that waited is kept for a while."""
         self.connections.discard(connection)
-        self._leave_line(connection)
+        self.leave_line(connection)
 
     def stop(self) -> list[Future[Permit]]:
-        """Grant nobody any more, close all connections, and return the futures of those who waited."""
+        """Grant nobody any more, close all connections, and return the futures to give back."""
         self._stopping = True
         waiting = [one for one in self.connections if one.future is not None]
         futures = [one.future for one in waiting if one.future is not None]
@@ -89,7 +90,7 @@ class Desk:
                 connection.refuse(503, "the broker is shutting down")
         for connection in self.connections:
             connection.close()
-        return futures
+        return futures + list(self._returning)
 
     def _tick(self) -> None:
         self._loop.call_later(TICK, self._tick)
@@ -209,7 +210,7 @@ class Desk:
         failure = future.exception()
         if connection.future is not future:
             if failure is None:
-                self._pool.submit(give_back, future)
+                self._return(future)
             return
         connection.future = None
         if isinstance(failure, SessionLimitExhausted):
@@ -218,25 +219,35 @@ class Desk:
             connection.refuse(503, str(failure) or type(failure).__name__)
         elif not self._queue._is_in_time(future.result()._grant):
             self._join(connection)  # at its place, before the permit is given back
-            self._pool.submit(give_back, future)
-        else:
+            self._return(future)
+        elif connection.answer(wire.GRANTED):
             permit = future.result()
             self.metrics.granted(
                 self._queue._now_us(), permit.shard_id, permit.bucket, permit.waited
             )
-            connection.answer(wire.GRANTED)
+        else:
+            self._return(future)
 
-    def _leave_line(self, connection: Connection) -> None:
+    def leave_line(self, connection: Connection) -> None:
         """Take a client out of the line, and keep its place in case it comes back."""
         future, connection.future = connection.future, None
         if future is None:
             return
         if connection.ask.key is not None and connection.place is not None:
             self._places.keep(connection.ask.key, connection.place, self._queue._now_us())
-        self._pool.submit(future.cancel)  # if that comes too late, the permit is given back
+        self._return(future)
+
+    def _return(self, future: Future[Permit]) -> None:
+        """Leave the line, or give back the permit, where that may block."""
+        self._returning.add(future)
+        self._pool.submit(self._give_back, future)
+
+    def _give_back(self, future: Future[Permit]) -> None:
+        give_back(future)
+        self._returning.discard(future)
 
     def _timed_out(self, connection: Connection) -> None:
-        self._leave_line(connection)
+        self.leave_line(connection)
         if connection.head is not None and connection.head.is_ours:
             connection.refuse(408, f"no permit within {connection.ask.timeout:g} s")
         else:
@@ -264,7 +275,7 @@ class Desk:
             return
         for one in list(self.connections):
             if one.future is not None and one.head is not None and one.head.is_ours:
-                self._leave_line(one)
+                self.leave_line(one)
                 self._turn_away(one, left.resets_in)
 
     def _turn_away(self, connection: Connection, resets_in: float) -> None:

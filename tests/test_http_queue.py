@@ -29,6 +29,8 @@ from gateway_queue_sync import (
     SqliteQueue,
     serve,
 )
+from gateway_queue_sync.ledgers.wire import reply_as_json, reply_from_json
+from gateway_queue_sync.messages import Outcome, Reply, Waiter
 from gateway_queue_sync.testing import Referee
 
 SHORT = {"interval": 0.1, "margin": 0.05}
@@ -162,6 +164,55 @@ ANSWERS = {
     "an early answer": b"HTTP/1.1 102 Processing\r\n\r\n",
     "a huge number": b"HTTP/1.1 200 OK\r\nContent-Length: 6000\r\n\r\n[" + b"9" * 5998 + b"]",
 }
+
+
+FINE = Reply(
+    *(1, False, True, True, 1000, 999, 0, 1, 0, 1, 5_000_000, 250_000),
+    *(Outcome(1, 10, 1, 0, 999, 0), ((0, 10),), 0, (Waiter(2, 0, -5, -(1 << 51)),), 7),
+)
+
+
+def test_a_reply_survives_the_way():
+    row = json.loads(json.dumps(reply_as_json(FINE)))
+    assert reply_from_json(row) == FINE
+    assert reply_from_json([1, 0, 1, 1, *row[4:]]) == FINE  # as Lua writes it
+
+
+NO_NUMBERS = ["1e999", "NaN", "1.0", "0.5", "true", '"7"', "null", "[]", "{}", "1" + "0" * 400]
+
+
+@pytest.mark.parametrize("field", [name for name in Reply._fields if name != "asked_us"])
+@pytest.mark.parametrize("wrong", NO_NUMBERS)
+def test_a_reply_that_is_not_of_whole_numbers_is_no_reply(field, wrong):
+    row = json.loads(json.dumps(reply_as_json(FINE)))
+    at = Reply._fields.index(field)
+    if field in ("void", "known", "booked"):
+        wrong = wrong.replace("true", "2")
+    elif field in ("ready_in_us", "waiting"):
+        wrong = f"[[{wrong}]]"
+    elif field == "outcome":
+        wrong = f"[1, {wrong}, 1, 0, 999, 0]"
+    row[at] = json.loads(wrong)
+    with pytest.raises(ValueError, match="must be"):
+        reply_from_json(row)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [FINE._replace(remaining=-1), FINE._replace(resets_in_us=1 << 53), FINE._replace(granted=-1),
+     FINE._replace(outcome=Outcome(1, -10)), FINE._replace(outcome=Outcome(9)),
+     FINE._replace(outcome=Outcome(2, 1 << 60)), FINE._replace(ready_in_us=((0, -1),)),
+     FINE._replace(waiting=(Waiter(1, -1, 0, 0),)), FINE._replace(others_ready_in_us=-1)],
+)  # fmt: skip
+def test_a_reply_with_a_number_out_of_range_is_no_reply(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        reply_from_json(json.loads(json.dumps(reply_as_json(wrong))))
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "x", {"a": 1}, [], [1] * 99])
+def test_what_is_no_list_of_a_replys_length_is_no_reply(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        reply_from_json(wrong)
 
 
 class Liar(socketserver.ThreadingTCPServer):

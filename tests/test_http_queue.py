@@ -29,6 +29,7 @@ from gateway_queue_sync import (
     SqliteQueue,
     serve,
 )
+from gateway_queue_sync.ledgers import http
 from gateway_queue_sync.ledgers.wire import reply_as_json, reply_from_json
 from gateway_queue_sync.messages import Outcome, Reply, Waiter
 from gateway_queue_sync.testing import Referee
@@ -261,6 +262,30 @@ def test_a_black_hole_is_given_up(broker):
         with pytest.raises(BrokerError, match="timed out"):
             HttpQueue(f"http://127.0.0.1:{hole.getsockname()[1]}")
     assert time.monotonic() - start < 4.0
+
+
+@pytest.mark.parametrize("whole", [b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", b""])
+def test_an_answer_that_trickles_in_is_given_up(monkeypatch, whole):
+    """The whole call has one deadline, and each byte that comes puts off nothing."""
+    monkeypatch.setattr(http, "SOCKET_TIMEOUT", 0.3)
+
+    class Trickle(socketserver.BaseRequestHandler):
+        def handle(self):
+            with contextlib.suppress(OSError):
+                self.request.recv(65536)
+                self.request.sendall(whole)
+                for _ in range(100):
+                    self.request.sendall(b"x")
+                    time.sleep(0.05)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Trickle) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        start = time.monotonic()
+        with pytest.raises(BrokerError, match="timed out"):
+            HttpQueue(f"http://127.0.0.1:{server.server_address[1]}")
+        assert time.monotonic() - start < 1.5
+        server.shutdown()
 
 
 def test_who_waits_goes_on_when_the_broker_is_back_and_nobody_comes_early(state):

@@ -48,9 +48,12 @@ def state(tmp_path):
 
 
 @contextlib.contextmanager
-def running(state, port=0, **settings):
+def running(state, port=0, reserve=0, **settings):
     """A broker, past its first window."""
-    with SqliteQueue(state, **SHORT) as queue, serve(queue, port=port, **settings) as broker:
+    with (
+        SqliteQueue(state, reserve=reserve, **SHORT) as queue,
+        serve(queue, port=port, **settings) as broker,
+    ):
         until(lambda: all(bucket.ready_in == 0 for bucket in queue.snapshot().buckets))
         broker.queue = queue
         yield broker
@@ -102,6 +105,36 @@ def test_an_update_and_the_budget_are_seen_by_all(broker, queue):
     permit = queue.acquire(1, timeout=PATIENCE)
     permit.unused()
     assert broker.queue.snapshot().limit.remaining == 9
+
+
+def test_the_brokers_reserve_binds_all(state):
+    with running(state, reserve=998) as broker, HttpQueue(broker.url, **SHORT) as queue:
+        for number in (0, 1):
+            queue.acquire(number, timeout=PATIENCE)
+        with pytest.raises(AcquireTimeout):
+            queue.acquire(2, timeout=0.3)
+        assert broker.queue.snapshot().limit.remaining == 998
+
+
+def test_a_larger_reserve_of_ones_own_counts(broker):
+    with HttpQueue(broker.url, **SHORT, reserve=999) as queue:
+        queue.acquire(0, timeout=PATIENCE)
+        with pytest.raises(AcquireTimeout):
+            queue.acquire(1, timeout=0.3)
+
+
+def test_a_limit_that_the_brokers_reserve_uses_up_is_refused(state):
+    with running(state, reserve=100) as broker, HttpQueue(broker.url, **SHORT) as queue:
+        with pytest.raises(BrokerError, match="400: .*reserve"):
+            queue.update(limit(100, 50))
+        assert broker.queue.snapshot().limit.total == 1000
+
+
+def test_a_broker_whose_queue_is_closed_grants_nothing(broker, queue):
+    broker.queue.close()
+    with pytest.raises(BrokerError, match="503: the queue is closed"):
+        queue.try_acquire(0)
+    assert broker.queue.snapshot().granted == 0
 
 
 # --- what may go wrong ----------------------------------------------------------------------------

@@ -154,13 +154,28 @@ class Desk:
             )
         elif self._stopping:
             connection.refuse(503, "the broker is shutting down")
+        elif self._queue.closed:
+            connection.refuse(503, "the queue is closed")
         else:
             try:
-                request = request_from_json(json.loads(body))
+                request = self._on_our_terms(request_from_json(json.loads(body)))
             except (ValueError, RecursionError) as error:
                 connection.refuse(400, str(error))
                 return
             self._answer_later(connection, partial(self._carry, ledger, request))
+
+    def _on_our_terms(self, request: Request) -> Request:
+        """Return a request that is bound by this broker's reserve, too.
+
+        Raises:
+            ValueError: it brings a limit that the reserve uses up.
+        """
+        if request.order is not None and request.order.limit is not None:
+            self._queue._check_limit(request.order.limit)
+        if request.take is None:
+            return request
+        reserve = max(request.take.reserve, self._queue._reserve)
+        return request._replace(take=request.take._replace(reserve=reserve))
 
     def _is_authorised(self, head: wire.Head) -> bool:
         if self._secret is None:

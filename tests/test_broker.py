@@ -14,13 +14,14 @@ from dataclasses import asdict
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis_servers import until
-from wire_clients import Client, clients_of, first_to_hear, timed, wait_for_line
+from wire_clients import PATIENCE, Client, clients_of, first_to_hear, timed, wait_for_line
 
 from gateway_queue_sync import (
     LargeBotQueue,
     LocalQueue,
     NoOpQueue,
     SessionStartLimit,
+    ShardWaiting,
     SqliteQueue,
     serve,
 )
@@ -813,6 +814,29 @@ def test_waiting_costs_no_thread_and_no_processor_time(client, queue):
     time.sleep(0.5)
     assert time.process_time() - started < 0.1
     assert threading.active_count() <= before + 9  # the pool, and the futures' thread
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_observer_that_takes_its_time_holds_nobody_up(tmp_path, shared):
+    goes_on, seen = threading.Event(), []
+
+    def observer(event):
+        seen.append(threading.current_thread().name)
+        if isinstance(event, ShardWaiting):
+            goes_on.wait(PATIENCE)
+
+    queue = (
+        SqliteQueue(tmp_path / "q", observer=observer)
+        if shared
+        else LargeBotQueue(limit(), observer=observer)
+    )
+    with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        for number in range(2):
+            client(f"/?shard={number}")
+        until(lambda: seen, "an event")
+        assert client("/status").read()[0] == 200
+        goes_on.set()
+        assert "gateway-queue-broker" not in seen
 
 
 def test_errors_in_the_broker_are_logged_and_grant_nothing(client, queue, caplog, monkeypatch):

@@ -125,7 +125,7 @@ def test_a_larger_reserve_of_ones_own_counts(broker):
 
 def test_a_limit_that_the_brokers_reserve_uses_up_is_refused(state):
     with running(state, reserve=100) as broker, HttpQueue(broker.url, **SHORT) as queue:
-        with pytest.raises(BrokerError, match="400: .*reserve"):
+        with pytest.raises(BrokerError, match=r"400: .*reserve"):
             queue.update(limit(100, 50))
         assert broker.queue.snapshot().limit.total == 1000
 

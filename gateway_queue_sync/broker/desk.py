@@ -204,7 +204,9 @@ class Desk:
         assert connection.place is not None
         arrived_us, priority_us = connection.place
         try:
-            future = self._queue._enqueue_as_of(arrived_us, connection.ask.shard_id, priority_us)
+            future = self._queue._enqueue_as_of(
+                arrived_us, connection.ask.shard_id, priority_us, self._pool.submit
+            )
         except QueueClosed:
             connection.refuse(503, "the queue is closed")
             return

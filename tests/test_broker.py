@@ -517,6 +517,40 @@ def test_who_waits_and_talks_on_and_on_is_let_go(client, queue):
     wait_for_line(queue, 0)
 
 
+def test_who_does_not_read_is_not_served_on_and_on(queue, monkeypatch):
+    monkeypatch.setattr(connection, "SEND_TIMEOUT", 0.5)
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        slow = deaf(client, 300)
+        until(lambda: any(one._paused for one in broker._desk.connections), "a full buffer")
+        (one,) = broker._desk.connections
+        assert one._transport.get_write_buffer_size() < 200_000
+        until(lambda: not broker._desk.connections, "its end")
+        with pytest.raises((AssertionError, ConnectionError)):
+            [slow.read() for _ in range(300)]
+
+
+def test_who_reads_late_gets_all(client):
+    slow = deaf(client, 300)
+    time.sleep(0.1)
+    assert [slow.read()[0] for _ in range(300)] == [200] * 300
+
+
+def test_closing_does_not_wait_for_who_does_not_read(queue):
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        deaf(client, 300)
+        until(lambda: any(one._paused for one in broker._desk.connections), "a full buffer")
+        _, took = timed(broker.close)
+        assert took < 1.0
+        assert not broker._desk.connections
+
+
+def deaf(client, times):
+    """A client that asks for the page so many times, and reads nothing."""
+    one = client()
+    one.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+    return one.send("GET /status HTTP/1.1\r\n\r\n" * times)
+
+
 def test_too_many_connections_are_refused(queue, short_hold):
     with serve(queue, port=0, most_connections=2) as broker, clients_of(broker.port) as client:
         assert client("/?shard=0").granted

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 HEAD_TIMEOUT = 10.0  # s for a head to come in whole
 IDLE_TIMEOUT = 75.0  # s between two requests
+SEND_TIMEOUT = 30.0  # s for a client to take what it is sent
 HOLD = (1.0, 10.0)  # s for which a refused client is held, which would take a status for a permit
 LARGEST_BODY = 1 << 20  # bytes that are read
 KEEPALIVE = {  # vanished hosts are noticed within a minute
@@ -45,6 +46,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_doomed",
+        "_paused",
         "_received",
         "_skip",
         "_timer",
@@ -67,6 +69,7 @@ class Connection(asyncio.Protocol):
         self._skip = 0  # bytes of a body that nobody reads
         self._wants_body = False
         self._doomed = False
+        self._paused = False  # until the client has taken what was sent
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
 
@@ -99,6 +102,20 @@ class Connection(asyncio.Protocol):
         if was_empty:
             self.after(HEAD_TIMEOUT, self.close)
         self._read_head()
+
+    def pause_writing(self) -> None:
+        """Read on when the client has taken what it was sent, and not before."""
+        assert self._transport is not None
+        self._paused = True
+        self._transport.pause_reading()
+        self.after(SEND_TIMEOUT, self.abort)
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        self._paused = False
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+            self._expect_next()
 
     def eof_received(self) -> bool:
         """Take a client that closes its end for gone."""
@@ -165,14 +182,18 @@ class Connection(asyncio.Protocol):
         self._transport.write(wire.response(answer, head))
         if head.closes:
             self.close()
-            return True
+        elif not self._paused:
+            self._expect_next()
+        return True
+
+    def _expect_next(self) -> None:
+        """Go on to the next request, which may be here already."""
         self.after(IDLE_TIMEOUT, self.close)
         if self._received:
             asyncio.get_running_loop().call_soon(self._go_on)
-        return True
 
     def _go_on(self) -> None:
-        if self.head is None and self._transport is not None:
+        if self.head is None and self._transport is not None and not self._paused:
             self._read_head()
 
     def refuse(self, status: int, what: str, *headers: tuple[str, str]) -> None:
@@ -204,10 +225,16 @@ class Connection(asyncio.Protocol):
             self._timer = None
 
     def close(self) -> None:
-        """Leave the line at once, and close after what was written is sent."""
+        """Leave the line at once, and close when what was written is sent, in 30 s at most."""
         self.desk.leave_line(self)
-        if self._transport is not None:
+        if self._transport is not None and not self._transport.is_closing():
             self._transport.close()
+            self.after(SEND_TIMEOUT, self.abort)
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
 
 
 def _keep_alive(client: socket.socket) -> None:

@@ -237,13 +237,12 @@ class Desk:
         elif not self._queue._is_in_time(future.result()._grant):
             self._join(connection)  # at its place, before the permit is given back
             self._return(future)
-        elif connection.answer(wire.GRANTED):
-            permit = future.result()
-            self.metrics.granted(
-                self._queue._now_us(), permit.shard_id, permit.bucket, permit.waited
-            )
         else:
-            self._return(future)
+            permit, now_us = future.result(), self._queue._now_us()
+            if connection.answer(wire.GRANTED):
+                self.metrics.granted(now_us, permit.shard_id, permit.bucket, permit.waited)
+            else:
+                self._return(future)
 
     def leave_line(self, connection: Connection) -> None:
         """Take a client out of the line, and keep its place in case it comes back."""

@@ -142,8 +142,10 @@ class Broker:
     def _end(self, at_last: float) -> None:
         if self._desk.connections and self._loop.time() < at_last:
             self._loop.call_later(0.01, self._end, at_last)
-        else:
-            self._loop.stop()
+            return
+        for connection in self._desk.connections:
+            connection.abort()
+        self._loop.call_soon(self._loop.stop)  # after they have let go
 
     def __enter__(self) -> Self:
         return self

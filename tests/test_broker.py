@@ -25,7 +25,7 @@ from gateway_queue_sync import (
     SqliteQueue,
     serve,
 )
-from gateway_queue_sync.broker import connection, desk, server
+from gateway_queue_sync.broker import address, connection, desk, server
 from gateway_queue_sync.testing import FakeClock
 
 WINDOW = 5.25
@@ -557,6 +557,52 @@ def test_too_many_connections_are_refused(queue, short_hold):
         assert client("/healthz").read()[0] == 200
         assert client("/?shard=1").is_closed_without_a_byte()
         assert client("/?shard=1", "GET", OURS).read()[0] == 503
+
+
+def test_who_was_let_in_is_served_however_many_come(queue, short_hold):
+    with serve(queue, port=0, most_connections=2) as broker, clients_of(broker.port) as client:
+        let_in = [client("/healthz") for _ in range(2)]
+        assert [one.read()[0] for one in let_in] == [200, 200]
+        for _ in range(10):
+            client()
+        assert let_in[1].ask("/?shard=1", "GET", OURS).granted
+
+
+def test_newcomers_over_the_most_keep_no_connection(queue):
+    with serve(queue, port=0, most_connections=2) as broker, clients_of(broker.port) as client:
+        for _ in range(100):
+            client()
+        assert client().is_closed_without_a_byte()
+        until(lambda: len(broker._desk.connections) == 2 + desk.MOST_SURPLUS)
+        assert queue.try_acquire(0)
+
+
+def test_there_is_room_again_when_somebody_has_gone(queue):
+    with serve(queue, port=0, most_connections=1) as broker, clients_of(broker.port) as client:
+        first = client("/healthz")
+        assert first.read()[0] == 200
+        first.close()
+        until(lambda: not broker._desk.connections)
+        assert client("/?shard=0", "GET", OURS).granted
+
+
+def test_a_name_of_several_addresses_is_listened_on_at_each(queue, monkeypatch):
+    both = [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET, ("127.0.0.2", 0))]
+    gone = (socket.AF_INET, ("203.0.113.1", 0))  # none of this machine's
+    monkeypatch.setattr(address, "_addresses", lambda _: [gone, *both])
+    monkeypatch.setattr(server, "is_loopback", lambda _: True)
+    with serve(queue, "name", 0) as broker:
+        for _, (where, _) in both:
+            with socket.create_connection((where, broker.port), 5.0):
+                pass
+    monkeypatch.setattr(address, "_addresses", lambda _: [gone])
+    with pytest.raises(OSError, match="assign"):
+        serve(queue, "name", 0)
+
+
+def test_localhost_is_served(queue):
+    with serve(queue, "localhost", 0) as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0").granted
 
 
 def test_a_used_up_budget_is_held_until_it_resets(clock):

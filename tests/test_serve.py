@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -297,6 +298,29 @@ def test_a_second_signal_ends_it_at_once(serving):
     served.process.send_signal(signal.SIGTERM)
     _, took = timed(lambda: served.process.wait(PATIENCE))
     assert took < 1.5
+
+
+@pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="another process's limit cannot be set"
+)
+def test_running_out_of_files_is_told_once_and_survived(serving):
+    served = serving(*SHORT)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with clients_of(served.port) as client:
+        kept = client("/status")
+        assert kept.read()[0] == 200
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (32, limits[1]))
+        many = [client() for _ in range(100)]
+        until(lambda: "no connection can be accepted" in served.text, "a line")
+        assert kept.ask("/status").read()[0] == 200
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, limits)
+        assert many[-1].ask("/?shard=0").granted
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (32, limits[1]))
+        client()
+        code, took = timed(served.end)
+        assert (code, took < 1.5) == (0, True)
+    assert served.text.count("no connection can be accepted") == 1
+    assert "Traceback" not in served.text
 
 
 def test_kill_and_restart_keep_spacing_and_budget(serving):

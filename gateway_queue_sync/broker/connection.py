@@ -7,6 +7,7 @@ import random
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from gateway_queue_sync.broker import wire
@@ -80,8 +81,8 @@ class Connection(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         _keep_alive(transport.get_extra_info("socket"))
-        self.desk.arrived(self)
         self.after(HEAD_TIMEOUT, self.close)
+        self.desk.arrived(self)
 
     def data_received(self, data: bytes) -> None:
         """Take what came: the next request, or what a held client sends though nobody reads it."""
@@ -200,6 +201,8 @@ class Connection(asyncio.Protocol):
         """Answer an error to a client that knows what it means, and nothing to any other."""
         assert self.head is not None
         self.desk.metrics.refused[status] += 1
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            self.head = self.head._replace(closes=True)
         if self.head.is_ours or self.head.is_reserved:
             self.answer(wire.error(status, what, *headers))
         else:

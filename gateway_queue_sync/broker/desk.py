@@ -32,6 +32,7 @@ from gateway_queue_sync.rules import MICROSECOND, Grant
 log = logging.getLogger("gateway_queue_sync.broker")
 
 TICK = 1.0  # s
+MOST_SURPLUS = 32  # connections over the most, which are told so; others are closed at once
 LONGEST_HOLD = 60.0  # s before the budget is looked at again for a client that is held
 
 
@@ -64,6 +65,7 @@ class Desk:
         self._looking = False
         self._returning: set[Future[Permit]] = set()  # of those who left, until the queue knows
         self.connections: set[Connection] = set()
+        self._surplus: set[Connection] = set()  # those of them that came when there were too many
         self.metrics = Metrics()
         self._page = importlib.resources.files(__package__).joinpath("page.html").read_bytes()
         loop.call_later(TICK, self._tick)
@@ -71,12 +73,19 @@ class Desk:
     # --- connections come and go ------------------------------------------------------------------
 
     def arrived(self, connection: Connection) -> None:
-        """Take note of a new connection."""
+        """Take note of a new connection; one too many is refused."""
         self.connections.add(connection)
+        if len(self.connections) - len(self._surplus) <= self._most_connections:
+            return
+        self._surplus.add(connection)
+        if len(self._surplus) > MOST_SURPLUS:
+            self.metrics.refused[503] += 1
+            connection.abort()
 
     def left(self, connection: Connection) -> None:
         """Let go of a connection; the place of a client that waited is kept for a while."""
         self.connections.discard(connection)
+        self._surplus.discard(connection)
         self.leave_line(connection)
 
     def stop(self) -> list[Future[Permit]]:
@@ -112,7 +121,7 @@ class Desk:
             connection.refuse(401, "the secret is wrong or missing", ("WWW-Authenticate", "Bearer"))
         elif self._stopping:
             connection.refuse(503, "the broker is shutting down")
-        elif len(self.connections) > self._most_connections:
+        elif connection in self._surplus:
             connection.refuse(503, "too many connections")
         else:
             ask, wrong = wire.read_ask(head.query)

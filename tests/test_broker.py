@@ -31,6 +31,7 @@ from gateway_queue_sync.testing import FakeClock
 WINDOW = 5.25
 BODY = b'{"message": "You\'re free to connect now! :)"}'
 OURS = "Gateway-Queue: 1"
+JSON = "Content-Type: application/json"
 DAY = 86_400.0
 
 
@@ -497,12 +498,16 @@ def test_nonsense_gets_no_byte_and_no_permit(client, queue, short_hold, nonsense
     assert client("/?shard=0").granted
 
 
-def test_who_takes_too_long_for_a_head_is_let_go(queue, monkeypatch):
+def test_who_takes_too_long_for_a_head_is_let_go(tmp_path, monkeypatch):
     monkeypatch.setattr(connection, "HEAD_TIMEOUT", 0.1)
-    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+    with (
+        SqliteQueue(tmp_path / "q") as queue,
+        serve(queue, port=0) as broker,
+        clients_of(broker.port) as client,
+    ):
         slow = client().send("GET /?shard=0 HTTP/1.1\r\nHost:")
         silent = client()
-        body = client("/ledger", "POST", "Content-Length: 10")
+        body = client("/ledger", "POST", JSON, "Content-Length: 10")
         for one in (slow, silent, body):
             assert one.is_closed_without_a_byte()
 
@@ -830,7 +835,7 @@ def test_what_a_client_says_cannot_forge_log_lines(client, caplog):
 
 
 def test_an_account_in_memory_is_not_shared_over_http(client):
-    status, _, body = client("/ledger", "POST", "Content-Length: 2").send("{}").read()
+    status, _, body = client("/ledger", "POST", JSON, "Content-Length: 2").send("{}").read()
     assert status == 404
     assert "memory" in json.loads(body)["error"]
 
@@ -862,7 +867,9 @@ def test_nonsense_for_the_ledger_is_refused_and_changes_nothing(tmp_path, body):
     with SqliteQueue(tmp_path / "q", clock=FakeClock()) as queue, serve(queue, port=0) as broker:
         with clients_of(broker.port) as client:
             before = asdict(queue.snapshot())
-            answer = client("/ledger", "POST", f"Content-Length: {len(body)}").send(body).read()
+            answer = (
+                client("/ledger", "POST", JSON, f"Content-Length: {len(body)}").send(body).read()
+            )
             assert answer[0] == 400, answer
             assert asdict(queue.snapshot()) == before
 
@@ -870,18 +877,117 @@ def test_nonsense_for_the_ledger_is_refused_and_changes_nothing(tmp_path, body):
 def test_a_body_for_the_ledger_has_a_known_and_sane_length(tmp_path):
     with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
         with clients_of(broker.port) as client:
-            assert client("/ledger", "POST", "Content-Length: 99999999").read()[0] == 413
-            assert client("/ledger", "POST", "Transfer-Encoding: chunked").read()[0] == 413
+            assert client("/ledger", "POST", JSON, "Content-Length: 99999999").read()[0] == 413
+            assert client("/ledger", "POST", JSON, "Transfer-Encoding: chunked").read()[0] == 413
             assert client("/ledger", "GET").read()[0] == 405
             good = json.dumps(WISH)
-            answer = client("/ledger", "POST", f"Content-Length: {len(good)}").send(good).read()
+            answer = (
+                client("/ledger", "POST", JSON, f"Content-Length: {len(good)}").send(good).read()
+            )
             assert json.loads(answer[2])[0] == 1
 
 
 def test_the_ledger_needs_the_secret(tmp_path):
     with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0, secret="s3cret") as broker:
         with clients_of(broker.port) as client:
-            assert client("/ledger", "POST", "Content-Length: 2").send("{}").read()[0] == 401
+            assert client("/ledger", "POST", JSON, "Content-Length: 2").send("{}").read()[0] == 401
+
+
+BROWSERS = [
+    ("Sec-Fetch-Site: cross-site", "Origin: https://evil.example"),
+    ("Sec-Fetch-Site: same-origin",),
+    ("Origin: null",),
+]
+
+
+@pytest.mark.parametrize("says", BROWSERS)
+def test_no_page_in_a_browser_gets_a_permit_or_gives_an_order(tmp_path, says):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            before = asdict(queue.snapshot())["limit"]
+            order = json.dumps(WISH | {"order": {"kind": "update", "limit": WISH["limit"]}})
+            length = f"Content-Length: {len(order)}"
+            assert client("/ledger", "POST", JSON, length, *says).send(order).read()[0] == 403
+            for method in ("GET", "POST"):
+                assert client("/?shard=0", method, "Content-Length: 0", *says).read()[0] == 303
+            assert asdict(queue.snapshot())["limit"] == before
+            assert queue.snapshot().granted == 0
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "x"])
+def test_what_a_form_could_send_is_no_order(tmp_path, kind):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            says = (f"Content-Type: {kind}", "Content-Length: 2")
+            assert client("/ledger", "POST", *says).send("{}").read()[0] == 415
+
+
+FOREIGN = ["evil.example", "evil.example:8787", "localhost.evil.example", "10.0.0.1", "[::2]", "["]
+LOCAL = [
+    "localhost",
+    "LOCALHOST:1",
+    "app.localhost",
+    "localhost.",
+    "127.9.9.9:80",
+    "[::1]:8787",
+    "",
+]
+
+
+@pytest.mark.parametrize("host", FOREIGN)
+def test_a_page_under_a_name_that_was_pointed_here_sees_nothing(client, queue, host):
+    host = f"Host: {host}"
+    for path in ("/status.json", "/metrics", "/recent.json"):
+        assert client(path, "GET", host).read()[0] == 403
+    assert client("/ledger", "POST", JSON, "Content-Length: 2", host).send("{}").read()[0] == 403
+    assert client("/?shard=0", "GET", host, "User-Agent: Mozilla/5.0").read()[0] == 303
+    assert queue.snapshot().granted == 0
+
+
+@pytest.mark.parametrize("host", LOCAL)
+def test_the_names_of_this_machine_are_fine(client, host):
+    assert client("/status.json", "GET", f"Host: {host}").read()[0] == 200
+    assert client("/?shard=0", "GET", f"Host: {host}", "User-Agent: Mozilla/5.0").granted
+
+
+@pytest.mark.parametrize("request_", ["GET {} HTTP/1.0\r\n\r\n", "GET {} HTTP/1.1\r\n\r\n"])
+def test_clients_without_a_host_are_served(client, request_):
+    assert client().send(request_.format("/status.json")).read()[0] == 200
+    assert client().send(request_.format("/?shard=0")).granted
+
+
+def test_an_odd_host_costs_an_existing_client_nothing(client):
+    assert client("/?shard=0", "GET", "Host: gateway_queue:80, other").granted
+
+
+def test_with_a_secret_any_name_will_do(strict):
+    assert strict("/status.json", "GET", "Host: bots.example", SECRET).read()[0] == 200
+
+
+def test_a_body_is_not_waited_for_if_its_request_is_refused(tmp_path):
+    """Nor kept: it may be a megabyte, of anybody."""
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0, secret="s3cret") as broker:
+        with clients_of(broker.port) as client:
+            one = client("/ledger", "POST", JSON, "Content-Length: 1000000")
+            assert one.read()[0] == 401
+            one.send(b"x" * 1_000_000).ask("/healthz")
+            assert one.read()[0] == 200
+            assert client("/ledger", "PUT", JSON, SECRET, "Content-Length: 9").read()[0] == 405
+
+
+def test_a_body_that_comes_in_crumbs_costs_little(tmp_path):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            one = client("/ledger", "POST", JSON, "Content-Length: 1000000").send(b"x" * 990_000)
+            until(lambda: any(len(one._received) == 990_000 for one in broker._desk.connections))
+            (served,) = broker._desk.connections
+            before = time.process_time()
+            for _ in range(5_000):
+                broker._loop.call_soon_threadsafe(served.data_received, b"x")
+            until(lambda: len(served._received) == 995_000)
+            assert time.process_time() - before < 0.2
+            one.send(b"x" * 5_000)
+            assert one.read()[0] == 400
 
 
 def test_waiting_costs_no_thread_and_no_processor_time(client, queue):

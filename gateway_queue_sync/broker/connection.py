@@ -66,7 +66,7 @@ class Connection(asyncio.Protocol):
         self.place: Place | None = None
         self.ask = wire.Ask()
         self.head: wire.Head | None = None
-        self._received = b""
+        self._received = bytearray()
         self._skip = 0  # bytes of a body that nobody reads
         self._wants_body = False
         self._doomed = False
@@ -132,43 +132,55 @@ class Connection(asyncio.Protocol):
     # --- reading ----------------------------------------------------------------------------------
 
     def _read_head(self) -> None:
-        split = wire.split_head(self._received)
-        if split is None:
+        end = wire.end_of_head(self._received)
+        if end is None:
             if len(self._received) > wire.LARGEST_HEAD:
                 self.desk.metrics.refused[431] += 1
                 self._doom()
             return
-        raw, self._received = split
-        self.head = wire.read_head(raw)
+        self.head = head = wire.read_head(self._take(end))
         self._cancel_timer()
-        length = self.head.body_length
-        if len(raw) > wire.LARGEST_HEAD:
-            self.refuse(431, "the head of the request is too large")
-        elif self.head.refusal is not None:
-            self.refuse(400, self.head.refusal)
-        elif self.head.path == PATH:
+        refusal = self._refusal(end, head)
+        if refusal is None and head.path == PATH:
             self._wants_body = True
             self.after(HEAD_TIMEOUT, self.close)
             self._read_body()
+            return
+        length = head.body_length
+        if length is None:
+            self.head = head = head._replace(closes=True)  # where its body ends is not known
+            length = 1 << 62
+        self._skip = length - len(self._take(length))
+        if refusal is None:
+            self.desk.asked(self, head)
         else:
-            if length is None:
-                self.head = self.head._replace(closes=True)  # where its body ends is not known
-                length = 1 << 62
-            self._skip = max(0, length - len(self._received))
-            self._received = self._received[length:]
-            self.desk.asked(self, self.head)
+            self.refuse(*refusal)
+
+    def _refusal(self, size: int, head: wire.Head) -> wire.Refusal | None:
+        """Return why a request is refused, before any of its body is read."""
+        if size > wire.LARGEST_HEAD:
+            return 431, "the head of the request is too large"
+        if head.refusal is not None:
+            return 400, head.refusal
+        refusal = self.desk.refusal(self, head)
+        length = head.body_length
+        if refusal is None and head.path == PATH and (length is None or length > LARGEST_BODY):
+            return 413, "the body must have a Content-Length of 1 MiB at most"
+        return refusal
 
     def _read_body(self) -> None:
         assert self.head is not None
         length = self.head.body_length
-        if length is None or length > LARGEST_BODY:
-            self.head = self.head._replace(closes=True)
-            self.refuse(413, "the body must have a Content-Length of 1 MiB at most")
-        elif len(self._received) >= length:
+        if length is not None and len(self._received) >= length:
             self._cancel_timer()
             self._wants_body = False
-            body, self._received = self._received[:length], self._received[length:]
-            self.desk.asked_ledger(self, self.head, body)
+            self.desk.asked(self, self.head, self._take(length))
+
+    def _take(self, length: int) -> bytes:
+        """Return so many of the bytes that came, or all there are."""
+        taken = bytes(self._received[:length])
+        del self._received[:length]
+        return taken
 
     # --- answering --------------------------------------------------------------------------------
 
@@ -210,8 +222,10 @@ class Connection(asyncio.Protocol):
 
     def _doom(self) -> None:
         """Hold the client for a while, and close without a byte: it would take any for a permit."""
-        self._doomed, self._received = True, b""
-        assert self._transport is not None
+        if self._transport is None or self._transport.is_closing():
+            return
+        self._doomed = True
+        self._received.clear()
         self._transport.pause_reading()
         self.after(random.uniform(*HOLD), self.close)
 

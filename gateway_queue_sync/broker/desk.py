@@ -18,10 +18,12 @@ from dataclasses import asdict
 from functools import partial
 
 from gateway_queue_sync.broker import wire
+from gateway_queue_sync.broker.address import names_loopback
 from gateway_queue_sync.broker.connection import Connection
 from gateway_queue_sync.broker.metrics import Metrics
 from gateway_queue_sync.broker.places import Place, Places
 from gateway_queue_sync.errors import BrokerError, QueueClosed, SessionLimitExhausted
+from gateway_queue_sync.ledgers.http import PATH
 from gateway_queue_sync.ledgers.shared import SHORT_PATIENCE, SharedLedger
 from gateway_queue_sync.ledgers.wire import reply_as_json, request_from_json
 from gateway_queue_sync.messages import OUTCOMES, Reply, Request
@@ -50,6 +52,7 @@ class Desk:
         loop: asyncio.AbstractEventLoop,
         pool: Executor,
         *,
+        served: str,
         secret: str | None,
         strict: bool,
         most_connections: int,
@@ -57,6 +60,7 @@ class Desk:
         self._queue = queue
         self._loop = loop
         self._pool = pool
+        self._served = served
         self._secret = None if secret is None else secret.encode()
         self._strict = strict
         self._most_connections = most_connections
@@ -111,18 +115,54 @@ class Desk:
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def asked(self, connection: Connection, head: wire.Head) -> None:
-        """Take a request on whatever path."""
+    def refusal(self, connection: Connection, head: wire.Head) -> wire.Refusal | None:
+        """Return why a request is refused, as far as its head says, or ``None``."""
+        if connection in self._surplus:
+            return 503, "too many connections"
+        if head.path == PATH:
+            return self._refusal_of_data(head) or self._refusal_of_ledger(head)
         if head.is_reserved:
+            if head.command not in ("GET", "HEAD"):
+                return 405, f"{head.path} takes GET only", ("Allow", "GET, HEAD")
+            return None if head.path in wire.OPEN else self._refusal_of_data(head)
+        if self._is_of_browser(head):
+            return None  # it is sent to the page
+        return self._refusal_of_stranger(head) or self._refusal_of_all()
+
+    def _refusal_of_data(self, head: wire.Head) -> wire.Refusal | None:
+        if not self._is_meant(head):
+            return 403, "the Host is none of this machine's: set a secret to serve other names"
+        return self._refusal_of_stranger(head)
+
+    def _refusal_of_stranger(self, head: wire.Head) -> wire.Refusal | None:
+        if self._is_authorised(head):
+            return None
+        return 401, "the secret is wrong or missing", ("WWW-Authenticate", "Bearer")
+
+    def _refusal_of_ledger(self, head: wire.Head) -> wire.Refusal | None:
+        if head.is_browser:
+            return 403, "a browser has nothing to say to the ledger"
+        if head.command != "POST":
+            return 405, f"{head.path} takes POST only", ("Allow", "POST")
+        if not head.is_json:
+            return 415, "the body must be of type application/json"
+        if not isinstance(self._queue._ledger, SharedLedger):
+            return 404, "this broker's queue keeps its account in memory: no HttpQueue can"
+        return self._refusal_of_all()
+
+    def _refusal_of_all(self) -> wire.Refusal | None:
+        if self._stopping:
+            return 503, "the broker is shutting down"
+        return (503, "the queue is closed") if self._queue.closed else None
+
+    def asked(self, connection: Connection, head: wire.Head, body: bytes = b"") -> None:
+        """Take a request that is not refused."""
+        if head.path == PATH:
+            self._answer_later(connection, partial(self._carry, body))
+        elif head.is_reserved:
             self._asked_reserved(connection, head)
-        elif head.is_browser:
+        elif self._is_of_browser(head):
             connection.answer(wire.Answer(303, headers=(("Location", "/status"),)))
-        elif not self._is_authorised(head):
-            connection.refuse(401, "the secret is wrong or missing", ("WWW-Authenticate", "Bearer"))
-        elif self._stopping:
-            connection.refuse(503, "the broker is shutting down")
-        elif connection in self._surplus:
-            connection.refuse(503, "too many connections")
         else:
             ask, wrong = wire.read_ask(head.query)
             for what in wrong:
@@ -133,45 +173,18 @@ class Desk:
                 self._stand_in_line(connection, ask)
 
     def _asked_reserved(self, connection: Connection, head: wire.Head) -> None:
-        if head.command not in ("GET", "HEAD"):
-            connection.refuse(405, f"{head.path} takes GET only", ("Allow", "GET, HEAD"))
-        elif head.path == "/status":
+        if head.path == "/status":
             connection.answer(wire.page(self._page))
         elif head.path == "/favicon.ico":
             connection.answer(wire.Answer(404))
         elif head.path == "/healthz":
             self._answer_later(connection, self._health)
-        elif not self._is_authorised(head):
-            connection.refuse(401, "the secret is wrong or missing", ("WWW-Authenticate", "Bearer"))
         elif head.path == "/recent.json":
             connection.answer(wire.as_json(self._recent()))
         elif head.path == "/metrics":
             self._answer_later(connection, self._figures)
         else:
             self._answer_later(connection, lambda: wire.as_json(asdict(self._queue.snapshot())))
-
-    def asked_ledger(self, connection: Connection, head: wire.Head, body: bytes) -> None:
-        """Take what a process of an ``HttpQueue`` says to the ledger."""
-        ledger = self._queue._ledger
-        if not self._is_authorised(head):
-            connection.refuse(401, "the secret is wrong or missing", ("WWW-Authenticate", "Bearer"))
-        elif head.command != "POST":
-            connection.refuse(405, f"{head.path} takes POST only", ("Allow", "POST"))
-        elif not isinstance(ledger, SharedLedger):
-            connection.refuse(
-                404, "this broker's queue keeps its account in memory: no HttpQueue can"
-            )
-        elif self._stopping:
-            connection.refuse(503, "the broker is shutting down")
-        elif self._queue.closed:
-            connection.refuse(503, "the queue is closed")
-        else:
-            try:
-                request = self._on_our_terms(request_from_json(json.loads(body)))
-            except (ValueError, RecursionError) as error:
-                connection.refuse(400, str(error))
-                return
-            self._answer_later(connection, partial(self._carry, ledger, request))
 
     def _on_our_terms(self, request: Request) -> Request:
         """Return a request that is bound by this broker's reserve, too.
@@ -185,6 +198,13 @@ class Desk:
             return request
         reserve = max(request.take.reserve, self._queue._reserve)
         return request._replace(take=request.take._replace(reserve=reserve))
+
+    def _is_meant(self, head: wire.Head) -> bool:
+        """Return false for a page whose name was pointed at this machine after it was loaded."""
+        return self._secret is not None or names_loopback(head.host, self._served)
+
+    def _is_of_browser(self, head: wire.Head) -> bool:
+        return head.is_browser or (head.seems_browser and not self._is_meant(head))
 
     def _is_authorised(self, head: wire.Head) -> bool:
         if self._secret is None:
@@ -333,7 +353,15 @@ class Desk:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(call, *args)
 
-    def _carry(self, ledger: SharedLedger, request: Request) -> wire.Answer:
+    def _carry(self, body: bytes) -> wire.Answer:
+        """Take to the ledger what a process of an ``HttpQueue`` says to it."""
+        ledger = self._queue._ledger
+        assert isinstance(ledger, SharedLedger)
+        try:
+            request = self._on_our_terms(request_from_json(json.loads(body)))
+        except (ValueError, RecursionError) as failure:
+            self._in_loop(self.metrics.refused.update, (400,))
+            return wire.error(400, str(failure))
         reply = ledger.carry(request, SHORT_PATIENCE)
         if OUTCOMES[reply.outcome.kind] is Grant:
             self._in_loop(self._count_grant, request, reply)

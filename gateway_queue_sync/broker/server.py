@@ -48,6 +48,11 @@ def serve(
     has the whole wire. ``HttpQueue`` needs a queue whose account is shared: an ``SqliteQueue`` or a
     ``RedisQueue``. The queue stays its owner's, who closes it.
 
+    Without a secret only this machine reaches it, and the pages in its browsers: those get no permit,
+    cannot speak to the ledger (``Sec-Fetch-Site``, ``Origin`` and ``Content-Type`` are looked at), and
+    see no data under a name of their own that was pointed here (so is ``Host``). Any other program of
+    this machine may ask.
+
     Args:
         queue: what grants.
         host: the address to listen on; any but a loopback one needs a secret.
@@ -95,7 +100,7 @@ class Broker:
         self._loop.set_exception_handler(self._failed)
         self._out_of_files = Throttle(1, 60.0)
         self._pool = ThreadPoolExecutor(POOL, thread_name_prefix="gateway-queue-broker")
-        self._desk = Desk(queue, self._loop, self._pool, **settings)
+        self._desk = Desk(queue, self._loop, self._pool, served=host, **settings)
         self._closing = threading.Lock()
         self._futures: list[Future[Permit]] = []  # of those who waited when it was closed
         try:

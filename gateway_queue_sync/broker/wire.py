@@ -20,19 +20,25 @@ from gateway_queue_sync.ledgers.wire import LARGEST_NUMBER
 from gateway_queue_sync.rules import to_us
 
 MESSAGE = b'{"message": "You\'re free to connect now! :)"}'
-RESERVED = ("/status", "/status.json", "/recent.json", "/metrics", "/healthz", PATH, "/favicon.ico")
+OPEN = ("/status", "/healthz", "/favicon.ico")  # which tell nothing of the bot
+RESERVED = (*OPEN, "/status.json", "/recent.json", "/metrics", PATH)
 LARGEST_HEAD = 8_192  # bytes
 LONGEST_HEAD_START = 3_600.0  # s
 LEAST_TIMEOUT = 0.05  # s: what asking takes
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 
 
+Refusal = tuple[int, str] | tuple[int, str, tuple[str, str]]
+"""A status, what is wrong, and a header."""
+
+
 class Head(NamedTuple):
     """What the head of a request says.
 
     ``refusal`` says what is wrong with it, if anything is. ``closes``: the connection ends with the
-    answer. ``is_ours``: the client knows what a status means. ``is_browser``: a person's, which needs no
-    permit. ``body_length`` is ``None`` if the end of the body is not told in a way that is read here.
+    answer. ``is_ours``: the client knows what a status means. ``is_browser``: a page in a browser, or
+    the person before it, neither of which needs a permit. ``seems_browser``: an old one says no more.
+    ``body_length`` is ``None`` if the end of the body is not told in a way that is read here.
     """
 
     command: str = ""
@@ -42,7 +48,10 @@ class Head(NamedTuple):
     closes: bool = True
     is_ours: bool = False
     is_browser: bool = False
+    seems_browser: bool = False
+    is_json: bool = False
     body_length: int | None = 0
+    host: str = ""
     authorization: str = ""
 
     @property
@@ -69,8 +78,11 @@ def read_head(raw: bytes) -> Head:
         target.query,
         closes=parsed.close_connection,
         is_ours=OUR_HEADER in headers,
-        is_browser="Sec-Fetch-Site" in headers,
+        is_browser="Sec-Fetch-Site" in headers or "Origin" in headers,
+        seems_browser=headers.get("User-Agent", "").startswith("Mozilla/"),
+        is_json=headers.get_content_type() == "application/json",
         body_length=int(length) if known else None,
+        host=headers.get("Host", ""),
         authorization=headers.get("Authorization", ""),
     )
 
@@ -98,10 +110,10 @@ class _Parsed(BaseHTTPRequestHandler):
         return True
 
 
-def split_head(received: bytes) -> tuple[bytes, bytes] | None:
-    """Return a request's head and what came after it; ``None`` if there is no end of a head yet."""
+def end_of_head(received: bytes | bytearray) -> int | None:
+    """Return the length of the head that is first in what came; ``None`` if there is no end yet."""
     end = _END_OF_HEAD.search(received)
-    return None if end is None else (received[: end.end()], received[end.end() :])
+    return None if end is None else end.end()
 
 
 class Ask(NamedTuple):

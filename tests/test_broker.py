@@ -512,6 +512,21 @@ def test_who_takes_too_long_for_a_head_is_let_go(tmp_path, monkeypatch):
             assert one.is_closed_without_a_byte()
 
 
+def test_a_body_that_comes_after_the_answer_buys_and_costs_no_time(queue, monkeypatch):
+    """What nobody reads is neither the beginning of a request, nor a sign of life."""
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(connection, "IDLE_TIMEOUT", 0.5)
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        one = client("/?shard=0", "POST", "Content-Length: 1000000")
+        assert one.granted
+        start = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - start < 5.0:
+                one.send(b"x")
+                time.sleep(0.02)
+        assert 0.4 < time.monotonic() - start < 4.0
+
+
 def test_who_waits_and_talks_on_and_on_is_let_go(client, queue):
     assert client("/?shard=0").granted
     talker = client("/?shard=1")
@@ -643,6 +658,31 @@ def test_a_queue_that_raises_is_asked_again_for_who_would_not_understand(clock, 
         assert legacy.is_silent()
         clock.advance(3600.0)
         assert legacy.granted
+
+
+def test_a_timeout_holds_while_a_queue_that_raises_has_nothing_left(clock):
+    queue = LargeBotQueue(limit(10, 0, 3600.0), clock=clock, when_exhausted="raise")
+    with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        ended, took = timed(client("/?shard=0&timeout=0.2").is_closed_without_a_byte)
+        assert ended
+        assert took < 5.0
+
+
+def test_a_place_is_kept_while_a_queue_that_raises_has_nothing_left(clock, monkeypatch):
+    monkeypatch.setattr(desk, "LONGEST_HOLD", 0.02)
+    monkeypatch.setattr(desk, "TICK", 0.01)
+    queue = LargeBotQueue(limit(10, 0, 20.0), clock=clock, when_exhausted="raise")
+    with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        kept = broker._desk._places
+        gone = client("/?shard=1")
+        until(lambda: any(one.place for one in broker._desk.connections), "its wait")
+        gone.close()
+        until(lambda: len(kept) == 1, "its place")
+        clock.advance(10.0)
+        client("/?shard=1")
+        until(lambda: len(kept) == 0, "its return")
+        (back,) = (one for one in broker._desk.connections if one.place is not None)
+        assert back.place.arrived_us == clock.now_us() - 10_000_000
 
 
 def test_a_month_until_the_reset_is_told_and_waited_for(clock):

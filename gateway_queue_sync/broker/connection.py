@@ -40,7 +40,8 @@ class Connection(asyncio.Protocol):
 
     Attributes:
         future: of the permit it waits for.
-        place: where it stands meanwhile.
+        place: where it stands meanwhile, or is to stand again when the budget resets.
+        until: when it has waited for long enough, in seconds of the loop's clock, if ever.
         ask: what it asked for.
         head: of the request that is being answered.
     """
@@ -58,12 +59,14 @@ class Connection(asyncio.Protocol):
         "future",
         "head",
         "place",
+        "until",
     )
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
         self.future: Future[Permit] | None = None
         self.place: Place | None = None
+        self.until: float | None = None
         self.ask = wire.Ask()
         self.head: wire.Head | None = None
         self._received = bytearray()
@@ -92,6 +95,8 @@ class Connection(asyncio.Protocol):
             skipped = min(self._skip, len(data))
             self._skip -= skipped
             data = data[skipped:]
+            if not data:
+                return
         was_empty = not self._received
         self._received += data
         if self.head is not None:
@@ -201,7 +206,7 @@ class Connection(asyncio.Protocol):
 
     def _expect_next(self) -> None:
         """Go on to the next request, which may be here already."""
-        self.after(IDLE_TIMEOUT, self.close)
+        self.after(HEAD_TIMEOUT if self._received else IDLE_TIMEOUT, self.close)
         if self._received:
             asyncio.get_running_loop().call_soon(self._go_on)
 

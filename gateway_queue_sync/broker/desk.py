@@ -98,7 +98,7 @@ class Desk:
         waiting = [one for one in self.connections if one.future is not None]
         futures = [one.future for one in waiting if one.future is not None]
         for connection in waiting:
-            connection.future = None
+            connection.future = connection.place = None
             if connection.head is not None and connection.head.is_ours:
                 connection.refuse(503, "the broker is shutting down")
         for connection in self.connections:
@@ -223,11 +223,17 @@ class Desk:
         if kept is not None:
             place = min(place, kept, key=lambda one: one.arrived_us - one.priority_us)
         connection.ask, connection.place = ask, place
-        if ask.timeout is not None:
-            connection.after(ask.timeout, partial(self._timed_out, connection))
-        self._join(connection)
+        connection.until = None if ask.timeout is None else self._loop.time() + ask.timeout
+        self._wait(connection)
         if connection.head is not None and connection.head.is_ours:
             self._look_at_budget()
+
+    def _wait(self, connection: Connection) -> None:
+        """Let a client wait at its place, for as long as it will."""
+        if connection.until is not None:
+            left = connection.until - self._loop.time()
+            connection.after(left, partial(self._timed_out, connection))
+        self._join(connection)
 
     def _join(self, connection: Connection) -> None:
         assert connection.place is not None
@@ -262,6 +268,7 @@ class Desk:
         if isinstance(failure, SessionLimitExhausted):
             self._turn_away(connection, failure.resets_in)
         elif failure is not None:
+            connection.place = None
             connection.refuse(503, str(failure) or type(failure).__name__)
         elif not self._queue._is_in_time(future.result()._grant):
             self._join(connection)  # at its place, before the permit is given back
@@ -269,6 +276,7 @@ class Desk:
         else:
             permit, now_us = future.result(), self._queue._now_us()
             if connection.answer(wire.GRANTED):
+                connection.place = None
                 self.metrics.granted(now_us, permit.shard_id, permit.bucket, permit.waited)
             else:
                 self._return(future)
@@ -276,11 +284,11 @@ class Desk:
     def leave_line(self, connection: Connection) -> None:
         """Take a client out of the line, and keep its place in case it comes back."""
         future, connection.future = connection.future, None
-        if future is None:
-            return
-        if connection.ask.key is not None and connection.place is not None:
-            self._places.keep(connection.ask.key, connection.place, self._queue._now_us())
-        self._return(future)
+        place, connection.place = connection.place, None
+        if place is not None and connection.ask.key is not None:
+            self._places.keep(connection.ask.key, place, self._queue._now_us())
+        if future is not None:
+            self._return(future)
 
     def _return(self, future: Future[Permit]) -> None:
         """Leave the line, or give back the permit, where that may block."""
@@ -320,18 +328,18 @@ class Desk:
             return
         for one in list(self.connections):
             if one.future is not None and one.head is not None and one.head.is_ours:
-                self.leave_line(one)
                 self._turn_away(one, left.resets_in)
 
     def _turn_away(self, connection: Connection, resets_in: float) -> None:
         """Tell a client when the budget resets; hold it until then if it would not understand."""
         if connection.head is not None and connection.head.is_ours:
+            self.leave_line(connection)
             again = ("Retry-After", str(math.ceil(resets_in)))
             connection.refuse(429, "the session start limit is used up", again)
         else:
-            connection.after(
-                min(max(resets_in, TICK), LONGEST_HOLD), partial(self._join, connection)
-            )
+            hold = min(max(resets_in, TICK), LONGEST_HOLD)
+            if connection.until is None or self._loop.time() + hold < connection.until:
+                connection.after(hold, partial(self._wait, connection))
 
     # --- answers from the pool --------------------------------------------------------------------
 

@@ -280,6 +280,11 @@ def test_another_ticket_has_another_place(client, queue, clock):
     assert come_back_after(client, queue, clock, 10.0, *tickets) == "behind"
 
 
+def test_no_place_is_kept_for_an_endless_ticket(client, queue, clock):
+    tickets = ("/?shard=1&ticket=" + "a" * 201,) * 2
+    assert come_back_after(client, queue, clock, 10.0, *tickets) == "behind"
+
+
 def test_no_place_is_kept_without_a_shard(client, queue, clock):
     assert come_back_after(client, queue, clock, 10.0, "/", "/") == "behind"
 
@@ -851,7 +856,31 @@ def test_reserved_paths_are_only_read(client, queue, path):
     assert queue.snapshot().granted == 0
 
 
-def test_a_ledger_out_of_reach_is_not_healthy(tmp_path, short_hold):
+def test_all_who_ask_for_its_health_at_once_cost_one_look(tmp_path, monkeypatch):
+    with (
+        SqliteQueue(tmp_path / "q") as queue,
+        serve(queue, port=0) as broker,
+        clients_of(broker.port) as client,
+    ):
+        look, looks, go_on = queue._ledger.look, [], threading.Event()
+
+        def slow(**settings):
+            looks.append(settings)
+            assert go_on.wait(PATIENCE)
+            return look(**settings)
+
+        monkeypatch.setattr(queue._ledger, "look", slow)
+        many = [client("/healthz") for _ in range(20)]
+        until(lambda: len(broker._desk._ask_health) == 20)
+        many[0].close()
+        go_on.set()
+        assert all(one.read()[0] == 200 for one in many[1:])
+        assert client("/healthz").read()[0] == 200
+        assert len(looks) == 1
+
+
+def test_a_ledger_out_of_reach_is_not_healthy(tmp_path, short_hold, monkeypatch):
+    monkeypatch.setattr(desk, "HEALTH_FOR", 0.1)
     path = tmp_path / "state.sqlite3"
     with (
         SqliteQueue(path) as queue,
@@ -860,6 +889,7 @@ def test_a_ledger_out_of_reach_is_not_healthy(tmp_path, short_hold):
     ):
         assert client("/healthz").read()[0] == 200
         path.write_bytes(b"no database" * 100)
+        until(lambda: client("/healthz").read()[0] == 503)
         status, _, body = client("/healthz").read()
         assert status == 503
         assert "state.sqlite3" in json.loads(body)["error"]
@@ -869,6 +899,20 @@ def test_what_a_client_says_cannot_forge_log_lines(client, caplog):
     client("/?shard=%0aINFO+forged")
     until(lambda: "shard must be" in caplog.text)
     assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+def test_a_method_cannot_forge_log_lines_or_fill_them(client, caplog):
+    client().send("A\x1b[31m" + "x" * 3_000 + " / HTTP/1.1\r\n\r\n")
+    until(lambda: "no shard" in caplog.text)
+    assert "\x1b" not in caplog.text
+    assert all(len(record.getMessage()) < 300 for record in caplog.records)
+
+
+def test_bad_shards_do_not_flood_the_log(strict, caplog):
+    many = strict()
+    for _ in range(200):
+        assert many.ask("/?shard=x", "GET", OURS, SECRET).read()[0] == 400
+    assert 1 <= caplog.text.count("shard must be") < 100
 
 
 # --- the ledger's wire ----------------------------------------------------------------------------

@@ -130,6 +130,15 @@ def test_a_limit_that_the_brokers_reserve_uses_up_is_refused(state):
         assert broker.queue.snapshot().limit.total == 1000
 
 
+def test_a_broker_takes_no_order_for_more_buckets_than_are_sane(broker, queue):
+    many = limit(max_concurrency=10_001)
+    with pytest.raises(BrokerError, match="400: max_concurrency must be at most 10000"):
+        queue.update(many)
+    with pytest.raises(BrokerError, match="400"):
+        HttpQueue(broker.url, many, **SHORT)
+    assert len(broker.queue.snapshot().buckets) == 1
+
+
 def test_a_broker_whose_queue_is_closed_grants_nothing(broker, queue):
     broker.queue.close()
     with pytest.raises(BrokerError, match="503: the queue is closed"):

@@ -229,6 +229,7 @@ def test_a_wrong_token_or_address_says_so_and_ends(serving, tmp_path, monkeypatc
     ("arguments", "says"),
     [(["--port", "x"], "port must be a whole number"), (["--port", "70000"], "at most 65535"),
      (["--host", "0.0.0.0"], "needs a secret"), (["--max-concurrency", "0"], "at least 1"),
+     (["--max-concurrency", "10001"], "at most 10000"),
      (["--interval", "-1"], "interval"), (["--margin", "0"], "margin"), (["--reserve", "-1"], "reserve"),
      (["--reserve", "1000"], "reserve"), (["--redis", "nonsense"], "URL"), (["--name", "a b"], "name"),
      (["--most-connections", "-1"], "most_connections"), (["--secret-file", "EMPTY"], "is empty")],

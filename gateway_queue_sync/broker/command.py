@@ -21,6 +21,7 @@ from gateway_queue_sync.broker.server import (
     SPARE_FILES,
     serve,
 )
+from gateway_queue_sync.broker.wire import MOST_BUCKETS
 from gateway_queue_sync.errors import BrokerError, GatewayBotError
 from gateway_queue_sync.gateway_bot import GatewayBot
 from gateway_queue_sync.models import (
@@ -228,8 +229,10 @@ def _whole(name: str, written: str) -> int:
 
 def _buckets(written: str) -> int:
     number = _whole("max_concurrency", written)
-    if not number:
-        raise ValueError("max_concurrency must be at least 1, not 0")
+    if not 1 <= number <= MOST_BUCKETS:
+        raise ValueError(
+            f"max_concurrency must be at least 1 and at most {MOST_BUCKETS}, not {number}"
+        )
     return number
 
 

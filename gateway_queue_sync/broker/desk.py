@@ -22,6 +22,7 @@ from gateway_queue_sync.broker.address import names_loopback
 from gateway_queue_sync.broker.connection import Connection
 from gateway_queue_sync.broker.metrics import Metrics
 from gateway_queue_sync.broker.places import Place, Places
+from gateway_queue_sync.broker.throttle import Throttle
 from gateway_queue_sync.errors import BrokerError, QueueClosed, SessionLimitExhausted
 from gateway_queue_sync.ledgers.http import PATH
 from gateway_queue_sync.ledgers.shared import SHORT_PATIENCE, SharedLedger
@@ -34,6 +35,7 @@ from gateway_queue_sync.rules import MICROSECOND, Grant
 log = logging.getLogger("gateway_queue_sync.broker")
 
 TICK = 1.0  # s
+HEALTH_FOR = 1.0  # s for which it is known how the ledger does
 MOST_SURPLUS = 32  # connections over the most, which are told so; others are closed at once
 LONGEST_HOLD = 60.0  # s before the budget is looked at again for a client that is held
 
@@ -67,6 +69,10 @@ class Desk:
         self._places = Places()
         self._stopping = False
         self._looking = False
+        self._health: wire.Answer | None = None
+        self._health_until = 0.0
+        self._ask_health: list[Connection] = []  # who wait for the probe that is on its way
+        self._warnings = Throttle(3, 1.0)
         self._returning: set[Future[Permit]] = set()  # of those who left, until the queue knows
         self.connections: set[Connection] = set()
         self._surplus: set[Connection] = set()  # those of them that came when there were too many
@@ -165,8 +171,8 @@ class Desk:
             connection.answer(wire.Answer(303, headers=(("Location", "/status"),)))
         else:
             ask, wrong = wire.read_ask(head.query)
-            for what in wrong:
-                log.warning("%s %.100r: %s", head.command, head.path, what)
+            if wrong and self._warnings.lets_through():
+                log.warning("%.20r %.100r: %s", head.command, head.path, "; ".join(wrong))
             if wrong and self._strict:
                 connection.refuse(400, wrong[0])
             else:
@@ -178,7 +184,7 @@ class Desk:
         elif head.path == "/favicon.ico":
             connection.answer(wire.Answer(404))
         elif head.path == "/healthz":
-            self._answer_later(connection, self._health)
+            self._asked_health(connection)
         elif head.path == "/recent.json":
             connection.answer(wire.as_json(self._recent()))
         elif head.path == "/metrics":
@@ -190,10 +196,16 @@ class Desk:
         """Return a request that is bound by this broker's reserve, too.
 
         Raises:
-            ValueError: it brings a limit that the reserve uses up.
+            ValueError: it brings a limit that the reserve uses up, or of too many buckets.
         """
-        if request.order is not None and request.order.limit is not None:
-            self._queue._check_limit(request.order.limit)
+        ordered = None if request.order is None else request.order.limit
+        if ordered is not None:
+            self._queue._check_limit(ordered)
+        for limit in (request.limit, ordered):
+            if limit is not None and limit.max_concurrency > wire.MOST_BUCKETS:
+                raise ValueError(
+                    f"max_concurrency must be at most {wire.MOST_BUCKETS} for a broker"
+                )
         if request.take is None:
             return request
         reserve = max(request.take.reserve, self._queue._reserve)
@@ -345,9 +357,11 @@ class Desk:
 
     def _answer_later(self, connection: Connection, answer: Callable[[], wire.Answer]) -> None:
         """Answer a request with what a function returns, which may block."""
-        self._pool.submit(self._work_out, connection, answer)
+        self._pool.submit(self._work_out, connection.answer, answer)
 
-    def _work_out(self, connection: Connection, answer: Callable[[], wire.Answer]) -> None:
+    def _work_out(
+        self, tell: Callable[[wire.Answer], object], answer: Callable[[], wire.Answer]
+    ) -> None:
         try:
             worked_out = answer()
         except BrokerError as failure:
@@ -355,7 +369,7 @@ class Desk:
         except Exception as failure:
             log.exception("a request could not be answered")
             worked_out = wire.error(500, type(failure).__name__)
-        self._in_loop(connection.answer, worked_out)
+        self._in_loop(tell, worked_out)
 
     def _in_loop(self, call: Callable[..., object], *args: object) -> None:
         if not self._loop.is_closed():
@@ -385,11 +399,28 @@ class Desk:
             max(0, waited_us) / MICROSECOND,
         )
 
-    def _health(self) -> wire.Answer:
+    def _asked_health(self, connection: Connection) -> None:
+        """Answer with what was found out a moment ago, or together with all who ask just now."""
         if self._stopping or self._queue.closed:
-            return wire.error(503, "shutting down")
-        self._queue.snapshot()  # 503 if the ledger is out of reach
+            connection.answer(wire.error(503, "shutting down"))
+        elif self._health is not None and self._loop.time() < self._health_until:
+            connection.answer(self._health)
+        else:
+            self._ask_health.append(connection)
+            if len(self._ask_health) == 1:
+                self._pool.submit(self._work_out, self._tell_health, self._probe)
+
+    def _probe(self) -> wire.Answer:
+        ledger = self._queue._ledger
+        if isinstance(ledger, SharedLedger):
+            ledger.look(patient=False)  # 503 if it is out of reach
         return wire.as_json({"status": "ok"})
+
+    def _tell_health(self, health: wire.Answer) -> None:
+        self._health, self._health_until = health, self._loop.time() + HEALTH_FOR
+        asking, self._ask_health = self._ask_health, []
+        for connection in asking:
+            connection.answer(health)
 
     def _figures(self) -> wire.Answer:
         text = self.metrics.text(self._queue.snapshot(), len(self.connections))

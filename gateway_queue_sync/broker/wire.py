@@ -23,6 +23,8 @@ MESSAGE = b'{"message": "You\'re free to connect now! :)"}'
 OPEN = ("/status", "/healthz", "/favicon.ico")  # which tell nothing of the bot
 RESERVED = (*OPEN, "/status.json", "/recent.json", "/metrics", PATH)
 LARGEST_HEAD = 8_192  # bytes
+LONGEST_TICKET = 200  # characters
+MOST_BUCKETS = 10_000
 LONGEST_HEAD_START = 3_600.0  # s
 LEAST_TIMEOUT = 0.05  # s: what asking takes
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
@@ -132,7 +134,8 @@ def read_ask(query: str) -> tuple[Ask, list[str]]:
     except ValueError as error:
         return Ask(), [str(error)]
     wrong = []
-    shard_id, key = 0, None
+    shard_id = 0
+    key: tuple[str, str | int] | None = None
     shard = fields.get("shard")
     if shard is None or not re.fullmatch("[0-9]{1,16}", shard) or int(shard) > LARGEST_NUMBER:
         wrong.append(
@@ -141,6 +144,9 @@ def read_ask(query: str) -> tuple[Ask, list[str]]:
     else:
         shard_id = int(shard)
         key = ("ticket", fields["ticket"]) if "ticket" in fields else ("shard", shard_id)
+    if len(fields.get("ticket", "")) > LONGEST_TICKET:
+        wrong.append(f"ticket must be {LONGEST_TICKET} characters at most")
+        key = None
     priority = _number(fields, "priority", wrong) or 0.0
     priority = max(-LONGEST_HEAD_START, min(priority, LONGEST_HEAD_START))
     timeout = _number(fields, "timeout", wrong)

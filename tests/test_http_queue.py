@@ -355,6 +355,31 @@ def test_a_connection_that_was_closed_meanwhile_is_replaced(broker, queue):
     assert queue.acquire(1, timeout=PATIENCE).shard_id == 1
 
 
+def test_connections_that_died_in_silence_cost_one_timeout(broker, queue, monkeypatch):
+    """As behind a router that forgets: nothing comes back, and nothing says so."""
+    monkeypatch.setattr(http, "SOCKET_TIMEOUT", 0.4)
+    holes = [socket.socketpair() for _ in range(5)]
+    for hole, _ in holes:
+        connection = queue._ledger._connection()
+        connection.sock = hole
+        queue._ledger._idle.append((time.monotonic(), connection))
+    start = time.monotonic()
+    queue.acquire(0, timeout=PATIENCE)
+    assert time.monotonic() - start < 1.1
+    for _, end in holes:
+        end.close()
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used(broker, queue, monkeypatch):
+    queue.snapshot()
+    ((since, before),) = queue._ledger._idle
+    queue._ledger._idle[0] = (since - http.LONGEST_IDLE, before)
+    queue.snapshot()
+    ((_, after),) = queue._ledger._idle
+    assert after is not before
+    assert before.sock is None
+
+
 def test_closing_lets_go_of_the_connections_and_of_those_who_wait(broker):
     queue = HttpQueue(broker.url, **SHORT)
     queue.update(limit(1000, 0, 60.0))

@@ -25,6 +25,7 @@ from gateway_queue_sync.messages import Reply, Request
 PATH = "/ledger"
 OUR_HEADER = "Gateway-Queue"  # who sends it knows what a status means
 SOCKET_TIMEOUT = 2.0  # s for a whole call: a deadline is kept that closely
+LONGEST_IDLE = 30.0  # s for which a connection is kept; the broker hangs up after 75
 LARGEST_ANSWER = 64 << 20  # bytes; a hundred thousand who wait are 5 MiB
 
 
@@ -54,7 +55,7 @@ class HttpLedger(SharedLedger):
     def _begin(self) -> None:
         super()._begin()
         # In a forked child the parent's connections are left to the parent.
-        self._idle: deque[http.client.HTTPConnection] = deque()
+        self._idle: deque[tuple[float, http.client.HTTPConnection]] = deque()  # since when
 
     def __repr__(self) -> str:
         return f"broker {self._url.scheme}://{self._url.netloc}{self._url.path}"
@@ -83,8 +84,15 @@ class HttpLedger(SharedLedger):
         """
         while self._idle:
             with contextlib.suppress(IndexError):  # somebody else took it
+                since, connection = self._idle.pop()
+                if time.monotonic() - since > LONGEST_IDLE:
+                    connection.close()
+                    continue
                 try:
-                    return self._exchange(self._idle.pop(), body)
+                    return self._exchange(connection, body)
+                except TimeoutError:
+                    self._hang_up()  # what made this one silent has met them all
+                    raise
                 except (
                     ConnectionError,
                     http.client.RemoteDisconnected,
@@ -114,7 +122,7 @@ class HttpLedger(SharedLedger):
             whole = response.isclosed() and not response.will_close
         finally:  # an interrupt, too, may leave half an answer in it
             if whole and not self._closed:
-                self._idle.append(connection)
+                self._idle.append((time.monotonic(), connection))
             else:
                 connection.close()
         return response.status, answer
@@ -130,7 +138,7 @@ class HttpLedger(SharedLedger):
     def _hang_up(self) -> None:
         while self._idle:
             with contextlib.suppress(IndexError):
-                self._idle.pop().close()
+                self._idle.pop()[1].close()
 
 
 class _Response(http.client.HTTPResponse):

@@ -879,6 +879,15 @@ def test_all_who_ask_for_its_health_at_once_cost_one_look(tmp_path, monkeypatch)
         assert len(looks) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/health", 200), ("/healthz/", 200), ("/metrics/", 200), ("/status/", 303), ("/robots.txt", 404)],
+)  # fmt: skip
+def test_what_probes_and_crawlers_ask_takes_no_permit(client, queue, path, status):
+    assert client(path).read()[0] == status
+    assert queue.snapshot().granted == 0
+
+
 def test_a_ledger_out_of_reach_is_not_healthy(tmp_path, short_hold, monkeypatch):
     monkeypatch.setattr(desk, "HEALTH_FOR", 0.1)
     path = tmp_path / "state.sqlite3"

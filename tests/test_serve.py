@@ -179,6 +179,39 @@ def test_flags_win_over_the_environment_and_each_has_a_line(serving):
     assert "1000 of 1000 session starts are left, in 4 bucket(s)" in served.text
 
 
+def test_each_setting_has_a_line_that_says_where_it_is_from(serving, tmp_path):
+    (tmp_path / "secret").write_text("hunter2\n")
+    secret = str(tmp_path / "secret")
+    served = serving("--secret-file", secret, "--interval", "0.2", "--reserve", "5")
+    for line in (
+        "interval is 0.2 (--interval)",
+        "margin is 0.25 (the default)",
+        "reserve is 5 (--reserve)",
+        "host is 127.0.0.1 (the default)",
+        f"state is {tmp_path / 'state'} (--state)",
+        f"the secret is read from {secret} (--secret-file)",
+    ):
+        assert line in served.text
+    assert "hunter2" not in served.text
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system has other limits")
+def test_more_connections_than_there_may_be_files_are_told_of(serving):
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    served = serving("--most-connections", str(most), *SHORT)
+    assert f"{most - 64} connections at most, not {most}" in served.text
+    assert resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)[0] == most
+    fewer = serving("--most-connections", "10", *SHORT)
+    assert "connections at most" not in fewer.text
+
+
+def test_a_missing_secret_file_says_that_it_is_the_secrets(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    missing = str(tmp_path / "none")
+    assert main(["serve", "--state", str(tmp_path / "s"), "--secret-file", missing]) == 1
+    assert f"cannot read the secret file '{missing}'" in capsys.readouterr().err
+
+
 def test_the_environment_wins_over_what_is_stored_and_a_restart_forgets_nothing(serving):
     first = serving(*SHORT, environment={"CONCURRENCY": "2"})
     assert ask_by_urllib(first.url) == BODY

@@ -168,7 +168,7 @@ class Desk:
         elif head.is_reserved:
             self._asked_reserved(connection, head)
         elif self._is_of_browser(head):
-            connection.answer(wire.Answer(303, headers=(("Location", "/status"),)))
+            connection.answer(wire.TO_PAGE)
         else:
             ask, wrong = wire.read_ask(head.query)
             if wrong and self._warnings.lets_through():
@@ -181,7 +181,9 @@ class Desk:
     def _asked_reserved(self, connection: Connection, head: wire.Head) -> None:
         if head.path == "/status":
             connection.answer(wire.page(self._page))
-        elif head.path == "/favicon.ico":
+        elif head.path == "/status/":
+            connection.answer(wire.TO_PAGE)  # whose links are relative
+        elif head.path in ("/favicon.ico", "/robots.txt"):
             connection.answer(wire.Answer(404))
         elif head.path == "/healthz":
             self._asked_health(connection)

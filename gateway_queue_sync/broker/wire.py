@@ -20,7 +20,8 @@ from gateway_queue_sync.ledgers.wire import LARGEST_NUMBER
 from gateway_queue_sync.rules import to_us
 
 MESSAGE = b'{"message": "You\'re free to connect now! :)"}'
-OPEN = ("/status", "/healthz", "/favicon.ico")  # which tell nothing of the bot
+# Those which tell nothing of the bot; the others follow.
+OPEN = ("/status", "/status/", "/healthz", "/favicon.ico", "/robots.txt")
 RESERVED = (*OPEN, "/status.json", "/recent.json", "/metrics", PATH)
 LARGEST_HEAD = 8_192  # bytes
 LONGEST_TICKET = 200  # characters
@@ -71,12 +72,15 @@ def read_head(raw: bytes) -> Head:
         target = urlsplit(parsed.path)
     except ValueError as error:
         return Head(refusal=str(error))
+    path = "/healthz" if target.path.rstrip("/") == "/health" else target.path or "/"
+    if path not in RESERVED and path.rstrip("/") in RESERVED:
+        path = path.rstrip("/")
     headers = parsed.headers
     length = headers.get("Content-Length", "0")
     known = "Transfer-Encoding" not in headers and re.fullmatch("[0-9]{1,15}", length)
     return Head(
         sys.intern(parsed.command),
-        sys.intern(target.path or "/"),
+        sys.intern(path),
         target.query,
         closes=parsed.close_connection,
         is_ours=OUR_HEADER in headers,
@@ -182,6 +186,7 @@ class Answer(NamedTuple):
 
 
 GRANTED = Answer(200, MESSAGE)
+TO_PAGE = Answer(303, headers=(("Location", "/status"),))
 _REASONS = {status: reasons[0] for status, reasons in BaseHTTPRequestHandler.responses.items()}
 
 

@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import math
+import resource
+import selectors
 import socket
 import threading
 import time
@@ -362,12 +364,39 @@ def test_half_of_those_who_wait_may_go_at_once(clock):
                 assert next_one(left, clock) == expected
 
 
-def test_a_burst_of_connections_loses_none(clock):
-    with NoOpQueue() as queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
-        clients = [client() for _ in range(900)]
-        for one in clients:
-            one.ask("/?shard=1")
-        assert all(one.granted for one in clients)
+@pytest.fixture
+def many_files():
+    """Thousands of connections have both of their ends here."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = before[1] if before[1] != resource.RLIM_INFINITY else 20_000
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_burst_of_connections_loses_none(many_files):
+    """All begin to connect before any is accepted."""
+    with NoOpQueue() as queue, serve(queue, port=0) as broker, contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        go_on = threading.Event()
+        broker._loop.call_soon_threadsafe(go_on.wait, PATIENCE)
+        for _ in range(2_000):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", broker.port))
+            selector.register(one, selectors.EVENT_WRITE)
+        until(lambda: len(selector.select(0)) == 2_000, "all connections")
+        go_on.set()
+        answers, give_up = [], time.monotonic() + PATIENCE
+        while len(answers) < 2_000 and time.monotonic() < give_up:
+            for key, ready in selector.select(1.0):
+                if ready & selectors.EVENT_WRITE:
+                    key.fileobj.send(b"GET /?shard=1 HTTP/1.1\r\n\r\n")
+                    selector.modify(key.fileobj, selectors.EVENT_READ)
+                else:
+                    answers.append(key.fileobj.recv(15))
+                    selector.unregister(key.fileobj)
+        assert answers == [b"HTTP/1.1 200 OK"] * 2_000
 
 
 def test_a_permit_that_reaches_its_client_too_late_is_given_back_and_asked_for_again(

@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -312,12 +313,12 @@ def test_the_state_is_in_the_platforms_folder_and_nobody_elses_to_read(
 # --- signals, kills, and several brokers ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_within_a_second_whoever_waits(serving, number):
+@pytest.mark.parametrize(("number", "many"), [(signal.SIGTERM, 2_000), (signal.SIGINT, 50)])
+def test_a_signal_ends_it_within_a_second_whoever_waits(serving, number, many):
     served = serving("--interval", "600", "--margin", "0.05")
     with clients_of(served.port) as client:
-        waiting = [client(f"/?shard={number}") for number in range(50)]
-        served.wait_for_line(50)
+        waiting = [client(f"/?shard={shard}") for shard in range(many)]
+        served.wait_for_line(many)
         code, took = timed(lambda: served.end(number))
         assert code == 0
         assert took < 1.5  # one, and a loaded machine's half
@@ -325,13 +326,43 @@ def test_a_signal_ends_it_within_a_second_whoever_waits(serving, number):
     assert "stopped" in served.text
 
 
-def test_a_second_signal_ends_it_at_once(serving):
-    """Even while a ledger that another process holds keeps it from saying good-bye."""
-    served = serving(*SHORT)
-    served.process.send_signal(signal.SIGTERM)
-    served.process.send_signal(signal.SIGTERM)
-    _, took = timed(lambda: served.process.wait(PATIENCE))
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_ledger_that_another_process_holds_does_not_keep_it_from_ending(
+    serving, tmp_path, signals
+):
+    served = serving("--interval", "600", "--margin", "0.05")
+    with clients_of(served.port) as client:
+        for shard in range(20):
+            client(f"/?shard={shard}")
+        served.wait_for_line(20)
+        with contextlib.closing(sqlite3.connect(tmp_path / "state")) as held:
+            held.execute("BEGIN EXCLUSIVE")
+            for _ in range(signals):
+                served.process.send_signal(signal.SIGTERM)
+            code, took = timed(lambda: served.process.wait(PATIENCE))
+    assert code in ((0,) if signals == 1 else (0, 128 + signal.SIGTERM))
     assert took < 1.5
+
+
+@needs_redis
+def test_a_server_that_hangs_stops_grants_and_nothing_else(serving, tmp_path):
+    server = RedisServer(tmp_path)
+    with _stopping(server):
+        served = serving("--redis", server.url, *SHORT)
+        with clients_of(served.port) as client:
+            assert client("/?shard=0").granted
+            server.send(signal.SIGSTOP)
+            try:
+                waiting = [client(f"/?shard={shard}") for shard in range(1, 4)]
+                probe = client("/healthz")
+                for _ in range(10):
+                    status, took = timed(lambda: client("/status").read()[0])
+                    assert (status, took < 0.5) == (200, True)
+                assert probe.read()[0] == 503
+                assert all(one.is_silent() for one in waiting)
+            finally:
+                server.send(signal.SIGCONT)
+            assert all(one.granted for one in waiting)
 
 
 @pytest.mark.skipif(

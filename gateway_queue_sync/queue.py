@@ -6,6 +6,7 @@ import contextlib
 import math
 import threading
 from abc import abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Literal, Protocol, Self, runtime_checkable
@@ -193,16 +194,23 @@ class GatewayQueue(Waiting):
             raise
         return future
 
-    def _enqueue_as_of(self, arrived_us: int, shard_id: int, priority_us: int) -> Future[Permit]:
-        """Join the line at the place of an arrival, without asking the ledger: an event loop may not.
+    def _enqueue_as_of(
+        self,
+        arrived_us: int,
+        shard_id: int,
+        priority_us: int,
+        elsewhere: Callable[[Errand], object],
+    ) -> Future[Permit]:
+        """Join the line at the place of an arrival, without what may block: an event loop may not.
 
-        The thread that serves all futures asks, on a free bucket, too.
+        The thread that serves all futures asks, on a free bucket, too. What an observer or the log
+        is to be told is handed ``elsewhere``.
         """
         future = PermitFuture()
         ticket = self._ticket(shard_id, priority_us, None, future, arrived_us)
         future.ticket, future.on_cancel = ticket, self._leave_cancelled
         self._check_thread()
-        self._join_as_future(ticket, asks=False)
+        self._join_as_future(ticket, elsewhere)
         return future
 
     def _explain(self, error: AcquireTimeout, ticket: Ticket) -> None:
@@ -289,14 +297,19 @@ class GatewayQueue(Waiting):
 
     # --- futures ----------------------------------------------------------------------------------
 
-    def _join_as_future(self, ticket: Ticket, *, asks: bool = True) -> Grant | None:
-        """Stand in line for a future; return its grant if it need not wait there."""
+    def _join_as_future(
+        self, ticket: Ticket, elsewhere: Callable[[Errand], object] | None = None
+    ) -> Grant | None:
+        """Stand in line for a future; return its grant if it need not wait there.
+
+        Given an ``elsewhere`` for what may block, the ledger is not asked here.
+        """
         with self._mutex:
             try:
                 if ticket.finished:
                     return None  # cancelled, or failed by close, while its permit came too late
                 self._join(ticket)
-                answer = self._ask(ticket) if asks else None
+                answer = self._ask(ticket) if elsewhere is None else None
                 if isinstance(answer, Grant):
                     return answer
                 if self._lines.first(self._lines.bucket(ticket)) is ticket:
@@ -311,7 +324,9 @@ class GatewayQueue(Waiting):
                 # Asking, interrupted right after it has let go of the mutex, ends without it.
                 if not self._inside():
                     self._mutex.acquire()
-        if announcement is not None:
+        if announcement is not None and elsewhere is not None:
+            elsewhere(announcement)
+        elif announcement is not None:
             announcement()
         return None
 

@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import math
+import resource
+import selectors
 import socket
 import threading
 import time
@@ -14,22 +16,24 @@ from dataclasses import asdict
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis_servers import until
-from wire_clients import Client, clients_of, first_to_hear, timed, wait_for_line
+from wire_clients import PATIENCE, Client, clients_of, first_to_hear, timed, wait_for_line
 
 from gateway_queue_sync import (
     LargeBotQueue,
     LocalQueue,
     NoOpQueue,
     SessionStartLimit,
+    ShardWaiting,
     SqliteQueue,
     serve,
 )
-from gateway_queue_sync.broker import connection, desk
+from gateway_queue_sync.broker import address, connection, desk, server
 from gateway_queue_sync.testing import FakeClock
 
 WINDOW = 5.25
 BODY = b'{"message": "You\'re free to connect now! :)"}'
 OURS = "Gateway-Queue: 1"
+JSON = "Content-Type: application/json"
 DAY = 86_400.0
 
 
@@ -278,6 +282,11 @@ def test_another_ticket_has_another_place(client, queue, clock):
     assert come_back_after(client, queue, clock, 10.0, *tickets) == "behind"
 
 
+def test_no_place_is_kept_for_an_endless_ticket(client, queue, clock):
+    tickets = ("/?shard=1&ticket=" + "a" * 201,) * 2
+    assert come_back_after(client, queue, clock, 10.0, *tickets) == "behind"
+
+
 def test_no_place_is_kept_without_a_shard(client, queue, clock):
     assert come_back_after(client, queue, clock, 10.0, "/", "/") == "behind"
 
@@ -355,12 +364,39 @@ def test_half_of_those_who_wait_may_go_at_once(clock):
                 assert next_one(left, clock) == expected
 
 
-def test_a_burst_of_connections_loses_none(clock):
-    with NoOpQueue() as queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
-        clients = [client() for _ in range(900)]
-        for one in clients:
-            one.ask("/?shard=1")
-        assert all(one.granted for one in clients)
+@pytest.fixture
+def many_files():
+    """Thousands of connections have both of their ends here."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = before[1] if before[1] != resource.RLIM_INFINITY else 20_000
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_burst_of_connections_loses_none(many_files):
+    """All begin to connect before any is accepted."""
+    with NoOpQueue() as queue, serve(queue, port=0) as broker, contextlib.ExitStack() as stack:
+        selector = stack.enter_context(selectors.DefaultSelector())
+        go_on = threading.Event()
+        broker._loop.call_soon_threadsafe(go_on.wait, PATIENCE)
+        for _ in range(2_000):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", broker.port))
+            selector.register(one, selectors.EVENT_WRITE)
+        until(lambda: len(selector.select(0)) == 2_000, "all connections")
+        go_on.set()
+        answers, give_up = [], time.monotonic() + PATIENCE
+        while len(answers) < 2_000 and time.monotonic() < give_up:
+            for key, ready in selector.select(1.0):
+                if ready & selectors.EVENT_WRITE:
+                    key.fileobj.send(b"GET /?shard=1 HTTP/1.1\r\n\r\n")
+                    selector.modify(key.fileobj, selectors.EVENT_READ)
+                else:
+                    answers.append(key.fileobj.recv(15))
+                    selector.unregister(key.fileobj)
+        assert answers == [b"HTTP/1.1 200 OK"] * 2_000
 
 
 def test_a_permit_that_reaches_its_client_too_late_is_given_back_and_asked_for_again(
@@ -381,6 +417,50 @@ def test_a_permit_that_reaches_its_client_too_late_is_given_back_and_asked_for_a
     assert held.is_set()
     assert queue.snapshot().limit.remaining == 999
     assert queue.snapshot().granted == 2  # both were stamped, one was given back
+
+
+def test_a_permit_for_a_client_that_is_just_going_is_given_back(client, queue, clock, monkeypatch):
+    """Its end was reset, and the loop has not come to that yet."""
+    hand_over = desk.Desk._hand_over
+
+    def while_it_goes(self, one, future):
+        one._transport.abort()
+        hand_over(self, one, future)
+
+    monkeypatch.setattr(desk.Desk, "_hand_over", while_it_goes)
+    client("/?shard=1")
+    until(lambda: queue.snapshot().granted == 1 and queue.snapshot().limit.remaining == 1000)
+    assert b"wait_seconds_count 0" in client("/metrics").read()[2]
+
+
+@pytest.mark.parametrize("end", ["close", "half-close"])
+def test_a_client_leaves_the_line_before_its_connection_is_lost(queue, clock, monkeypatch, end):
+    """What is still to be sent may keep a connection that closes for long."""
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0").granted
+        monkeypatch.setattr(connection.Connection, "connection_lost", lambda *_: None)
+        client("/?shard=1")
+        wait_for_line(queue, 1)
+        (one,) = (one for one in broker._desk.connections if one.future is not None)
+        going = one.close if end == "close" else one.eof_received
+        broker._loop.call_soon_threadsafe(going)
+        wait_for_line(queue, 0)
+
+
+def test_clients_that_left_are_out_of_the_line_when_the_broker_is_closed(queue):
+    """Though all threads that would have seen to that were busy."""
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0").granted
+        gone = client("/?shard=1")
+        wait_for_line(queue, 1)
+        go_on = threading.Event()
+        for _ in range(server.POOL):
+            broker._pool.submit(go_on.wait)
+        gone.close()
+        until(lambda: len(broker._desk.connections) == 1)
+        broker.close()
+        go_on.set()
+        assert queue.snapshot().waiting == 0
 
 
 # --- who is refused -------------------------------------------------------------------------------
@@ -452,14 +532,33 @@ def test_nonsense_gets_no_byte_and_no_permit(client, queue, short_hold, nonsense
     assert client("/?shard=0").granted
 
 
-def test_who_takes_too_long_for_a_head_is_let_go(queue, monkeypatch):
+def test_who_takes_too_long_for_a_head_is_let_go(tmp_path, monkeypatch):
     monkeypatch.setattr(connection, "HEAD_TIMEOUT", 0.1)
-    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+    with (
+        SqliteQueue(tmp_path / "q") as queue,
+        serve(queue, port=0) as broker,
+        clients_of(broker.port) as client,
+    ):
         slow = client().send("GET /?shard=0 HTTP/1.1\r\nHost:")
         silent = client()
-        body = client("/ledger", "POST", "Content-Length: 10")
+        body = client("/ledger", "POST", JSON, "Content-Length: 10")
         for one in (slow, silent, body):
             assert one.is_closed_without_a_byte()
+
+
+def test_a_body_that_comes_after_the_answer_buys_and_costs_no_time(queue, monkeypatch):
+    """What nobody reads is neither the beginning of a request, nor a sign of life."""
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT", 0.1)
+    monkeypatch.setattr(connection, "IDLE_TIMEOUT", 0.5)
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        one = client("/?shard=0", "POST", "Content-Length: 1000000")
+        assert one.granted
+        start = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - start < 5.0:
+                one.send(b"x")
+                time.sleep(0.02)
+        assert 0.4 < time.monotonic() - start < 4.0
 
 
 def test_who_waits_and_talks_on_and_on_is_let_go(client, queue):
@@ -472,12 +571,92 @@ def test_who_waits_and_talks_on_and_on_is_let_go(client, queue):
     wait_for_line(queue, 0)
 
 
+def test_who_does_not_read_is_not_served_on_and_on(queue, monkeypatch):
+    monkeypatch.setattr(connection, "SEND_TIMEOUT", 0.5)
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        slow = deaf(client, 300)
+        until(lambda: any(one._paused for one in broker._desk.connections), "a full buffer")
+        (one,) = broker._desk.connections
+        assert one._transport.get_write_buffer_size() < 200_000
+        until(lambda: not broker._desk.connections, "its end")
+        with pytest.raises((AssertionError, ConnectionError)):
+            [slow.read() for _ in range(300)]
+
+
+def test_who_reads_late_gets_all(client):
+    slow = deaf(client, 300)
+    time.sleep(0.1)
+    assert [slow.read()[0] for _ in range(300)] == [200] * 300
+
+
+def test_closing_does_not_wait_for_who_does_not_read(queue):
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        deaf(client, 300)
+        until(lambda: any(one._paused for one in broker._desk.connections), "a full buffer")
+        _, took = timed(broker.close)
+        assert took < 1.0
+        assert not broker._desk.connections
+
+
+def deaf(client, times):
+    """A client that asks for the page so many times, and reads nothing."""
+    one = client()
+    one.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+    return one.send("GET /status HTTP/1.1\r\n\r\n" * times)
+
+
 def test_too_many_connections_are_refused(queue, short_hold):
     with serve(queue, port=0, most_connections=2) as broker, clients_of(broker.port) as client:
         assert client("/?shard=0").granted
         assert client("/healthz").read()[0] == 200
         assert client("/?shard=1").is_closed_without_a_byte()
         assert client("/?shard=1", "GET", OURS).read()[0] == 503
+
+
+def test_who_was_let_in_is_served_however_many_come(queue, short_hold):
+    with serve(queue, port=0, most_connections=2) as broker, clients_of(broker.port) as client:
+        let_in = [client("/healthz") for _ in range(2)]
+        assert [one.read()[0] for one in let_in] == [200, 200]
+        for _ in range(10):
+            client()
+        assert let_in[1].ask("/?shard=1", "GET", OURS).granted
+
+
+def test_newcomers_over_the_most_keep_no_connection(queue):
+    with serve(queue, port=0, most_connections=2) as broker, clients_of(broker.port) as client:
+        for _ in range(100):
+            client()
+        assert client().is_closed_without_a_byte()
+        until(lambda: len(broker._desk.connections) == 2 + desk.MOST_SURPLUS)
+        assert queue.try_acquire(0)
+
+
+def test_there_is_room_again_when_somebody_has_gone(queue):
+    with serve(queue, port=0, most_connections=1) as broker, clients_of(broker.port) as client:
+        first = client("/healthz")
+        assert first.read()[0] == 200
+        first.close()
+        until(lambda: not broker._desk.connections)
+        assert client("/?shard=0", "GET", OURS).granted
+
+
+def test_a_name_of_several_addresses_is_listened_on_at_each(queue, monkeypatch):
+    both = [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET, ("127.0.0.2", 0))]
+    gone = (socket.AF_INET, ("203.0.113.1", 0))  # none of this machine's
+    monkeypatch.setattr(address, "_addresses", lambda _: [gone, *both])
+    monkeypatch.setattr(server, "is_loopback", lambda _: True)
+    with serve(queue, "name", 0) as broker:
+        for _, (where, _) in both:
+            with socket.create_connection((where, broker.port), 5.0):
+                pass
+    monkeypatch.setattr(address, "_addresses", lambda _: [gone])
+    with pytest.raises(OSError, match="assign"):
+        serve(queue, "name", 0)
+
+
+def test_localhost_is_served(queue):
+    with serve(queue, "localhost", 0) as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0").granted
 
 
 def test_a_used_up_budget_is_held_until_it_resets(clock):
@@ -513,6 +692,31 @@ def test_a_queue_that_raises_is_asked_again_for_who_would_not_understand(clock, 
         assert legacy.is_silent()
         clock.advance(3600.0)
         assert legacy.granted
+
+
+def test_a_timeout_holds_while_a_queue_that_raises_has_nothing_left(clock):
+    queue = LargeBotQueue(limit(10, 0, 3600.0), clock=clock, when_exhausted="raise")
+    with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        ended, took = timed(client("/?shard=0&timeout=0.2").is_closed_without_a_byte)
+        assert ended
+        assert took < 5.0
+
+
+def test_a_place_is_kept_while_a_queue_that_raises_has_nothing_left(clock, monkeypatch):
+    monkeypatch.setattr(desk, "LONGEST_HOLD", 0.02)
+    monkeypatch.setattr(desk, "TICK", 0.01)
+    queue = LargeBotQueue(limit(10, 0, 20.0), clock=clock, when_exhausted="raise")
+    with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        kept = broker._desk._places
+        gone = client("/?shard=1")
+        until(lambda: any(one.place for one in broker._desk.connections), "its wait")
+        gone.close()
+        until(lambda: len(kept) == 1, "its place")
+        clock.advance(10.0)
+        client("/?shard=1")
+        until(lambda: len(kept) == 0, "its return")
+        (back,) = (one for one in broker._desk.connections if one.place is not None)
+        assert back.place.arrived_us == clock.now_us() - 10_000_000
 
 
 def test_a_month_until_the_reset_is_told_and_waited_for(clock):
@@ -681,7 +885,40 @@ def test_reserved_paths_are_only_read(client, queue, path):
     assert queue.snapshot().granted == 0
 
 
-def test_a_ledger_out_of_reach_is_not_healthy(tmp_path, short_hold):
+def test_all_who_ask_for_its_health_at_once_cost_one_look(tmp_path, monkeypatch):
+    with (
+        SqliteQueue(tmp_path / "q") as queue,
+        serve(queue, port=0) as broker,
+        clients_of(broker.port) as client,
+    ):
+        look, looks, go_on = queue._ledger.look, [], threading.Event()
+
+        def slow(**settings):
+            looks.append(settings)
+            assert go_on.wait(PATIENCE)
+            return look(**settings)
+
+        monkeypatch.setattr(queue._ledger, "look", slow)
+        many = [client("/healthz") for _ in range(20)]
+        until(lambda: len(broker._desk._ask_health) == 20)
+        many[0].close()
+        go_on.set()
+        assert all(one.read()[0] == 200 for one in many[1:])
+        assert client("/healthz").read()[0] == 200
+        assert len(looks) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/health", 200), ("/healthz/", 200), ("/metrics/", 200), ("/status/", 303), ("/robots.txt", 404)],
+)  # fmt: skip
+def test_what_probes_and_crawlers_ask_takes_no_permit(client, queue, path, status):
+    assert client(path).read()[0] == status
+    assert queue.snapshot().granted == 0
+
+
+def test_a_ledger_out_of_reach_is_not_healthy(tmp_path, short_hold, monkeypatch):
+    monkeypatch.setattr(desk, "HEALTH_FOR", 0.1)
     path = tmp_path / "state.sqlite3"
     with (
         SqliteQueue(path) as queue,
@@ -690,6 +927,7 @@ def test_a_ledger_out_of_reach_is_not_healthy(tmp_path, short_hold):
     ):
         assert client("/healthz").read()[0] == 200
         path.write_bytes(b"no database" * 100)
+        until(lambda: client("/healthz").read()[0] == 503)
         status, _, body = client("/healthz").read()
         assert status == 503
         assert "state.sqlite3" in json.loads(body)["error"]
@@ -701,11 +939,25 @@ def test_what_a_client_says_cannot_forge_log_lines(client, caplog):
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
+def test_a_method_cannot_forge_log_lines_or_fill_them(client, caplog):
+    client().send("A\x1b[31m" + "x" * 3_000 + " / HTTP/1.1\r\n\r\n")
+    until(lambda: "no shard" in caplog.text)
+    assert "\x1b" not in caplog.text
+    assert all(len(record.getMessage()) < 300 for record in caplog.records)
+
+
+def test_bad_shards_do_not_flood_the_log(strict, caplog):
+    many = strict()
+    for _ in range(200):
+        assert many.ask("/?shard=x", "GET", OURS, SECRET).read()[0] == 400
+    assert 1 <= caplog.text.count("shard must be") < 100
+
+
 # --- the ledger's wire ----------------------------------------------------------------------------
 
 
 def test_an_account_in_memory_is_not_shared_over_http(client):
-    status, _, body = client("/ledger", "POST", "Content-Length: 2").send("{}").read()
+    status, _, body = client("/ledger", "POST", JSON, "Content-Length: 2").send("{}").read()
     assert status == 404
     assert "memory" in json.loads(body)["error"]
 
@@ -737,7 +989,9 @@ def test_nonsense_for_the_ledger_is_refused_and_changes_nothing(tmp_path, body):
     with SqliteQueue(tmp_path / "q", clock=FakeClock()) as queue, serve(queue, port=0) as broker:
         with clients_of(broker.port) as client:
             before = asdict(queue.snapshot())
-            answer = client("/ledger", "POST", f"Content-Length: {len(body)}").send(body).read()
+            answer = (
+                client("/ledger", "POST", JSON, f"Content-Length: {len(body)}").send(body).read()
+            )
             assert answer[0] == 400, answer
             assert asdict(queue.snapshot()) == before
 
@@ -745,18 +999,117 @@ def test_nonsense_for_the_ledger_is_refused_and_changes_nothing(tmp_path, body):
 def test_a_body_for_the_ledger_has_a_known_and_sane_length(tmp_path):
     with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
         with clients_of(broker.port) as client:
-            assert client("/ledger", "POST", "Content-Length: 99999999").read()[0] == 413
-            assert client("/ledger", "POST", "Transfer-Encoding: chunked").read()[0] == 413
+            assert client("/ledger", "POST", JSON, "Content-Length: 99999999").read()[0] == 413
+            assert client("/ledger", "POST", JSON, "Transfer-Encoding: chunked").read()[0] == 413
             assert client("/ledger", "GET").read()[0] == 405
             good = json.dumps(WISH)
-            answer = client("/ledger", "POST", f"Content-Length: {len(good)}").send(good).read()
+            answer = (
+                client("/ledger", "POST", JSON, f"Content-Length: {len(good)}").send(good).read()
+            )
             assert json.loads(answer[2])[0] == 1
 
 
 def test_the_ledger_needs_the_secret(tmp_path):
     with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0, secret="s3cret") as broker:
         with clients_of(broker.port) as client:
-            assert client("/ledger", "POST", "Content-Length: 2").send("{}").read()[0] == 401
+            assert client("/ledger", "POST", JSON, "Content-Length: 2").send("{}").read()[0] == 401
+
+
+BROWSERS = [
+    ("Sec-Fetch-Site: cross-site", "Origin: https://evil.example"),
+    ("Sec-Fetch-Site: same-origin",),
+    ("Origin: null",),
+]
+
+
+@pytest.mark.parametrize("says", BROWSERS)
+def test_no_page_in_a_browser_gets_a_permit_or_gives_an_order(tmp_path, says):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            before = asdict(queue.snapshot())["limit"]
+            order = json.dumps(WISH | {"order": {"kind": "update", "limit": WISH["limit"]}})
+            length = f"Content-Length: {len(order)}"
+            assert client("/ledger", "POST", JSON, length, *says).send(order).read()[0] == 403
+            for method in ("GET", "POST"):
+                assert client("/?shard=0", method, "Content-Length: 0", *says).read()[0] == 303
+            assert asdict(queue.snapshot())["limit"] == before
+            assert queue.snapshot().granted == 0
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "x"])
+def test_what_a_form_could_send_is_no_order(tmp_path, kind):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            says = (f"Content-Type: {kind}", "Content-Length: 2")
+            assert client("/ledger", "POST", *says).send("{}").read()[0] == 415
+
+
+FOREIGN = ["evil.example", "evil.example:8787", "localhost.evil.example", "10.0.0.1", "[::2]", "["]
+LOCAL = [
+    "localhost",
+    "LOCALHOST:1",
+    "app.localhost",
+    "localhost.",
+    "127.9.9.9:80",
+    "[::1]:8787",
+    "",
+]
+
+
+@pytest.mark.parametrize("host", FOREIGN)
+def test_a_page_under_a_name_that_was_pointed_here_sees_nothing(client, queue, host):
+    host = f"Host: {host}"
+    for path in ("/status.json", "/metrics", "/recent.json"):
+        assert client(path, "GET", host).read()[0] == 403
+    assert client("/ledger", "POST", JSON, "Content-Length: 2", host).send("{}").read()[0] == 403
+    assert client("/?shard=0", "GET", host, "User-Agent: Mozilla/5.0").read()[0] == 303
+    assert queue.snapshot().granted == 0
+
+
+@pytest.mark.parametrize("host", LOCAL)
+def test_the_names_of_this_machine_are_fine(client, host):
+    assert client("/status.json", "GET", f"Host: {host}").read()[0] == 200
+    assert client("/?shard=0", "GET", f"Host: {host}", "User-Agent: Mozilla/5.0").granted
+
+
+@pytest.mark.parametrize("request_", ["GET {} HTTP/1.0\r\n\r\n", "GET {} HTTP/1.1\r\n\r\n"])
+def test_clients_without_a_host_are_served(client, request_):
+    assert client().send(request_.format("/status.json")).read()[0] == 200
+    assert client().send(request_.format("/?shard=0")).granted
+
+
+def test_an_odd_host_costs_an_existing_client_nothing(client):
+    assert client("/?shard=0", "GET", "Host: gateway_queue:80, other").granted
+
+
+def test_with_a_secret_any_name_will_do(strict):
+    assert strict("/status.json", "GET", "Host: bots.example", SECRET).read()[0] == 200
+
+
+def test_a_body_is_not_waited_for_if_its_request_is_refused(tmp_path):
+    """Nor kept: it may be a megabyte, of anybody."""
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0, secret="s3cret") as broker:
+        with clients_of(broker.port) as client:
+            one = client("/ledger", "POST", JSON, "Content-Length: 1000000")
+            assert one.read()[0] == 401
+            one.send(b"x" * 1_000_000).ask("/healthz")
+            assert one.read()[0] == 200
+            assert client("/ledger", "PUT", JSON, SECRET, "Content-Length: 9").read()[0] == 405
+
+
+def test_a_body_that_comes_in_crumbs_costs_little(tmp_path):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            one = client("/ledger", "POST", JSON, "Content-Length: 1000000").send(b"x" * 990_000)
+            until(lambda: any(len(one._received) == 990_000 for one in broker._desk.connections))
+            (served,) = broker._desk.connections
+            before = time.process_time()
+            for _ in range(5_000):
+                broker._loop.call_soon_threadsafe(served.data_received, b"x")
+            until(lambda: len(served._received) == 995_000)
+            assert time.process_time() - before < 0.2
+            one.send(b"x" * 5_000)
+            assert one.read()[0] == 400
 
 
 def test_waiting_costs_no_thread_and_no_processor_time(client, queue):
@@ -769,6 +1122,29 @@ def test_waiting_costs_no_thread_and_no_processor_time(client, queue):
     time.sleep(0.5)
     assert time.process_time() - started < 0.1
     assert threading.active_count() <= before + 9  # the pool, and the futures' thread
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_observer_that_takes_its_time_holds_nobody_up(tmp_path, shared):
+    goes_on, seen = threading.Event(), []
+
+    def observer(event):
+        seen.append(threading.current_thread().name)
+        if isinstance(event, ShardWaiting):
+            goes_on.wait(PATIENCE)
+
+    queue = (
+        SqliteQueue(tmp_path / "q", observer=observer)
+        if shared
+        else LargeBotQueue(limit(), observer=observer)
+    )
+    with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        for number in range(2):
+            client(f"/?shard={number}")
+        until(lambda: seen, "an event")
+        assert client("/status").read()[0] == 200
+        goes_on.set()
+        assert "gateway-queue-broker" not in seen
 
 
 def test_errors_in_the_broker_are_logged_and_grant_nothing(client, queue, caplog, monkeypatch):

@@ -29,6 +29,9 @@ from gateway_queue_sync import (
     SqliteQueue,
     serve,
 )
+from gateway_queue_sync.ledgers import http
+from gateway_queue_sync.ledgers.wire import reply_as_json, reply_from_json
+from gateway_queue_sync.messages import Outcome, Reply, Waiter
 from gateway_queue_sync.testing import Referee
 
 SHORT = {"interval": 0.1, "margin": 0.05}
@@ -45,9 +48,12 @@ def state(tmp_path):
 
 
 @contextlib.contextmanager
-def running(state, port=0, **settings):
+def running(state, port=0, reserve=0, **settings):
     """A broker, past its first window."""
-    with SqliteQueue(state, **SHORT) as queue, serve(queue, port=port, **settings) as broker:
+    with (
+        SqliteQueue(state, reserve=reserve, **SHORT) as queue,
+        serve(queue, port=port, **settings) as broker,
+    ):
         until(lambda: all(bucket.ready_in == 0 for bucket in queue.snapshot().buckets))
         broker.queue = queue
         yield broker
@@ -127,6 +133,45 @@ def test_an_update_and_the_budget_are_seen_by_all(broker, queue):
     assert broker.queue.snapshot().limit.remaining == 9
 
 
+def test_the_brokers_reserve_binds_all(state):
+    with running(state, reserve=998) as broker, HttpQueue(broker.url, **SHORT) as queue:
+        for number in (0, 1):
+            queue.acquire(number, timeout=PATIENCE)
+        with pytest.raises(AcquireTimeout):
+            queue.acquire(2, timeout=0.3)
+        assert broker.queue.snapshot().limit.remaining == 998
+
+
+def test_a_larger_reserve_of_ones_own_counts(broker):
+    with HttpQueue(broker.url, **SHORT, reserve=999) as queue:
+        queue.acquire(0, timeout=PATIENCE)
+        with pytest.raises(AcquireTimeout):
+            queue.acquire(1, timeout=0.3)
+
+
+def test_a_limit_that_the_brokers_reserve_uses_up_is_refused(state):
+    with running(state, reserve=100) as broker, HttpQueue(broker.url, **SHORT) as queue:
+        with pytest.raises(BrokerError, match=r"400: .*reserve"):
+            queue.update(limit(100, 50))
+        assert broker.queue.snapshot().limit.total == 1000
+
+
+def test_a_broker_takes_no_order_for_more_buckets_than_are_sane(broker, queue):
+    many = limit(max_concurrency=10_001)
+    with pytest.raises(BrokerError, match="400: max_concurrency must be at most 10000"):
+        queue.update(many)
+    with pytest.raises(BrokerError, match="400"):
+        HttpQueue(broker.url, many, **SHORT)
+    assert len(broker.queue.snapshot().buckets) == 1
+
+
+def test_a_broker_whose_queue_is_closed_grants_nothing(broker, queue):
+    broker.queue.close()
+    with pytest.raises(BrokerError, match="503: the queue is closed"):
+        queue.try_acquire(0)
+    assert broker.queue.snapshot().granted == 0
+
+
 # --- what may go wrong ----------------------------------------------------------------------------
 
 
@@ -190,6 +235,55 @@ ANSWERS = {
 }
 
 
+FINE = Reply(
+    *(1, False, True, True, 1000, 999, 0, 1, 0, 1, 5_000_000, 250_000),
+    *(Outcome(1, 10, 1, 0, 999, 0), ((0, 10),), 0, (Waiter(2, 0, -5, -(1 << 51)),), 7),
+)
+
+
+def test_a_reply_survives_the_way():
+    row = json.loads(json.dumps(reply_as_json(FINE)))
+    assert reply_from_json(row) == FINE
+    assert reply_from_json([1, 0, 1, 1, *row[4:]]) == FINE  # as Lua writes it
+
+
+NO_NUMBERS = ["1e999", "NaN", "1.0", "0.5", "true", '"7"', "null", "[]", "{}", "1" + "0" * 400]
+
+
+@pytest.mark.parametrize("field", [name for name in Reply._fields if name != "asked_us"])
+@pytest.mark.parametrize("wrong", NO_NUMBERS)
+def test_a_reply_that_is_not_of_whole_numbers_is_no_reply(field, wrong):
+    row = json.loads(json.dumps(reply_as_json(FINE)))
+    at = Reply._fields.index(field)
+    if field in ("void", "known", "booked"):
+        wrong = wrong.replace("true", "2")
+    elif field in ("ready_in_us", "waiting"):
+        wrong = f"[[{wrong}]]"
+    elif field == "outcome":
+        wrong = f"[1, {wrong}, 1, 0, 999, 0]"
+    row[at] = json.loads(wrong)
+    with pytest.raises(ValueError, match="must be"):
+        reply_from_json(row)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [FINE._replace(remaining=-1), FINE._replace(resets_in_us=1 << 53), FINE._replace(granted=-1),
+     FINE._replace(outcome=Outcome(1, -10)), FINE._replace(outcome=Outcome(9)),
+     FINE._replace(outcome=Outcome(2, 1 << 60)), FINE._replace(ready_in_us=((0, -1),)),
+     FINE._replace(waiting=(Waiter(1, -1, 0, 0),)), FINE._replace(others_ready_in_us=-1)],
+)  # fmt: skip
+def test_a_reply_with_a_number_out_of_range_is_no_reply(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        reply_from_json(json.loads(json.dumps(reply_as_json(wrong))))
+
+
+@pytest.mark.parametrize("wrong", [None, 5, "x", {"a": 1}, [], [1] * 99])
+def test_what_is_no_list_of_a_replys_length_is_no_reply(wrong):
+    with pytest.raises(ValueError, match="must be"):
+        reply_from_json(wrong)
+
+
 class Liar(socketserver.ThreadingTCPServer):
     """Answers everything with the same bytes."""
 
@@ -230,12 +324,37 @@ def test_a_deadline_is_kept_when_the_broker_is_gone(state):
             queue.snapshot()
 
 
-def test_a_black_hole_is_given_up(broker):
+def test_a_black_hole_is_given_up(monkeypatch):
+    monkeypatch.setattr(http, "SOCKET_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as hole:
         start = time.monotonic()
         with pytest.raises(BrokerError, match="timed out"):
             HttpQueue(f"http://127.0.0.1:{hole.getsockname()[1]}")
-    assert time.monotonic() - start < 4.0
+    assert time.monotonic() - start < 2.0
+
+
+@pytest.mark.parametrize("whole", [b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n", b""])
+def test_an_answer_that_trickles_in_is_given_up(monkeypatch, whole):
+    """The whole call has one deadline, and each byte that comes puts off nothing."""
+    monkeypatch.setattr(http, "SOCKET_TIMEOUT", 0.3)
+
+    class Trickle(socketserver.BaseRequestHandler):
+        def handle(self):
+            with contextlib.suppress(OSError):
+                self.request.recv(65536)
+                self.request.sendall(whole)
+                for _ in range(100):
+                    self.request.sendall(b"x")
+                    time.sleep(0.05)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Trickle) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        start = time.monotonic()
+        with pytest.raises(BrokerError, match="timed out"):
+            HttpQueue(f"http://127.0.0.1:{server.server_address[1]}")
+        assert time.monotonic() - start < 1.5
+        server.shutdown()
 
 
 def test_who_waits_goes_on_when_the_broker_is_back_and_nobody_comes_early(state):
@@ -261,6 +380,31 @@ def test_a_connection_that_was_closed_meanwhile_is_replaced(broker, queue):
         broker._loop.call_soon_threadsafe(one.close)
     until(lambda: not broker._desk.connections)
     assert queue.acquire(1, timeout=PATIENCE).shard_id == 1
+
+
+def test_connections_that_died_in_silence_cost_one_timeout(broker, queue, monkeypatch):
+    """As behind a router that forgets: nothing comes back, and nothing says so."""
+    monkeypatch.setattr(http, "SOCKET_TIMEOUT", 0.4)
+    holes = [socket.socketpair() for _ in range(5)]
+    for hole, _ in holes:
+        connection = queue._ledger._connection()
+        connection.sock = hole
+        queue._ledger._idle.append((time.monotonic(), connection))
+    start = time.monotonic()
+    queue.acquire(0, timeout=PATIENCE)
+    assert time.monotonic() - start < 1.1
+    for _, end in holes:
+        end.close()
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used(broker, queue, monkeypatch):
+    queue.snapshot()
+    ((since, before),) = queue._ledger._idle
+    queue._ledger._idle[0] = (since - http.LONGEST_IDLE, before)
+    queue.snapshot()
+    ((_, after),) = queue._ledger._idle
+    assert after is not before
+    assert before.sock is None
 
 
 def test_closing_lets_go_of_the_connections_and_of_those_who_wait(broker):
@@ -367,7 +511,8 @@ def test_a_call_whose_reply_is_lost_costs_one_permit(broker, proxy, far, fault, 
     "nonsense",
     [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", b"HTTP/1.1 200 OK\r\n\r\n", b"\0" * 99],
 )
-def test_nonsense_in_between_costs_nothing(broker, proxy, far, nonsense):
+def test_nonsense_in_between_costs_nothing(broker, proxy, far, nonsense, monkeypatch):
+    monkeypatch.setattr(http, "SOCKET_TIMEOUT", 0.3)
     proxy.next.append(nonsense)
     assert far.acquire(3, timeout=PATIENCE).shard_id == 3
     assert broker.queue.snapshot().limit.remaining == 999

@@ -8,9 +8,11 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -191,6 +193,39 @@ def test_flags_win_over_the_environment_and_each_has_a_line(serving):
     assert "1000 of 1000 session starts are left, in 4 bucket(s)" in served.text
 
 
+def test_each_setting_has_a_line_that_says_where_it_is_from(serving, tmp_path):
+    (tmp_path / "secret").write_text("hunter2\n")
+    secret = str(tmp_path / "secret")
+    served = serving("--secret-file", secret, "--interval", "0.2", "--reserve", "5")
+    for line in (
+        "interval is 0.2 (--interval)",
+        "margin is 0.25 (the default)",
+        "reserve is 5 (--reserve)",
+        "host is 127.0.0.1 (the default)",
+        f"state is {tmp_path / 'state'} (--state)",
+        f"the secret is read from {secret} (--secret-file)",
+    ):
+        assert line in served.text
+    assert "hunter2" not in served.text
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system has other limits")
+def test_more_connections_than_there_may_be_files_are_told_of(serving):
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    served = serving("--most-connections", str(most), *SHORT)
+    assert f"{most - 64} connections at most, not {most}" in served.text
+    assert resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)[0] == most
+    fewer = serving("--most-connections", "10", *SHORT)
+    assert "connections at most" not in fewer.text
+
+
+def test_a_missing_secret_file_says_that_it_is_the_secrets(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    missing = str(tmp_path / "none")
+    assert main(["serve", "--state", str(tmp_path / "s"), "--secret-file", missing]) == 1
+    assert f"cannot read the secret file '{missing}'" in capsys.readouterr().err
+
+
 def test_the_environment_wins_over_what_is_stored_and_a_restart_forgets_nothing(serving):
     first = serving(*SHORT, environment={"CONCURRENCY": "2"})
     assert ask_by_urllib(first.url) == BODY
@@ -241,6 +276,7 @@ def test_a_wrong_token_or_address_says_so_and_ends(serving, tmp_path, monkeypatc
     ("arguments", "says"),
     [(["--port", "x"], "port must be a whole number"), (["--port", "70000"], "at most 65535"),
      (["--host", "0.0.0.0"], "needs a secret"), (["--max-concurrency", "0"], "at least 1"),
+     (["--max-concurrency", "10001"], "at most 10000"),
      (["--interval", "-1"], "interval"), (["--margin", "0"], "margin"), (["--reserve", "-1"], "reserve"),
      (["--reserve", "1000"], "reserve"), (["--redis", "nonsense"], "URL"), (["--name", "a b"], "name"),
      (["--most-connections", "-1"], "most_connections"), (["--secret-file", "EMPTY"], "is empty")],
@@ -290,12 +326,12 @@ def test_the_state_is_in_the_platforms_folder_and_nobody_elses_to_read(
 # --- signals, kills, and several brokers ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_within_a_second_whoever_waits(serving, number):
+@pytest.mark.parametrize(("number", "many"), [(signal.SIGTERM, 2_000), (signal.SIGINT, 50)])
+def test_a_signal_ends_it_within_a_second_whoever_waits(serving, number, many):
     served = serving("--interval", "600", "--margin", "0.05")
     with clients_of(served.port) as client:
-        waiting = [client(f"/?shard={number}") for number in range(50)]
-        served.wait_for_line(50)
+        waiting = [client(f"/?shard={shard}") for shard in range(many)]
+        served.wait_for_line(many)
         code, took = timed(lambda: served.end(number))
         assert code == 0
         assert took < 1.5  # one, and a loaded machine's half
@@ -303,13 +339,66 @@ def test_a_signal_ends_it_within_a_second_whoever_waits(serving, number):
     assert "stopped" in served.text
 
 
-def test_a_second_signal_ends_it_at_once(serving):
-    """Even while a ledger that another process holds keeps it from saying good-bye."""
-    served = serving(*SHORT)
-    served.process.send_signal(signal.SIGTERM)
-    served.process.send_signal(signal.SIGTERM)
-    _, took = timed(lambda: served.process.wait(PATIENCE))
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_ledger_that_another_process_holds_does_not_keep_it_from_ending(
+    serving, tmp_path, signals
+):
+    served = serving("--interval", "600", "--margin", "0.05")
+    with clients_of(served.port) as client:
+        for shard in range(20):
+            client(f"/?shard={shard}")
+        served.wait_for_line(20)
+        with contextlib.closing(sqlite3.connect(tmp_path / "state")) as held:
+            held.execute("BEGIN EXCLUSIVE")
+            for _ in range(signals):
+                served.process.send_signal(signal.SIGTERM)
+            code, took = timed(lambda: served.process.wait(PATIENCE))
+    assert code in ((0,) if signals == 1 else (0, 128 + signal.SIGTERM))
     assert took < 1.5
+
+
+@needs_redis
+def test_a_server_that_hangs_stops_grants_and_nothing_else(serving, tmp_path):
+    server = RedisServer(tmp_path)
+    with _stopping(server):
+        served = serving("--redis", server.url, *SHORT)
+        with clients_of(served.port) as client:
+            assert client("/?shard=0").granted
+            server.send(signal.SIGSTOP)
+            try:
+                waiting = [client(f"/?shard={shard}") for shard in range(1, 4)]
+                probe = client("/healthz")
+                for _ in range(10):
+                    status, took = timed(lambda: client("/status").read()[0])
+                    assert (status, took < 0.5) == (200, True)
+                assert probe.read()[0] == 503
+                assert all(one.is_silent() for one in waiting)
+            finally:
+                server.send(signal.SIGCONT)
+            assert all(one.granted for one in waiting)
+
+
+@pytest.mark.skipif(
+    not hasattr(resource, "prlimit"), reason="another process's limit cannot be set"
+)
+def test_running_out_of_files_is_told_once_and_survived(serving):
+    served = serving(*SHORT)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with clients_of(served.port) as client:
+        kept = client("/status")
+        assert kept.read()[0] == 200
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (32, limits[1]))
+        many = [client() for _ in range(100)]
+        until(lambda: "no connection can be accepted" in served.text, "a line")
+        assert kept.ask("/status").read()[0] == 200
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, limits)
+        assert many[-1].ask("/?shard=0").granted
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (32, limits[1]))
+        client()
+        code, took = timed(served.end)
+        assert (code, took < 1.5) == (0, True)
+    assert served.text.count("no connection can be accepted") == 1
+    assert "Traceback" not in served.text
 
 
 def test_kill_and_restart_keep_spacing_and_budget(serving):

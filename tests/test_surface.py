@@ -38,7 +38,7 @@ FLOORS = [
     ["queue"],
     ["in_memory", "shared"],
     ["policies"],
-    ["broker.places", "broker.wire", "broker.metrics"],
+    ["broker.address", "broker.metrics", "broker.places", "broker.throttle", "broker.wire"],
     ["broker.connection"],
     ["broker.desk"],
     ["broker.server"],

@@ -26,7 +26,9 @@ class Client:
         return self
 
     def ask(self, target: str = "/?shard=0", method: str = "GET", *headers: str) -> Self:
-        return self.send("\r\n".join([f"{method} {target} HTTP/1.1", "Host: h", *headers, "", ""]))
+        if not any(header.startswith("Host:") for header in headers):
+            headers = ("Host: 127.0.0.1", *headers)
+        return self.send("\r\n".join([f"{method} {target} HTTP/1.1", *headers, "", ""]))
 
     def read(self, *, head_only: bool = False) -> tuple[int, dict[str, str], bytes]:
         """The next response: status, headers by lower-case name, body."""

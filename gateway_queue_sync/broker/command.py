@@ -21,6 +21,7 @@ from gateway_queue_sync.broker.server import (
     SPARE_FILES,
     serve,
 )
+from gateway_queue_sync.broker.wire import MOST_BUCKETS
 from gateway_queue_sync.errors import BrokerError, GatewayBotError
 from gateway_queue_sync.gateway_bot import GatewayBot
 from gateway_queue_sync.models import (
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     stop = _Stop()
     try:
         settings = _Settings.gathered(arguments, os.environ)
-        _raise_file_limit()
+        _raise_file_limit(arguments.most_connections)
         queue = settings.queue()
     except (TypeError, ValueError, ImportError) as error:
         arguments.error(str(error))  # exits with 2
@@ -118,32 +119,36 @@ class _Settings:
     def gathered(cls, arguments: argparse.Namespace, environment: Mapping[str, str]) -> _Settings:
         """Take each setting from its flag, else from the environment."""
 
-        def chosen(flag: str, variable: str) -> str | None:
+        def chosen(flag: str, variable: str = "", default: Any = None) -> Any:
             given = getattr(arguments, flag)
-            name = "--" + flag.replace("_", "-")
             if given is not None:
-                log.info("%s is %s (%s)", flag, given, name)
-                return str(given)
+                log.info("%s is %s (--%s)", flag, given, flag.replace("_", "-"))
+                return given
             if environment.get(variable):
                 log.info("%s is %s (the environment's %s)", flag, environment[variable], variable)
                 return environment[variable]
-            return None
+            if default is not None:
+                log.info("%s is %s (the default)", flag, default)
+            return default
 
         make: type[SqliteQueue | RedisQueue] = SqliteQueue
         if arguments.redis is None:
-            where = arguments.state or str(_default_state(environment))
+            where = chosen("state") or str(_default_state(environment))
         else:
             make, where = RedisQueue, arguments.redis
+            log.info("the state is in a Redis server (--redis)")
         concurrency = chosen("max_concurrency", "CONCURRENCY")
         settings = {
             "name": account_name(arguments.name),
-            "interval": arguments.interval,
-            "margin": arguments.margin,
-            "reserve": arguments.reserve,
+            "interval": chosen("interval", default=IDENTIFY_INTERVAL),
+            "margin": chosen("margin", default=DEFAULT_MARGIN),
+            "reserve": chosen("reserve", default=0),
         }
+        if arguments.secret_file is not None:
+            log.info("the secret is read from %s (--secret-file)", arguments.secret_file)
         return cls(
-            host=chosen("host", "HOST") or DEFAULT_HOST,
-            port=_whole("port", chosen("port", "PORT") or str(DEFAULT_PORT)),
+            host=chosen("host", "HOST", DEFAULT_HOST),
+            port=_whole("port", str(chosen("port", "PORT", DEFAULT_PORT))),
             secret=None if arguments.secret_file is None else _secret(arguments.secret_file),
             token=environment.get("DISCORD_TOKEN") or None,
             base_url=arguments.base_url,
@@ -198,10 +203,11 @@ class _Settings:
 def _default_state(environment: Mapping[str, str]) -> Path:
     """Return the state file in the platform's folder for such, which is made if need be."""
     if environment.get("STATE_DIRECTORY"):  # systemd's
-        folder = Path(environment["STATE_DIRECTORY"].split(":")[0])
+        folder, why = Path(environment["STATE_DIRECTORY"].split(":")[0]), "STATE_DIRECTORY"
     else:
-        folder = _state_home(environment) / "gateway-queue-sync"
+        folder, why = _state_home(environment) / "gateway-queue-sync", "the default"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    log.info("state is %s (%s)", folder / STATE_FILE, why)
     return folder / STATE_FILE
 
 
@@ -214,7 +220,12 @@ def _state_home(environment: Mapping[str, str]) -> Path:
 
 
 def _secret(file: str) -> str:
-    secret = Path(file).read_text("utf-8").strip()
+    try:
+        secret = Path(file).read_text("utf-8").strip()
+    except OSError as error:
+        raise OSError(f"cannot read the secret file {file!r}: {error.strerror}") from error
+    except UnicodeError:
+        raise ValueError(f"the secret file {file!r} is no text") from None
     if not secret:
         raise ValueError(f"the secret file {file!r} is empty")
     return secret
@@ -228,19 +239,27 @@ def _whole(name: str, written: str) -> int:
 
 def _buckets(written: str) -> int:
     number = _whole("max_concurrency", written)
-    if not number:
-        raise ValueError("max_concurrency must be at least 1, not 0")
+    if not 1 <= number <= MOST_BUCKETS:
+        raise ValueError(
+            f"max_concurrency must be at least 1 and at most {MOST_BUCKETS}, not {number}"
+        )
     return number
 
 
-def _raise_file_limit() -> None:
-    """Allow this process as many open files as connections may need."""
+def _raise_file_limit(most_connections: int) -> None:
+    """Allow this process as many open files as connections may need, or warn."""
     if sys.platform == "win32":
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_CONNECTIONS + SPARE_FILES
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
+    wanted = most_connections + SPARE_FILES
+    if resource.RLIM_INFINITY != hard < wanted:
+        log.warning(
+            "%d connections at most, not %d: this process may open no more than %d files",
+            max(1, hard - SPARE_FILES),
+            most_connections,
+            hard,
+        )
+        wanted = hard
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -273,12 +292,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser.add_argument(
             f"--{name}",
             type=float,
-            default=default,
             metavar="SECONDS",
-            help=f"{unit} (default: %(default)s)",
+            help=f"{unit} (default: {default})",
         )
     parser.add_argument(
-        "--reserve", type=int, default=0, metavar="N", help="session starts never to use up"
+        "--reserve", type=int, metavar="N", help="session starts never to use up (default: 0)"
     )
     parser.add_argument("--base-url", metavar="URL", help="Discord's REST API, if not at Discord")
     parser.add_argument(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import errno
 import logging
-import socket
 import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Self
 
+from gateway_queue_sync.broker.address import BACKLOG, is_loopback, listen
 from gateway_queue_sync.broker.connection import Connection
 from gateway_queue_sync.broker.desk import Desk, give_back
+from gateway_queue_sync.broker.throttle import Throttle
 from gateway_queue_sync.ledgers.http import checked_secret
 from gateway_queue_sync.models import Permit, whole_number
 from gateway_queue_sync.queue import GatewayQueue
@@ -24,11 +25,12 @@ if sys.platform != "win32":  # which has no such limit
 log = logging.getLogger("gateway_queue_sync.broker")
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8787
-BACKLOG = 4_096  # connections that came and were not accepted yet: a whole fleet may come at once
+BATCH = 64  # connections that are accepted at once, before others get their turn
 POOL = 8  # threads that talk with the ledger
 MOST_CONNECTIONS = 20_000
 SPARE_FILES = 64
 LAST_WORDS = 0.2  # s for what was written to be sent
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def serve(
@@ -45,6 +47,11 @@ def serve(
     A client asks ``GET /?shard=N`` and is held without a byte until its shard may identify; the README
     has the whole wire. ``HttpQueue`` needs a queue whose account is shared: an ``SqliteQueue`` or a
     ``RedisQueue``. The queue stays its owner's, who closes it.
+
+    Without a secret only this machine reaches it, and the pages in its browsers: those get no permit,
+    cannot speak to the ledger (``Sec-Fetch-Site``, ``Origin`` and ``Content-Type`` are looked at), and
+    see no data under a name of their own that was pointed here (so is ``Host``). Any other program of
+    this machine may ask.
 
     Args:
         queue: what grants.
@@ -90,21 +97,28 @@ class Broker:
 
     def __init__(self, queue: GatewayQueue, host: str, port: int, **settings: Any) -> None:
         self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(_log_failure)
+        self._loop.set_exception_handler(self._failed)
+        self._out_of_files = Throttle(1, 60.0)
         self._pool = ThreadPoolExecutor(POOL, thread_name_prefix="gateway-queue-broker")
-        self._desk = Desk(queue, self._loop, self._pool, **settings)
+        self._desk = Desk(queue, self._loop, self._pool, served=host, **settings)
         self._closing = threading.Lock()
         self._futures: list[Future[Permit]] = []  # of those who waited when it was closed
         try:
-            self._server = self._loop.run_until_complete(
-                self._loop.create_server(
-                    partial(Connection, self._desk), host, port, backlog=BACKLOG
+            self._sockets = listen(host, port)
+            self._servers = [
+                self._loop.run_until_complete(
+                    self._loop.create_server(
+                        partial(Connection, self._desk), sock=one, backlog=BATCH
+                    )
                 )
-            )
+                for one in self._sockets
+            ]
+            for one in self._sockets:
+                one.listen(BACKLOG)  # which was lowered to a batch
         except BaseException:
             self._loop.close()
             raise
-        self.port: int = self._server.sockets[0].getsockname()[1]
+        self.port: int = self._sockets[0].getsockname()[1]
         shown = f"[{host}]" if ":" in host else host or "0.0.0.0"  # noqa: S104 - as it was asked for
         self.url = f"http://{shown}:{self.port}"
         self._thread = threading.Thread(target=self._run, name="gateway-queue-broker", daemon=True)
@@ -123,7 +137,7 @@ class Broker:
     def close(self) -> None:
         """Accept and grant no more, and close all connections; closing again changes nothing.
 
-        Takes half a second at most.
+        Takes a fifth of a second, and as long as the queue's ledger takes to hear who leaves.
         """
         with self._closing:
             if self._thread.is_alive():
@@ -135,15 +149,31 @@ class Broker:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _stop(self) -> None:
-        self._server.close()
+        for server in self._servers:
+            server.close()
         self._futures = self._desk.stop()
         self._end(self._loop.time() + LAST_WORDS)
 
     def _end(self, at_last: float) -> None:
         if self._desk.connections and self._loop.time() < at_last:
             self._loop.call_later(0.01, self._end, at_last)
-        else:
-            self._loop.stop()
+            return
+        for connection in self._desk.connections:
+            connection.abort()
+        self._loop.call_soon(self._loop.stop)  # after they have let go
+
+    def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log what went wrong in the loop, unless it is a client that went away."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
+            if self._out_of_files.lets_through():
+                log.error("no connection can be accepted for now: %s", error)
+        elif not isinstance(error, ConnectionError) and not self._is_late_accept(error):
+            log.error("%s", context.get("message"), exc_info=error)
+
+    def _is_late_accept(self, error: object) -> bool:
+        """Return whether asyncio has tried to accept again, on a socket that is closed now."""
+        return isinstance(error, ValueError) and self._sockets[0].fileno() < 0
 
     def __enter__(self) -> Self:
         return self
@@ -152,29 +182,9 @@ class Broker:
         self.close()
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address."""
-    try:
-        found = socket.getaddrinfo(
-            host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"host {host!r} is no address of this machine: {error}") from None
-    return all(
-        ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for *_, address in found
-    )
-
-
 def _affordable(most: int) -> int:
     """Return how many connections there may be with the files that this process may open."""
     if sys.platform == "win32":
         return most
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return most if files == resource.RLIM_INFINITY else max(1, min(most, files - SPARE_FILES))
-
-
-def _log_failure(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    error = context.get("exception")
-    if isinstance(error, ConnectionError):
-        return  # a client went away
-    log.error("%s", context.get("message"), exc_info=error)

@@ -20,19 +20,28 @@ from gateway_queue_sync.ledgers.wire import LARGEST_NUMBER
 from gateway_queue_sync.rules import to_us
 
 MESSAGE = b'{"message": "You\'re free to connect now! :)"}'
-RESERVED = ("/status", "/status.json", "/recent.json", "/metrics", "/healthz", PATH, "/favicon.ico")
+# Those which tell nothing of the bot; the others follow.
+OPEN = ("/status", "/status/", "/healthz", "/favicon.ico", "/robots.txt")
+RESERVED = (*OPEN, "/status.json", "/recent.json", "/metrics", PATH)
 LARGEST_HEAD = 8_192  # bytes
+LONGEST_TICKET = 200  # characters
+MOST_BUCKETS = 10_000
 LONGEST_HEAD_START = 3_600.0  # s
 LEAST_TIMEOUT = 0.05  # s: what asking takes
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
+
+
+Refusal = tuple[int, str] | tuple[int, str, tuple[str, str]]
+"""A status, what is wrong, and a header."""
 
 
 class Head(NamedTuple):
     """What the head of a request says.
 
     ``refusal`` says what is wrong with it, if anything is. ``closes``: the connection ends with the
-    answer. ``is_ours``: the client knows what a status means. ``is_browser``: a person's, which needs no
-    permit. ``body_length`` is ``None`` if the end of the body is not told in a way that is read here.
+    answer. ``is_ours``: the client knows what a status means. ``is_browser``: a page in a browser, or
+    the person before it, neither of which needs a permit. ``seems_browser``: an old one says no more.
+    ``body_length`` is ``None`` if the end of the body is not told in a way that is read here.
     """
 
     command: str = ""
@@ -42,7 +51,10 @@ class Head(NamedTuple):
     closes: bool = True
     is_ours: bool = False
     is_browser: bool = False
+    seems_browser: bool = False
+    is_json: bool = False
     body_length: int | None = 0
+    host: str = ""
     authorization: str = ""
 
     @property
@@ -60,17 +72,23 @@ def read_head(raw: bytes) -> Head:
         target = urlsplit(parsed.path)
     except ValueError as error:
         return Head(refusal=str(error))
+    path = "/healthz" if target.path.rstrip("/") == "/health" else target.path or "/"
+    if path not in RESERVED and path.rstrip("/") in RESERVED:
+        path = path.rstrip("/")
     headers = parsed.headers
     length = headers.get("Content-Length", "0")
     known = "Transfer-Encoding" not in headers and re.fullmatch("[0-9]{1,15}", length)
     return Head(
         sys.intern(parsed.command),
-        sys.intern(target.path or "/"),
+        sys.intern(path),
         target.query,
         closes=parsed.close_connection,
         is_ours=OUR_HEADER in headers,
-        is_browser="Sec-Fetch-Site" in headers,
+        is_browser="Sec-Fetch-Site" in headers or "Origin" in headers,
+        seems_browser=headers.get("User-Agent", "").startswith("Mozilla/"),
+        is_json=headers.get_content_type() == "application/json",
         body_length=int(length) if known else None,
+        host=headers.get("Host", ""),
         authorization=headers.get("Authorization", ""),
     )
 
@@ -98,10 +116,10 @@ class _Parsed(BaseHTTPRequestHandler):
         return True
 
 
-def split_head(received: bytes) -> tuple[bytes, bytes] | None:
-    """Return a request's head and what came after it; ``None`` if there is no end of a head yet."""
+def end_of_head(received: bytes | bytearray) -> int | None:
+    """Return the length of the head that is first in what came; ``None`` if there is no end yet."""
     end = _END_OF_HEAD.search(received)
-    return None if end is None else (received[: end.end()], received[end.end() :])
+    return None if end is None else end.end()
 
 
 class Ask(NamedTuple):
@@ -120,7 +138,8 @@ def read_ask(query: str) -> tuple[Ask, list[str]]:
     except ValueError as error:
         return Ask(), [str(error)]
     wrong = []
-    shard_id, key = 0, None
+    shard_id = 0
+    key: tuple[str, str | int] | None = None
     shard = fields.get("shard")
     if shard is None or not re.fullmatch("[0-9]{1,16}", shard) or int(shard) > LARGEST_NUMBER:
         wrong.append(
@@ -129,6 +148,9 @@ def read_ask(query: str) -> tuple[Ask, list[str]]:
     else:
         shard_id = int(shard)
         key = ("ticket", fields["ticket"]) if "ticket" in fields else ("shard", shard_id)
+    if len(fields.get("ticket", "")) > LONGEST_TICKET:
+        wrong.append(f"ticket must be {LONGEST_TICKET} characters at most")
+        key = None
     priority = _number(fields, "priority", wrong) or 0.0
     priority = max(-LONGEST_HEAD_START, min(priority, LONGEST_HEAD_START))
     timeout = _number(fields, "timeout", wrong)
@@ -164,6 +186,7 @@ class Answer(NamedTuple):
 
 
 GRANTED = Answer(200, MESSAGE)
+TO_PAGE = Answer(303, headers=(("Location", "/status"),))
 _REASONS = {status: reasons[0] for status, reasons in BaseHTTPRequestHandler.responses.items()}
 
 

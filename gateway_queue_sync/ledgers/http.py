@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
 import json
+import socket
+import time
 import urllib.parse
 from collections import deque
+from typing import Any
 
 from gateway_queue_sync.clock import Clock
 from gateway_queue_sync.errors import BrokerError
@@ -20,7 +24,8 @@ from gateway_queue_sync.messages import Reply, Request
 
 PATH = "/ledger"
 OUR_HEADER = "Gateway-Queue"  # who sends it knows what a status means
-SOCKET_TIMEOUT = 2.0  # s: a deadline is kept that closely
+SOCKET_TIMEOUT = 2.0  # s for a whole call: a deadline is kept that closely
+LONGEST_IDLE = 30.0  # s for which a connection is kept; the broker hangs up after 75
 LARGEST_ANSWER = 64 << 20  # bytes; a hundred thousand who wait are 5 MiB
 
 
@@ -50,7 +55,7 @@ class HttpLedger(SharedLedger):
     def _begin(self) -> None:
         super()._begin()
         # In a forked child the parent's connections are left to the parent.
-        self._idle: deque[http.client.HTTPConnection] = deque()
+        self._idle: deque[tuple[float, http.client.HTTPConnection]] = deque()  # since when
 
     def __repr__(self) -> str:
         return f"broker {self._url.scheme}://{self._url.netloc}{self._url.path}"
@@ -79,8 +84,15 @@ class HttpLedger(SharedLedger):
         """
         while self._idle:
             with contextlib.suppress(IndexError):  # somebody else took it
+                since, connection = self._idle.pop()
+                if time.monotonic() - since > LONGEST_IDLE:
+                    connection.close()
+                    continue
                 try:
-                    return self._exchange(self._idle.pop(), body)
+                    return self._exchange(connection, body)
+                except TimeoutError:
+                    self._hang_up()  # what made this one silent has met them all
+                    raise
                 except (
                     ConnectionError,
                     http.client.RemoteDisconnected,
@@ -93,18 +105,24 @@ class HttpLedger(SharedLedger):
         encrypted = self._url.scheme == "https"
         kind = http.client.HTTPSConnection if encrypted else http.client.HTTPConnection
         assert self._url.hostname is not None
-        return kind(self._url.hostname, self._url.port, timeout=SOCKET_TIMEOUT)
+        connection = kind(self._url.hostname, self._url.port, timeout=SOCKET_TIMEOUT)
+        connection.response_class = _Response
+        return connection
 
     def _exchange(self, connection: http.client.HTTPConnection, body: str) -> tuple[int, bytes]:
         whole = False
+        give_up = time.monotonic() + SOCKET_TIMEOUT
         try:
+            if connection.sock is not None:
+                connection.sock.settimeout(SOCKET_TIMEOUT)
             connection.request("POST", self._url.path + PATH, body, self._headers)
+            connection.sock.settimeout(max(0.001, give_up - time.monotonic()))
             response = connection.getresponse()
             answer = response.read(LARGEST_ANSWER)
             whole = response.isclosed() and not response.will_close
         finally:  # an interrupt, too, may leave half an answer in it
             if whole and not self._closed:
-                self._idle.append(connection)
+                self._idle.append((time.monotonic(), connection))
             else:
                 connection.close()
         return response.status, answer
@@ -120,7 +138,37 @@ class HttpLedger(SharedLedger):
     def _hang_up(self) -> None:
         while self._idle:
             with contextlib.suppress(IndexError):
-                self._idle.pop().close()
+                self._idle.pop()[1].close()
+
+
+class _Response(http.client.HTTPResponse):
+    """A response that must be here in whole when the timeout which its socket has now is over."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **settings: Any) -> None:
+        super().__init__(sock, *args, **settings)
+        self.fp = io.BufferedReader(_Hurried(self.fp, sock))
+
+
+class _Hurried(io.RawIOBase):
+    """What comes from a socket, until the timeout that it had in the beginning is over."""
+
+    def __init__(self, file: io.BufferedReader, sock: socket.socket) -> None:
+        self._file, self._sock = file, sock
+        self._give_up = time.monotonic() + (sock.gettimeout() or SOCKET_TIMEOUT)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._give_up - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+        return self._file.readinto1(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _parts(url: str) -> urllib.parse.SplitResult:

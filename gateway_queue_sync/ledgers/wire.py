@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway_queue_sync.messages import (
     OUTCOMES,
@@ -107,9 +107,7 @@ def _kind(value: object, name: str) -> str:
 
 
 def _news(value: object, name: str) -> tuple[News, ...]:
-    if not isinstance(value, list):
-        raise ValueError(f"{name} must be a list, not {value!r:.100}")
-    return tuple(_named(News, news, name) for news in value)
+    return tuple(_named(News, news, name) for news in _rows(value, name))
 
 
 def _limit(value: object, name: str) -> SessionStartLimit:
@@ -153,21 +151,65 @@ def reply_as_json(reply: Reply) -> list[Any]:
     return list(reply[:-1])  # named tuples are written as lists
 
 
-def reply_from_json(row: list[Any]) -> Reply:
+def reply_from_json(written: object) -> Reply:
     """Return the reply that a list of numbers and lists tells of.
 
     Raises:
-        TypeError, ValueError, LookupError: it is none.
+        ValueError: it is none; the message says what is wrong with it.
     """
-    number, void, known, booked, *numbers, outcome, ready_in_us, others_us, waiting, now_us = row
-    ready = sorted((int(number), int(in_us)) for number, in_us in ready_in_us)
-    waiters = in_order(Waiter(*map(int, waiter)) for waiter in waiting)
-    outcome = Outcome(*map(int, outcome))
-    if outcome.kind not in range(len(OUTCOMES)):
-        raise ValueError(f"an outcome of kind {outcome.kind}")
-    return Reply._make(
-        (
-            *(int(number), bool(void), bool(known), bool(booked), *map(int, numbers)),
-            *(outcome, tuple(ready), int(others_us), waiters, int(now_us), 0),
-        )
-    )
+    if not isinstance(written, list):
+        raise ValueError(f"a reply must be a list, not {written!r:.100}")
+    reply: Reply = _row(Reply, [*written, 0], "reply")
+    return reply
+
+
+def _row(kind: type, written: object, what: str) -> Any:
+    """Return a named tuple that was written as a list, each field as its reader reads it."""
+    fields = kind._fields  # type: ignore[attr-defined]
+    if not isinstance(written, list) or len(written) != len(fields):
+        raise ValueError(f"{what} must be a list of {len(fields)}, not {written!r:.100}")
+    named = zip(fields, written, strict=True)
+    return kind(*(_REPLY_READERS.get(name, _from_0)(value, name) for name, value in named))
+
+
+def _rows(value: object, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a list, not {value!r:.100}")
+    return value
+
+
+def _truth(value: object, name: str) -> bool:
+    if type(value) not in (int, bool) or value not in (0, 1):
+        raise ValueError(f"{name} must be true or false, 1 or 0, not {value!r:.100}")
+    return bool(value)
+
+
+def _outcome(value: object, name: str) -> Outcome:
+    outcome: Outcome = _row(Outcome, value, name)
+    if outcome.kind >= len(OUTCOMES):
+        raise ValueError(f"{name} must be of a known kind, not {outcome.kind}")
+    return outcome
+
+
+def _ready(value: object, name: str) -> tuple[tuple[int, int], ...]:
+    return tuple(sorted(_row(_Ready, one, name) for one in _rows(value, name)))
+
+
+class _Ready(NamedTuple):
+    bucket: int
+    in_us: int
+
+
+# What is none of these is a duration, a count or a number of something: from 0 on.
+_REPLY_READERS: dict[str, Callable[[Any, str], Any]] = {
+    "number": _number,
+    "void": _truth,
+    "known": _truth,
+    "booked": _truth,
+    "outcome": _outcome,
+    "ready_in_us": _ready,
+    "waiting": lambda value, name: in_order(_row(Waiter, one, name) for one in _rows(value, name)),
+    "arrived_us": _number,
+    "place_us": _number,
+    "now_us": _number,
+}

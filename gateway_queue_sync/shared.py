@@ -303,10 +303,9 @@ class SharedQueue(GatewayQueue):
 
     def _look(self, *, patient: bool) -> Reply:
         reply = self._ledger.look(patient=patient)
-        if self._ledger.forgotten:  # nobody here is in what it has told
-            self._back()
-            reply = self._ledger.look(patient=patient)
-        return reply
+        forgotten = self._ledger.forgotten  # nobody here is in what it has told
+        self._back()
+        return self._ledger.look(patient=patient) if forgotten else reply
 
     def _own(self, reply: Reply) -> Reply:
         """Return what a look found, with this queue's own reserve."""

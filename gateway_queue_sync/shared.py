@@ -105,7 +105,7 @@ def account_name(name: str) -> str:
 class SharedTicket(Ticket):
     """A place in line that a ledger may know of, and what it last said to it."""
 
-    __slots__ = ("answer", "foretold", "known", "stays", "told", "until_us", "woken")
+    __slots__ = ("answer", "foretold", "known", "served", "stays", "told", "until_us", "woken")
 
     def __init__(
         self,
@@ -122,10 +122,16 @@ class SharedTicket(Ticket):
         self.stays = True  # it does not just try
         self.known = False  # the ledger has heard of it, or may have
         self.told = False  # an observer was told of its permit
+        self.served = False  # its permit is somebody's
 
     def hand_over(self) -> None:  # noqa: D102 - as any ticket
         super().hand_over()
-        self.known = False
+        self.known, self.served = False, True
+
+    @property
+    def has_permit(self) -> bool:
+        """Whether it was granted: then what is said of it later must not give that back."""
+        return self.served or self.grant is not None
 
 
 @dataclass(slots=True)
@@ -320,16 +326,9 @@ class SharedQueue(GatewayQueue):
             left_us = ticket.until_us - self._now_us()
             if ticket.answer is not None and left_us > 0 and not ticket.woken:
                 return replace(ticket.answer, wait_us=left_us)
-            ticket.woken, ticket.known = False, True
-            heir = self._lines.second(self._lines.bucket(ticket))
-            if isinstance(heir, SharedTicket) and not heir.stays:
-                heir = None
-            self._mutex.release()
-            try:
-                answer, heir_us = self._consult(ticket, heir)
-            finally:
-                while not self._inside():
-                    self._mutex.acquire()
+            answer, heir, heir_us = self._consult_unlocked(ticket)
+            if ticket.has_permit:
+                return None  # another thread has asked for it meanwhile, and was granted
             if self._closed:
                 raise QueueClosed
             self._reline_if_changed()
@@ -347,12 +346,26 @@ class SharedQueue(GatewayQueue):
                 return answer
         return None
 
+    def _consult_unlocked(self, ticket: SharedTicket) -> tuple[Grant | Denial, Ticket | None, int]:
+        """Ask the ledger with the mutex let go; also return the heir, and how long it may sleep."""
+        ticket.woken, ticket.known = False, True
+        heir = self._lines.second(self._lines.bucket(ticket))
+        if isinstance(heir, SharedTicket) and not heir.stays:
+            heir = None
+        self._mutex.release()
+        try:
+            answer, heir_us = self._consult(ticket, heir)
+        finally:
+            while not self._inside():
+                self._mutex.acquire()
+        return answer, heir, heir_us
+
     def _foretell(self, heir: SharedTicket, answer: Denial) -> None:
         """Tell the next in line what the ledger said to the one before, for when it is the first."""
         if heir.waiting:
             heir.answer, heir.until_us = answer, self._now_us() + answer.wait_us
             heir.foretold = heir.known = True
-        else:  # it has left meanwhile, and came to be known after all
+        elif not heir.has_permit:  # it has left meanwhile, and came to be known after all
             self._ledger.left(heir)
 
     def _wake(self, ticket: Ticket | None) -> None:

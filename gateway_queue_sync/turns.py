@@ -455,6 +455,8 @@ class _Turn:
             return 0
         if account.remaining <= take.reserve:
             return 0  # it is to hear of that
+        if self.store.permit(self.request.owner, heir.ticket) is not None:
+            return 0  # it has asked meanwhile
         head = Head(self.request.owner, heir.ticket, heir.shard_id, heir.place_us + self.shift_us)
         self._stand(number, head, heir.at_us)
         rank = len(self._ahead(head, self.store.heads(number, self.now_us)))

@@ -11,6 +11,7 @@ import pickle
 import threading
 
 import pytest
+from redis_servers import until
 from test_waiting import in_line, limit, order
 
 from gateway_queue_sync import (
@@ -874,6 +875,37 @@ def test_hearing_a_report_twice_changes_nothing(two, clock, monkeypatch):
         assert other.snapshot().buckets[0].ready_in == ready_in
         clock.advance(3 * WINDOW) if ready_in else None
     assert other.snapshot().limit.remaining == 98
+
+
+def test_a_permit_is_not_given_back_by_an_older_answer(account, clock, monkeypatch):
+    """Two threads ask for one ticket: who joins with it, and the futures', which was woken."""
+    queue = account.queue(limit(100, 100, 6000.0, max_concurrency=2), clock=clock)
+    queue.acquire(0)
+    queue.acquire(1)
+    other = queue.enqueue(3)  # there is a futures' thread
+    take, asked, go_on = queue._ledger.take, threading.Event(), threading.Event()
+
+    def late(ticket, **settings):
+        monkeypatch.undo()
+        answer = take(ticket, **settings)
+        asked.set()
+        assert go_on.wait(20)
+        return answer
+
+    monkeypatch.setattr(queue._ledger, "take", late)
+    futures = []
+    thread = threading.Thread(target=lambda: futures.append(queue.enqueue(2)))
+    thread.start()
+    assert asked.wait(20)
+    clock.advance(WINDOW)
+    queue._let_know()
+    until(lambda: queue.snapshot().granted == 4)
+    until(lambda: other.done() and not queue._lines.lengths())
+    go_on.set()
+    thread.join(20)
+    assert futures[0].result(20).remaining in (96, 97)
+    assert queue.snapshot().limit.remaining == 96
+    queue.close()
 
 
 # --- looking --------------------------------------------------------------------------------------

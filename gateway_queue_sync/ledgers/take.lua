@@ -595,7 +595,7 @@ local function hand_on(wish, number)
   if not heir or heir.shard_id % account.max_concurrency ~= number then
     return 0
   end
-  if account.remaining <= wish.reserve then
+  if account.remaining <= wish.reserve or load_permit(heir.ticket) then
     return 0
   end
   local head = {

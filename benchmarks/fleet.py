@@ -54,10 +54,10 @@ class Size(NamedTuple):
 SIZES = {
     "whole": Size(
         (
-            Fleet(64, 1, 0.05),
+            Fleet(64, 1, 0.05, 2),
             Fleet(64, 16, 0.05),
             Fleet(64, 64, 0.05),
-            Fleet(1024, 1, 0.003),
+            Fleet(1024, 1, 0.003, 2),
             Fleet(1024, 16, 0.05),
             Fleet(1024, 64, 0.05),
             Fleet(64, 16, 0.05, stagger=0.1),
@@ -65,7 +65,7 @@ SIZES = {
             Fleet(48, 16, 1.0),
             Fleet(32, 16, 5.0),
         ),
-        Fleet(256, 16, 0.05, stagger=0.4),
+        Fleet(256, 16, 0.05, 2, stagger=0.4),
         ((1_024, 16), (65_536, 256)),
     ),
     "quick": Size(

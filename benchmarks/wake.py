@@ -45,7 +45,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "whole": Size(0.05, 3, 67, 67, 10),
+    "whole": Size(0.05, 3, 67, 67, 5),
     "quick": Size(0.05, 1, 25, 10, 5),
     "tiny": Size(0.02, 1, 3, 3, 2),
 }

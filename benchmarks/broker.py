@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,7 +49,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "whole": Size(3, (1_000, 5_000, 10_000), 2.0, 70),
+    "whole": Size(3, (1_000, 5_000, 10_000), 1.0, 70),
     "quick": Size(1, (500,), 1.0, 20),
     "tiny": Size(1, (8,), 0.1, 3),
 }
@@ -121,6 +123,8 @@ def stall(subject: str, count: int, idle: float) -> Measured:
         with _clients(port, count) as clients:
             clients.send("connect")
             took = clients.recv()
+            if subject == OURS:
+                _until_all_are_in_line(port, count)
             time.sleep(0.5)  # what has just begun comes to rest
             each = (resident_bytes(pid) - before) / count / 1024
             used = processor_seconds(pid)
@@ -129,12 +133,27 @@ def stall(subject: str, count: int, idle: float) -> Measured:
     return {EACH: each, CONNECT: took, IDLE: used / idle * 1e3}
 
 
+def _until_all_are_in_line(port: int, count: int) -> None:
+    """Wait until all have been in line: their connections are taken before."""
+    counted = re.compile(rb"^gateway_queue_(?:waiting|granted_total)\{.*\} ([0-9]+)", re.MULTILINE)
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as told:
+            came = sum(int(number) for number in counted.findall(told.read()))
+        if came >= count:
+            return
+        if time.monotonic() > give_up:
+            raise RuntimeError(f"of {count} clients, only {came} are in line")
+        time.sleep(count / 10_000)  # asking takes the broker longer the more there are
+
+
 def answer(count: int, answers: int) -> Measured:
     """Time answers that come while so many stall."""
     allow_files(count + 200)
     with _server(OURS, INTERVAL, MARGIN) as (port, _), _clients(port, count) as clients:
         clients.send("connect")
         clients.recv()
+        _until_all_are_in_line(port, count)
         clients.send(answers)
         answered = clients.recv()
     gaps = [later - earlier for earlier, later in itertools.pairwise(sorted(answered))]

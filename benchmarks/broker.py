@@ -135,7 +135,7 @@ def stall(subject: str, count: int, idle: float) -> Measured:
 
 def _until_all_are_in_line(port: int, count: int) -> None:
     """Wait until all have been in line: their connections are taken before."""
-    counted = re.compile(rb"^gateway_queue_(?:waiting|granted_total)\{.*\} ([0-9]+)", re.MULTILINE)
+    counted = re.compile(rb"^gateway_queue_(?:waiting|granted_total)(?:{.*})? ([0-9]+)", re.MULTILINE)
     give_up = time.monotonic() + PATIENCE
     while True:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as told:

@@ -33,7 +33,7 @@ BENCHMARKS: dict[str, ModuleType] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure (or load) what is asked for, print it, and keep and draw it as told."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     if arguments.load:
         found = json.loads(arguments.load.read_text())
         results = [Result.from_json(result) for result in found["benchmarks"]]
@@ -88,7 +88,8 @@ def _benchmark(name: str) -> str:
     return name
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure the queue beside what else people would use.",

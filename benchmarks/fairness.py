@@ -27,7 +27,7 @@ class Size(NamedTuple):
     window: float
 
 
-SIZES = {"whole": Size(2, 50, 0.02), "quick": Size(1, 20, 0.02), "tiny": Size(1, 4, 0.02)}
+SIZES = {"whole": Size(3, 50, 0.02), "quick": Size(1, 20, 0.02), "tiny": Size(1, 4, 0.02)}
 
 
 def run(size: Size, say: Say) -> Result:

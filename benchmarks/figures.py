@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 Kind = Literal["ours", "floor", "peer", "naive"]
 
 OURS = "gateway_queue_sync"
+LEAST_TAIL = 200
+"""Of fewer values than that no tail is told: it would be next to the most of them."""
+
+
+class Tail(NamedTuple):
+    """What one round found, in order, of which a high percentile counts: that of all rounds together."""
+
+    ordered: list[float]
+    percent: float
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """The median of several rounds, and the least and most of them."""
+    """The median of several rounds (or what ``of_tails`` says), and the least and most of them."""
 
     value: float
     low: float
@@ -27,6 +37,15 @@ class Figure:
         """Return the figure of what each round came to."""
         rounds = list(rounds)
         return cls(statistics.median(rounds), min(rounds), max(rounds))
+
+    @classmethod
+    def of_tails(cls, rounds: Sequence[Tail]) -> Self | None:
+        """Return the percentile of all rounds' values together; ``None`` if these are too few."""
+        together = sorted(itertools.chain(*(one.ordered for one in rounds)))
+        if len(together) < LEAST_TAIL:
+            return None
+        each = [percentile(*one) for one in rounds]
+        return cls(percentile(together, rounds[0].percent), min(each), max(each))
 
 
 @dataclass(slots=True)
@@ -63,7 +82,11 @@ class Table:
 
     def best_of(self, kind: Kind, figure: str) -> float:
         """Return the least figure of all rows of one kind; not a number if there is none."""
-        found = [row.figures[figure].value for row in self.rows if row.kind == kind and row.figures]
+        found = [
+            row.figures[figure].value
+            for row in self.rows
+            if row.kind == kind and figure in row.figures
+        ]
         return min(found, default=math.nan)
 
 
@@ -138,5 +161,5 @@ def _back(number: float | None) -> float:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Return the value below which so many percent of the ordered values are."""
-    return ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))]
+    """Return the least of the ordered values that so many percent of them do not exceed."""
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]

@@ -34,6 +34,7 @@ class Size(NamedTuple):
     """How much is measured: how many wait, and for how many seconds they are watched."""
 
     rounds: int
+    peers_rounds: int
     futures: tuple[int, ...]
     threads: tuple[int, ...]
     peers: int
@@ -43,9 +44,9 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "whole": Size(2, (1_000, 10_000, 100_000), (1_000, 10_000), 1_000, 10.0, 5.0, 1_000),
-    "quick": Size(1, (1_000, 10_000), (1_000,), 200, 1.0, 2.0, 500),
-    "tiny": Size(1, (50,), (8,), 4, 0.1, 0.1, 5),
+    "whole": Size(2, 3, (1_000, 10_000, 100_000), (1_000, 10_000), 1_000, 10.0, 5.0, 1_000),
+    "quick": Size(1, 1, (1_000, 10_000), (1_000,), 200, 1.0, 2.0, 500),
+    "tiny": Size(1, 1, (50,), (8,), 4, 0.1, 0.1, 5),
 }
 
 
@@ -91,7 +92,7 @@ def _threads(size: Size, say: Say) -> Table:
     many = size.futures[-1]
     cases.append(Case(f"{OURS}, {many:,} futures", "ours", idle_futures, (many, size.idle)))
     note = "What is Python's own does not count the threads' stacks."
-    return Table("Waiting with a thread each", at_one_time(cases, say), note=note)
+    return Table("Waiting with a thread each", at_one_time(cases, size.rounds, say), note=note)
 
 
 def _idle(size: Size, say: Say) -> Table:
@@ -106,7 +107,7 @@ def _idle(size: Size, say: Say) -> Table:
         for subject in SUBJECTS.values()
     ]
     title = f"{size.peers:,} in line for {size.peers_idle:g} s, in which two permits are due"
-    return Table(title, at_one_time(cases, say), compared=IDLE)
+    return Table(title, at_one_time(cases, size.peers_rounds, say), compared=IDLE)
 
 
 def _told(size: Size, say: Say) -> Table:

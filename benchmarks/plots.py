@@ -85,7 +85,8 @@ def _wake(tables: list[Table]) -> Any:
 
 
 def _whisker(axis: Any, at: int, row: Row) -> None:
-    median, p99 = (max(LEAST, row.figures[name].value) for name in (wake.LATE, wake.P99))
+    median = max(LEAST, row.figures[wake.LATE].value)
+    p99 = max(LEAST, row.figures[wake.P99].value) if wake.P99 in row.figures else median
     axis.plot([median, max(median, p99)], [at, at], color="#444444", linewidth=1)
     short = row.figures[wake.SHORT].high
     if short:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benchmarks import fairness, free_path, lines, wake
-from benchmarks.figures import OURS, Figure, Kind, Result, Row, Table
+from benchmarks.figures import LEAST_TAIL, OURS, Figure, Kind, Result, Row, Table
 from benchmarks.peers import SUBJECTS
 
 README_COLUMNS = (
@@ -35,7 +35,10 @@ def header(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["peers"].items())
     told.append(f"peers: {versions or 'none are installed (the bench extra)'}")
     told += [f"  {name}: {how}" for name, how in found["used as"].items()]
-    told.append("A figure is the median of all rounds (the least–the most of them).")
+    told.append(
+        "A figure is the median of all rounds (the least–the most of them); p99 is that of all rounds' "
+        f"values together, where they are {LEAST_TAIL} at least."
+    )
     return "\n".join(told)
 
 
@@ -69,12 +72,16 @@ def _table(table: Table) -> str:
     for row in table.rows:
         ratios = [_ratio(row, other, table.compared) for other in compared.values()]
         figures = [_cell(row.figures[name]) if name in row.figures else "" for name in names]
-        noisy = f"noisy: {row.noisy} of {row.rounds} rounds" if row.noisy else ""
-        note = row.note if not row.figures else noisy
+        note = _rounds(row) if row.figures else row.note
         cells.append([row.subject, *figures, *ratios, note])
     lines = [table.title, *_aligned(cells)]
     lines += [f"  {row.subject}: {row.note}" for row in table.rows if row.figures and row.note]
     return "\n".join([*lines, *([f"  {table.note}"] if table.note else [])])
+
+
+def _rounds(row: Row) -> str:
+    noisy = f", {row.noisy} noisy" if row.noisy else ""
+    return f"{row.rounds} round{'s' * (row.rounds > 1)}{noisy}"
 
 
 def _cell(figure: Figure) -> str:
@@ -115,28 +122,34 @@ def as_markdown(results: Sequence[Result]) -> str:
         (idle, lines.IDLE, " ms"),
         (free, free_path.ONE, " ns"),
     ]
-    rows = [("floor", "the floor")]
-    rows += [(subject.name, _said(subject.name, subject.kind)) for subject in SUBJECTS.values()]
+    rows: list[tuple[str, tuple[str, ...]]] = [
+        ("the floor", ("floor",)),
+        ("**this package**", (OURS, free_path.BUDGET)),
+        ("**this package**, `NoOpQueue`", (free_path.NO_OP,)),
+    ]
+    rows += [
+        (_said(subject.name, subject.kind), (subject.name,))
+        for subject in SUBJECTS.values()
+        if subject.kind != "ours"
+    ]
     text = [_markdown_row(README_COLUMNS), _markdown_row(["---"] + ["--:"] * len(columns))]
-    for name, said in rows:
-        cells = [_measured(table, name, figure, unit) for table, figure, unit in columns]
+    for said, names in rows:
+        cells = [_measured(table, names, figure, unit) for table, figure, unit in columns]
         if any(cells):
             text.append(_markdown_row([said, *cells]))
     return "\n".join(text)
 
 
 def _said(name: str, kind: Kind) -> str:
-    if name == OURS:
-        return "**this package**"
     return "a `Lock` and `time.sleep`" if kind == "naive" else name
 
 
-def _measured(table: Table | None, name: str, figure: str, unit: str) -> str:
-    """Return a cell: what a row is named, or the only floor there is, came to."""
+def _measured(table: Table | None, names: Sequence[str], figure: str, unit: str) -> str:
+    """Return a cell: what a row of these names, or the only floor there is, came to."""
     if table is None:
         return ""
     for row in table.rows:
-        if name in (row.subject, row.kind) and figure in row.figures:
+        if {row.subject, row.kind} & set(names) and figure in row.figures:
             found = row.figures[figure]
             return f"{number(found.high if figure == wake.SHORT else found.value)}{unit}"
     return ""

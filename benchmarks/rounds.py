@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
-from benchmarks.figures import Figure, Kind, Row
+from benchmarks.figures import Figure, Kind, Row, Tail
 from benchmarks.machine import Watch
 from benchmarks.peers import missing
 
-Measured = dict[str, float]
-"""What one round came to: figures by their names, which end in the unit."""
+Measured = dict[str, Any]
+"""What one round came to: a number or a ``Tail`` by the figure's name, which ends in the unit."""
 
 Say = Callable[[str], None]
 """Tells whoever waits how far things are."""
@@ -67,22 +67,29 @@ def interleaved(cases: Sequence[Case], rounds: int, say: Say) -> list[Row]:
     return [row_of(case, measured[case], noisy[case]) for case in cases]
 
 
-def at_one_time(cases: Sequence[Case], say: Say) -> list[Row]:
-    """Measure all cases once, at one time: for what costs next to nothing, but takes long."""
+def at_one_time(cases: Sequence[Case], rounds: int, say: Say) -> list[Row]:
+    """Measure all cases at one time, so many times over: for what costs little, but takes long."""
     present = [case for case in cases if not case.missing]
-    say(", ".join(case.subject for case in present))
-    with Watch() as watch:
-        found = side_by_side([(case.function, case.args) for case in present])
-    measured = dict(zip(present, found, strict=True))
-    return [
-        row_of(case, [measured[case]] if case in measured else [], int(watch.is_noisy))
-        for case in cases
-    ]
+    measured: dict[Case, list[Measured]] = defaultdict(list)
+    noisy = 0
+    for number in range(rounds):
+        say(f"round {number + 1} of {rounds}: {', '.join(case.subject for case in present)}")
+        with Watch() as watch:
+            found = side_by_side([(case.function, case.args) for case in present])
+        for case, one in zip(present, found, strict=True):
+            measured[case].append(one)
+        noisy += watch.is_noisy
+    return [row_of(case, measured[case], noisy) for case in cases]
 
 
 def row_of(case: Case, measured: Sequence[Measured], noisy: int) -> Row:
     """Return a case's row, from what its rounds came to."""
     if not measured:
         return Row(case.subject, case.kind, note=case.missing)
-    figures = {name: Figure.of(one[name] for one in measured) for name in measured[0]}
+    figures = {}
+    for name, first in measured[0].items():
+        each = [one[name] for one in measured]
+        figure = Figure.of_tails(each) if isinstance(first, Tail) else Figure.of(each)
+        if figure is not None:
+            figures[name] = figure
     return Row(case.subject, case.kind, figures, case.note, noisy, len(measured))

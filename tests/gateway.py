@@ -64,6 +64,7 @@ class Close(enum.IntEnum):
     INVALID_SHARD = 4010
 
 
+RESUME_PATH = "/resume"
 ENDS_THE_SESSION = {1000, 1001}  # a client that closes with these cannot resume
 
 
@@ -77,6 +78,7 @@ class Weather:
     dropped: float = 0.0  # share of the new sessions that lose their connection ...
     dropped_within: float = 0.0  # ... some time after READY
     forgotten: float = 0.0  # share of the RESUMEs whose session is gone
+    asked: float = 0.0  # share of the new sessions that are asked for a heartbeat
 
 
 class Gateway:
@@ -117,6 +119,11 @@ class Gateway:
     @property
     def url(self) -> str:
         return f"ws://127.0.0.1:{self._server.socket.getsockname()[1]}"
+
+    @property
+    def resume_url(self) -> str:
+        """Where sessions are resumed, and nowhere else."""
+        return self.url + RESUME_PATH
 
     @property
     def api(self) -> str:
@@ -276,6 +283,7 @@ class Connection:
         match op:
             case Op.HEARTBEAT:
                 self._heard_at = time.monotonic()
+                self.gateway.count("heartbeats")
                 self._send(Op.HEARTBEAT_ACK, None)
                 return True
             case Op.IDENTIFY | Op.RESUME if self.shard is not None:
@@ -299,8 +307,12 @@ class Connection:
             return self._close(Close.INVALID_SHARD)
         if gateway.referee.identify(shard[0]):
             self.session = gateway.new_session(shard)
-            more = {"session_id": self.session, "resume_gateway_url": gateway.url, "shard": shard}
-            self._send(Op.DISPATCH, {"v": 10, "user": USER, "guilds": [], **more}, "READY")
+            more = {"session_id": self.session, "resume_gateway_url": gateway.resume_url}
+            more |= {"v": 10, "user": USER, "guilds": [], "shard": shard}
+            self._send(Op.DISPATCH, more, "READY")
+            if gateway.random.random() < weather.asked:
+                gateway.count("asked")
+                self._send(Op.HEARTBEAT, None)
             if gateway.random.random() < weather.dropped:
                 self.drop_at = time.monotonic() + gateway.random.uniform(0, weather.dropped_within)
             gateway.started.append(shard[0])
@@ -319,6 +331,9 @@ class Connection:
         if gateway.random.random() < gateway.weather.forgotten:
             gateway.sessions.pop(d["session_id"], None)
         shard = gateway.sessions.get(d["session_id"])
+        if urlsplit(self.websocket.request.path).path.rstrip("/") != RESUME_PATH:
+            gateway.count("resumed elsewhere")
+            shard = None
         if shard is None:
             gateway.count("not resumed")
             self._send(Op.INVALID_SESSION, False)

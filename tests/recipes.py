@@ -9,12 +9,13 @@ from typing import Any
 from gateway_queue_sync import GatewayQueue, RedisQueue, SqliteQueue
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+"""The language and the code of each."""
 
 
 def block(language: str, containing: str) -> str:
     """Return the one code block with this text in it."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    (found,) = [code for code in blocks if containing in code]
+    (found,) = [code for written, code in BLOCKS if written == language and containing in code]
     return found
 
 

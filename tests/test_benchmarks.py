@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks import fairness, fleet, peers, report, wake
 from benchmarks.__main__ import BENCHMARKS, main
-from benchmarks.figures import OURS, Figure, Result, Row, Table, Target
+from benchmarks.figures import OURS, Figure, Result, Row, Table, Tail, Target, percentile
+from benchmarks.rounds import Case, row_of
 
 
 def ignore(what):
@@ -74,6 +75,34 @@ def test_a_figure_is_the_median_of_its_rounds_with_its_spread():
     assert Figure.of([3.0, 1.0, 8.0]) == Figure(value=3.0, low=1.0, high=8.0)
 
 
+def test_a_p99_is_that_of_all_rounds_values_together_and_not_the_most_of_them():
+    rounds = [Tail([float(n) for n in range(first, 210, 3)], 99) for first in range(3)]
+    assert Figure.of_tails(rounds) == Figure(value=207.0, low=207.0, high=209.0)
+
+
+def test_no_p99_is_told_of_too_few_values():
+    rounds = [{"late": 1.0, "p99": Tail([1.0] * 199, 99)}]
+    row = row_of(Case("it", "peer", print, ()), rounds, noisy=0)
+    assert list(row.figures) == ["late"]
+
+
+@pytest.mark.parametrize(
+    ("percent", "value"), [(1, 1), (50, 50), (99, 99), (99.5, 100), (100, 100)]
+)
+def test_so_many_percent_do_not_exceed_a_percentile(percent, value):
+    assert percentile(range(1, 101), percent) == value
+
+
+def test_a_row_says_how_many_rounds_it_had_and_how_many_were_noisy():
+    figures = {"late (ms)": Figure(1.0, 1.0, 1.0)}
+    rows = [Row("a", "peer", figures, rounds=3), Row("b", "peer", figures, noisy=1, rounds=3)]
+    text = report.as_text(Result("wake", "Wake", [Table("A table", rows)]))
+    assert [line.split("  ")[-1] for line in text.splitlines()[-2:]] == [
+        "3 rounds",
+        "3 rounds, 1 noisy",
+    ]
+
+
 def test_a_target_without_a_measurement_is_neither_met_nor_missed():
     assert Target("late", math.nan, 1).met is None
     assert [Target("late", got, 1).met for got in (1, 2)] == [True, False]
@@ -101,10 +130,10 @@ def test_an_overtaken_shard_is_found(monkeypatch):
 
 def test_ratios_are_to_the_floor_and_to_ours():
     def row(subject, kind, late):
-        return Row(subject, kind, {"late (ms)": Figure(late, late, late)})
+        return Row(subject, kind, {"late (ms)": Figure(late, late, late)}, rounds=1)
 
     rows = [row("floor", "floor", 0.2), row(OURS, "ours", 0.3), row("other", "peer", 0.9)]
     table = Table("A table", rows, compared="late (ms)")
     text = report.as_text(Result("wake", "Wake", [table]))
     other = next(line for line in text.splitlines() if line.strip().startswith("other"))
-    assert other.split() == ["other", "0.900", "4.50", "3.00"]
+    assert other.split() == ["other", "0.900", "4.50", "3.00", "1", "round"]

@@ -23,7 +23,13 @@ from gateway_queue_sync import (
 PATIENCE = 30.0
 WINDOW = {"interval": 0.2, "margin": 0.3}
 STORM = Weather(
-    connect_delay=0.05, jitter=0.05, lost=0.1, dropped=0.3, dropped_within=0.3, forgotten=0.5
+    connect_delay=0.05,
+    jitter=0.05,
+    lost=0.1,
+    dropped=0.3,
+    dropped_within=0.3,
+    forgotten=0.5,
+    asked=0.3,
 )
 
 
@@ -65,8 +71,17 @@ def test_48_shards_are_ready_in_a_storm_without_a_refusal(library):
             assert judge.accepted == gateway.seen["ready"] >= 48
             assert gateway.seen["resumed"]
             assert gateway.seen["not resumed"]
+            assert gateway.seen["resumed elsewhere"] == 0
+            assert gateway.seen["asked"]
             assert gateway.seen["timed out"] == 0
             assert left.total - left.remaining == judge.accepted + gateway.seen["lost"]
+
+
+def test_a_heartbeat_is_sent_when_the_gateway_asks_for_it(library):
+    """Its own would come within an hour."""
+    with Gateway(heartbeat=3600.0, weather=Weather(asked=1.0)) as gateway:
+        with running(library, gateway, NoOpQueue(), 1):
+            until(lambda: gateway.seen["heartbeats"], "a heartbeat")
 
 
 def test_without_a_queue_the_same_bot_is_refused(library):

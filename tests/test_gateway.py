@@ -8,7 +8,7 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
-from gateway import TOKEN, Close, Gateway, Op, Weather
+from gateway import RESUME_PATH, TOKEN, Close, Gateway, Op, Weather
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -47,8 +47,8 @@ class Client:
 
 
 @contextmanager
-def client(gateway):
-    with connect(gateway.url) as websocket:
+def client(gateway, path=""):
+    with connect(gateway.url + path) as websocket:
         yield Client(websocket)
 
 
@@ -136,13 +136,33 @@ def test_a_session_resumes_unless_its_client_ended_it(gateway):
     with client(gateway) as bot:
         session = bot.identify()["d"]["session_id"]
         bot.websocket.close(4000)
-    with client(gateway) as bot:
+    with client(gateway, RESUME_PATH) as bot:
         assert bot.resume(session)["t"] == "RESUMED"
         bot.websocket.close(1000)
     gateway.wait_for(set())
-    with client(gateway) as bot:
+    with client(gateway, RESUME_PATH) as bot:
         assert bot.resume(session)["op"] == Op.INVALID_SESSION
     assert gateway.referee.accepted == 1
+
+
+def test_a_session_resumes_only_where_ready_said(gateway):
+    with client(gateway) as bot:
+        ready = bot.identify()["d"]
+        assert ready["resume_gateway_url"] == gateway.url + RESUME_PATH
+        bot.websocket.close(4000)
+    with client(gateway) as bot:
+        assert bot.resume(ready["session_id"])["op"] == Op.INVALID_SESSION
+    with client(gateway, RESUME_PATH + "/?v=10") as bot:
+        assert bot.resume(ready["session_id"])["t"] == "RESUMED"
+    assert gateway.seen["resumed elsewhere"] == 1
+
+
+def test_a_new_session_may_be_asked_for_a_heartbeat():
+    with Gateway(weather=Weather(asked=1.0)) as gateway, client(gateway) as bot:
+        assert bot.identify()["t"] == "READY"
+        assert bot.receive()["op"] == Op.HEARTBEAT
+        assert bot.ask(Op.HEARTBEAT, 1)["op"] == Op.HEARTBEAT_ACK
+        assert (gateway.seen["asked"], gateway.seen["heartbeats"]) == (1, 1)
 
 
 def test_heartbeats_are_answered_and_missed():
@@ -175,7 +195,7 @@ def test_sessions_lose_their_connection_and_may_be_forgotten(polite):
             else:
                 assert bot.close_code() is None
         gateway.wait_for(set())
-        with client(gateway) as bot:
+        with client(gateway, RESUME_PATH) as bot:
             assert bot.resume(session)["op"] == Op.INVALID_SESSION
         assert gateway.seen["not resumed"] == 1
 

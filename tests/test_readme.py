@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import json
 import re
 import shlex
 import threading
+from pathlib import Path
 
 import pytest
-from recipes import README, block, run
+from recipes import BLOCKS, LIBRARIES, SHARED, block, run
 
+import benchmarks.__main__ as benchmarks
 from gateway_queue_sync import (
     LargeBotQueue,
     LocalQueue,
@@ -86,14 +90,35 @@ def test_the_recipe_for_asyncio_stays_cancelled_when_the_queue_is_closed(wait_to
     assert asyncio.run(main()).done()
 
 
-def test_the_commands_are_there():
-    commands = [
-        line
-        for code in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-        for line in code.splitlines()
-    ]
-    assert commands[0] == "python3 -m gateway_queue_sync demo"
-    assert shlex.split(commands[1])[:4] == ["python3", "-m", "venv", ".venv"]
+COMMANDS = [code for language, code in BLOCKS if language in {"sh", "ini"}]
+COMMANDS += [
+    " ".join(json.loads(words))
+    for language, code in BLOCKS
+    if language == "dockerfile"
+    for words in re.findall(r"^CMD (.*)$", code, re.MULTILINE)
+]
+
+
+def arguments_of(module):
+    """What is given to a module of ours, by each of the commands that run it."""
+    runs = re.compile(rf"python3? -m {module}\b(.*?)(?:&&|$)", re.MULTILINE)
+    return [shlex.split(found) for code in COMMANDS for found in runs.findall(code)]
+
+
+@pytest.mark.parametrize("arguments", arguments_of("gateway_queue_sync"), ids=" ".join)
+def test_the_options_of_a_command_are_there(arguments):
+    assert cli.make_parser().parse_args(arguments).func
+
+
+@pytest.mark.parametrize("arguments", arguments_of("benchmarks"), ids=" ".join)
+def test_the_options_of_the_benchmarks_are_there(arguments):
+    assert benchmarks.make_parser().parse_args(arguments)
+
+
+def test_the_first_commands_need_nothing_installed():
+    first, second = [code for language, code in BLOCKS if language == "sh"][:2]
+    assert first == "python3 -m gateway_queue_sync demo\n"
+    assert shlex.split(second)[:4] == ["python3", "-m", "venv", ".venv"]
 
 
 def test_the_shared_queue_grants_and_can_be_looked_at(monkeypatch, tmp_path, capsys):
@@ -126,15 +151,37 @@ def test_the_plan_is_what_the_comment_says(capsys):
     assert capsys.readouterr().out == said
 
 
-RUN = ("def run_shard", "def wait_to_identify", "SqliteQueue(", "HttpQueue(", "plan_start(",
-       "class Shard", "import websocket\n", "from websockets.sync", "from gevent", "import discord",
-       "add_done_callback", "SqliteQueue.from_token(", "RedisQueue.from_token(",
-       "class PausableQueue")  # fmt: skip
+def blocks_named_in(path):
+    """The language of each block that a file of tests runs, and the text that it is found by."""
+    tree = ast.parse(path.read_text())
+    ours = {"run", "block"} if path.name == "recipes.py" else set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "recipes":
+            ours |= {alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(ast.Name("run"), [ast.Constant(text), *_]) if "run" in ours:
+                yield "python", text
+            case ast.Call(ast.Attribute(ast.Name("recipes"), "run"), [ast.Constant(text), *_]):
+                yield "python", text
+            case ast.Call(ast.Name("block"), [ast.Constant(language), ast.Constant(text)]) if (
+                "block" in ours
+            ):
+                yield language, text
+            case ast.Call(
+                ast.Attribute(ast.Name("recipes"), "block"),
+                [ast.Constant(language), ast.Constant(text)],
+            ):
+                yield language, text
 
 
-def test_every_block_is_run_by_a_test():
-    """A new one has its name here, and a test that runs it."""
-    blocks = re.findall(r"```(?:python|py)\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == len(RUN)
-    for containing in RUN:
-        assert block("python", containing)
+NAMED = [one for path in Path(__file__).parent.glob("*.py") for one in blocks_named_in(path)]
+NAMED += [
+    ("python", text) for text in (*LIBRARIES.values(), *(text for text, *_ in SHARED.values()))
+]
+CODE = [one for one in BLOCKS if one[0] in {"python", "js"}]
+
+
+@pytest.mark.parametrize(("language", "code"), CODE, ids=[code.split("\n")[0] for _, code in CODE])
+def test_each_block_of_code_is_named_by_a_test_that_runs_it(language, code):
+    assert any(named == language and text in code for named, text in NAMED)

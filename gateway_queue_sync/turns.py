@@ -407,8 +407,8 @@ class _Turn:
                 # It has a place, and keeps it unless the ledger's clock was set back.
                 head = head._replace(place_us=min(head.place_us, other.place_us))
         ahead = self._ahead(head, heads)
-        opens_us, period = self._opens_us(bucket, len(ahead)), account.period
-        turn_us = opens_us + len(ahead) * self._grace_us()
+        opens_us, period = self._opens_us(bucket), account.period
+        turn_us = self._turn_us(len(ahead), opens_us)
         if ahead and not take.stays:
             turn_us = max(turn_us, now_us + 1)
         answer = rules.take(
@@ -423,7 +423,7 @@ class _Turn:
         if isinstance(answer, Denial):
             if take.stays:
                 self._stand(number, head, take.at_us)
-            self._deny(answer, len(ahead), opens_us)
+            self._deny(answer, len(ahead), opens_us, turn_us)
             return
         if account.period != period:
             account.opened_us = max(account.opened_us, opens_us)
@@ -460,20 +460,26 @@ class _Turn:
         head = Head(self.request.owner, heir.ticket, heir.shard_id, heir.place_us + self.shift_us)
         self._stand(number, head, heir.at_us)
         rank = len(self._ahead(head, self.store.heads(number, self.now_us)))
-        return self._sleep_us(rank, self.now_us + account.window_us)
+        opens_us = self.now_us + account.window_us
+        return self._sleep_us(rank, opens_us, opens_us)
 
     def _grace_us(self) -> int:
         return min(LONGEST_GRACE_US, self.account.window_us // 5)
 
-    def _opens_us(self, bucket: Bucket, rank: int) -> int:
-        """Return from when on there was, or will be, something to take; graces count from then."""
+    def _opens_us(self, bucket: Bucket) -> int:
+        """Return from when on there was, or will be, something to take."""
         account, now_us = self.account, self.now_us
         opens_us = now_us + rules.closed_for_us(account, bucket, now_us)
         if account.resets_at_us is not None and self.wall_us >= account.resets_at_us:
             opens_us = max(opens_us, now_us - (self.wall_us - account.resets_at_us))
-        if rank and opens_us <= now_us:  # whoever is first did perhaps not know
-            opens_us = max(opens_us, min(account.opened_us, now_us + self._longest_sleep_us()))
         return opens_us
+
+    def _turn_us(self, rank: int, opens_us: int) -> int:
+        """Return from when on a ticket of that rank may take."""
+        if rank and opens_us <= self.now_us:  # whoever is first did perhaps not know
+            latest_us = self.now_us + self._longest_sleep_us()
+            opens_us = max(opens_us, min(self.account.opened_us, latest_us))
+        return opens_us + rank * self._grace_us()
 
     def _grant(self, permit: SharedGrant, next_us: int = 0) -> None:
         self.outcome = Outcome(
@@ -485,19 +491,24 @@ class _Turn:
             next_us,
         )
 
-    def _deny(self, denial: Denial, rank: int, opens_us: int) -> None:
+    def _deny(self, denial: Denial, rank: int, opens_us: int, turn_us: int) -> None:
         if denial.reason is Reason.RESET:
             sleep_us = self._claim_refresh()
         else:
             if denial.reason is Reason.BUDGET:
                 opens_us = max(opens_us, self.now_us + denial.resets_in_us)
-            sleep_us = self._sleep_us(rank, opens_us)
+            sleep_us = self._sleep_us(rank, opens_us, turn_us)
         self.outcome = Outcome(OUTCOMES.index(denial.reason), sleep_us)
 
-    def _sleep_us(self, rank: int, opens_us: int) -> int:
-        """Return how long a ticket may sleep: till its turn, or sooner where much may happen before."""
+    def _sleep_us(self, rank: int, opens_us: int, turn_us: int) -> int:
+        """Return how long a ticket may sleep: till its turn, or sooner where much may happen before.
+
+        Where the bucket has opened by surprise, the first may take within it, and another window end.
+        """
         sleep_us = opens_us - self.now_us + min(rank, 2) * self._grace_us()
         sleep_us += max(0, rank - 2) * self.account.window_us
+        if sleep_us <= 0:
+            sleep_us = min(turn_us - self.now_us, self.account.window_us)
         return min(max(1, sleep_us), self._longest_sleep_us())
 
     def _longest_sleep_us(self) -> int:

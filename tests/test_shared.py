@@ -264,6 +264,21 @@ def test_a_process_that_is_stuck_costs_a_third_of_a_lease_after_a_surprise(
     stuck.close()
 
 
+def test_who_is_second_after_a_surprise_is_not_late_for_the_next_window(account, clock, crew):
+    one, other = (account.queue(clock=clock, lease=100.0) for _ in range(2))
+    permit = one.acquire(99)
+    (first,) = in_line(other, crew, clock, [1])
+    clock.advance(0.01)
+    (second,) = in_line(one, crew, clock, [2])
+    permit.unused()
+    clock.settle(2)
+    clock.advance(WINDOW - 0.01)
+    first.now()
+    clock.settle(1)
+    clock.advance(WINDOW + GRACE)
+    assert second.now().shard_id == 2
+
+
 def test_who_only_tries_passes_nobody(two, clock, crew):
     stuck, other = two
     stuck.acquire(99)
@@ -797,6 +812,16 @@ def test_in_the_pauses_of_an_outage_only_those_ask_who_just_try(account, clock, 
     clock.advance(2)
     assert futures[0].result(10).remaining == 99
     one.close()
+
+
+def test_a_look_that_gets_through_ends_an_outage(two, clock, monkeypatch):
+    one, _ = two
+    permit = one.acquire(0)
+    with monkeypatch.context() as patches:
+        cut_off(one, patches)
+        permit.unused()
+    one.snapshot()
+    assert one.acquire(0).remaining == 99
 
 
 def test_reports_made_in_an_outage_are_booked_after_it(two, clock, monkeypatch):

@@ -532,15 +532,19 @@ local function grace()
   return math.min(LONGEST_GRACE, math.floor(account.window_us / 5))
 end
 
-local function opens(bucket, rank)
+local function opens(bucket)
   local at = now + closed_for(bucket)
   if is_due() then
     at = math.max(at, now - (wall - account.resets_at_us))
   end
-  if rank > 0 and at <= now then
-    at = math.max(at, math.min(account.opened_us, now + longest_sleep()))
-  end
   return at
+end
+
+local function turn(rank, opens_at)
+  if rank > 0 and opens_at <= now then
+    opens_at = math.max(opens_at, math.min(account.opened_us, now + longest_sleep()))
+  end
+  return opens_at + rank * grace()
 end
 
 local function claim_refresh()
@@ -552,8 +556,11 @@ local function claim_refresh()
   return 0
 end
 
-local function sleep(rank, opens_at)
+local function sleep(rank, opens_at, turn_at)
   local us = opens_at - now + math.min(rank, 2) * grace() + math.max(0, rank - 2) * account.window_us
+  if us <= 0 then
+    us = math.min(turn_at - now, account.window_us)
+  end
   return math.min(math.max(1, us), longest_sleep())
 end
 
@@ -562,7 +569,7 @@ local function tell_grant(permit, next_us)
   outcome = {GRANT, age, permit.serial, permit.bucket, permit.remaining, next_us}
 end
 
-local function tell_denial(reason, resets_in_us, rank, opens_at)
+local function tell_denial(reason, resets_in_us, rank, opens_at, turn_at)
   local us
   if reason == RESET then
     us = claim_refresh()
@@ -570,7 +577,7 @@ local function tell_denial(reason, resets_in_us, rank, opens_at)
     if reason == BUDGET then
       opens_at = math.max(opens_at, now + resets_in_us)
     end
-    us = sleep(rank, opens_at)
+    us = sleep(rank, opens_at, turn_at)
   end
   outcome = {reason, us, 0, 0, 0, 0}
 end
@@ -602,7 +609,8 @@ local function hand_on(wish, number)
     owner = owner, ticket = heir.ticket, shard_id = heir.shard_id, place = heir.place_us + shift,
   }
   stand(number, head, heir.at_us)
-  return sleep(#ahead_of(head, heads(number)), now + account.window_us)
+  local opens_at = now + account.window_us
+  return sleep(#ahead_of(head, heads(number)), opens_at, opens_at)
 end
 
 local function answer_take(wish)
@@ -623,18 +631,18 @@ local function answer_take(wish)
     end
   end
   local ahead = ahead_of(head, all)
-  local opens_at, period = opens(bucket, #ahead), account.period
-  local turn = opens_at + #ahead * grace()
+  local opens_at, period = opens(bucket), account.period
+  local turn_at = turn(#ahead, opens_at)
   if #ahead > 0 and not wish.stays then
-    turn = math.max(turn, now + 1)
+    turn_at = math.max(turn_at, now + 1)
   end
   local reason, resets_in_us
-  permit, reason, resets_in_us = take(wish.shard_id, wish.reserve, wish.can_refresh, turn)
+  permit, reason, resets_in_us = take(wish.shard_id, wish.reserve, wish.can_refresh, turn_at)
   if not permit then
     if wish.stays then
       stand(number, head, wish.at_us)
     end
-    return tell_denial(reason, resets_in_us, #ahead, opens_at)
+    return tell_denial(reason, resets_in_us, #ahead, opens_at, turn_at)
   end
   if account.period ~= period then
     account.opened_us = math.max(account.opened_us, opens_at)

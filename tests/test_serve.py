@@ -299,7 +299,7 @@ def test_the_secret_is_read_from_a_file_and_never_shown(serving, tmp_path):
         assert client("/?shard=0", "GET", OURS).read()[0] == 401
         assert client("/?shard=0", "GET", "Authorization: Bearer hunter2").granted
     with HttpQueue(served.url, secret="hunter2", interval=0.2, margin=0.05) as queue:
-        assert queue.snapshot().granted == 1
+        assert queue.snapshot().limit.remaining == 999
     assert served.end() == 0
     assert "hunter2" not in served.text
 
@@ -424,7 +424,8 @@ def test_kill_and_restart_keep_spacing_and_budget(serving):
 def test_two_brokers_on_one_redis_are_one_queue(serving, tmp_path):
     server = RedisServer(tmp_path)
     with _stopping(server):
-        both = [serving("--redis", server.url, *SHORT) for _ in range(2)]
+        timing = ("--interval", "0.1", "--margin", "0.3")  # for clients that a machine holds up
+        both = [serving("--redis", server.url, *timing) for _ in range(2)]
         stamps = []
         lock = threading.Lock()
 
@@ -433,16 +434,16 @@ def test_two_brokers_on_one_redis_are_one_queue(serving, tmp_path):
             with lock:
                 stamps.append(time.monotonic())
 
-        threads = [threading.Thread(target=shard, args=(number,)) for number in range(8)]
+        threads = [threading.Thread(target=shard, args=(number,)) for number in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(PATIENCE)
         stamps.sort()
         gaps = [after - before for before, after in itertools.pairwise(stamps)]
-        assert len(gaps) == 7
-        assert min(gaps) >= 0.2
-        assert {one.status()["limit"]["remaining"] for one in both} == {992}
+        assert len(gaps) == 5
+        assert min(gaps) >= 0.1
+        assert {one.status()["limit"]["remaining"] for one in both} == {994}
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from gateway_queue_sync import journal
 from gateway_queue_sync.broker.server import (
     DEFAULT_HOST,
     DEFAULT_PORT,
@@ -47,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
+    journal.shards.setLevel(logging.WARNING)  # a line for each of thousands: the page tells that
     stop = _Stop()
     try:
         settings = _Settings.gathered(arguments, os.environ)

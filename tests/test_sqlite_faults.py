@@ -2006,3 +2006,25 @@ def may_be_interrupted(frame):
             return False
         frame = frame.f_back
     return False
+
+
+def test_processes_that_make_the_file_at_one_time_all_have_it(path):
+    """Whatever one of them sees of what another is just making."""
+    for _ in range(30):
+        path.unlink(missing_ok=True)
+        barrier = threading.Barrier(4)
+        failures = []
+
+        def begin(barrier=barrier, failures=failures):
+            barrier.wait(PATIENCE)
+            try:
+                SqliteQueue(path).close()
+            except BrokerError as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=begin) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert not failures

@@ -65,11 +65,12 @@ class OpenFile:
             BrokerError: there are others, or those of another version.
         """
         run = self.connection.execute
+        # First: another process may make them all just now, in one transaction.
+        (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
         (application,) = run("PRAGMA application_id").fetchone()
         (version,) = run("PRAGMA user_version").fetchone()
         if (application, version) == (APPLICATION_ID, SCHEMA_VERSION):
             return True
-        (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
         where = f"SQLite file {str(self._path)!r}"
         if tables and application != APPLICATION_ID:
             raise BrokerError(f"{where} belongs to another program") from ValueError(application)

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from gateway_queue_sync import forecast, rules, waiting
-from gateway_queue_sync.errors import QueueClosed, reentered
+from gateway_queue_sync.errors import AcquireTimeout, QueueClosed, reentered
 from gateway_queue_sync.ledgers.memory import MemoryLedger
-from gateway_queue_sync.lines import Ticket
+from gateway_queue_sync.lines import Line, Ticket
 from gateway_queue_sync.models import Permit, QueueSnapshot, Report, SessionStartLimit
 from gateway_queue_sync.queue import GatewayQueue
 from gateway_queue_sync.rules import MICROSECOND, Budget, Denial, Grant
@@ -136,6 +136,18 @@ class InMemoryQueue(GatewayQueue):
 
     # ----------------------------------------------------------------------------------------------
     # Without the mutex
+
+    def _explain(self, error: AcquireTimeout, ticket: Ticket) -> None:
+        with self._mutex:  # only copying in here, as for a snapshot
+            if self._refresher is not None:
+                return  # the limit that is being read decides
+            number, lengths = self._lines.bucket(ticket), self._lines.lengths()
+            outlook = self._outlook({number, *lengths})
+            line = self._lines.by_bucket.get(number, Line()).copy()
+        before = line.before(ticket)
+        lengths[number] = max(lengths.get(number, 0), before + 1)
+        in_us = forecast.eta_us(outlook, number, before, lengths)
+        error.eta = None if in_us is None else in_us / MICROSECOND
 
     def _start_with(self, limit: SessionStartLimit) -> None:
         """Adopt the limit that a policy was made with, before anybody can wait."""

@@ -154,10 +154,16 @@ class Line:
         """Return those who wait, in no order: not the first if its permit is just handed over."""
         return [ticket for ticket in self if ticket.grant is None]
 
+    def copy(self) -> Line:
+        """Return a line of the same tickets, to look at without holding up this one."""
+        line = Line()
+        line._heap, line._gone, line._last = self._heap.copy(), self._gone, self._last
+        return line
+
     def before(self, ticket: Ticket) -> int:
-        """Return how many wait in front of this place, which stands in line."""
+        """Return how many wait in front of this place, of one who stands or stood here."""
         if ticket.place == self._last:
-            return len(self) - 1
+            return len(self) - ticket.waiting
         place = ticket.place
         before = sum(1 for other, who in self._heap if other < place and who.waiting)
         return before - (self._is_first_served() and before > 0)

@@ -366,7 +366,7 @@ class Waiting(ABC):
 
     def _timed_out(self, ticket: Ticket, timeout: float) -> Exception:
         """Return what to raise for a ticket whose timeout has passed."""
-        return AcquireTimeout(ticket.shard_id, timeout, self._eta(ticket))
+        return AcquireTimeout(ticket.shard_id, timeout)
 
     def _left_us(self, ticket: Ticket, timeout: float) -> int:
         """Return how much of its timeout a ticket has left; negative once that has passed."""

@@ -118,12 +118,12 @@ class InMemoryQueue(GatewayQueue):
             budget=rules.budget(account, wall_us),
         )
 
-    def _eta(self, ticket: Ticket) -> float | None:
+    def _eta(self, ticket: Ticket, before: int) -> float | None:
         if self._refresher is not None:
             return None  # the limit that is being read decides
-        lengths = self._lines.lengths()
-        before = self._lines.before(ticket)
-        in_us = forecast.eta_us(self._outlook(lengths), self._lines.bucket(ticket), before, lengths)
+        number, lines = self._lines.bucket(ticket), len(self._lines.by_bucket)
+        waiting = len(self._threads) + len(self._futures)
+        in_us = forecast.rough_eta_us(self._outlook([number]), number, before, lines, waiting)
         return None if in_us is None else in_us / MICROSECOND
 
     def _left(self) -> tuple[Budget | None, int]:

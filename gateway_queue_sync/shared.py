@@ -14,7 +14,8 @@ import random
 import re
 import threading
 import weakref
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypedDict
@@ -140,10 +141,12 @@ class _Outage:
 
 @dataclass(frozen=True, slots=True)
 class _Sighting:
-    """What a ledger showed, and when that was by the clock here."""
+    """What a ledger showed, when that was by the clock here, and who stands where, in order."""
 
     reply: Reply
     at_us: int
+    places: Mapping[int, list[tuple[int, int]]]
+    outlook: forecast.Outlook
 
 
 class SharedQueue(GatewayQueue):
@@ -277,29 +280,29 @@ class SharedQueue(GatewayQueue):
     def _explain(self, error: AcquireTimeout, ticket: Ticket) -> None:
         if self._refresher is None and self._outage is None:  # else nobody knows
             with contextlib.suppress(BrokerError):
-                error.eta = self._position(ticket, self._sighting())[1]
+                sighting = self._sighting()
+                number, before = self._position(ticket, sighting)
+                lengths = {other: len(places) for other, places in sighting.places.items()}
+                lengths[number] = before + 1
+                eta_us = forecast.eta_us(sighting.outlook, number, before, lengths)
+                error.eta = None if eta_us is None else eta_us / MICROSECOND
 
-    def _position(self, ticket: Ticket, sighting: _Sighting) -> tuple[int, float | None]:
-        """Return how many wait before a place, in all processes, and in how many seconds it is due."""
+    def _position(self, ticket: Ticket, sighting: _Sighting) -> tuple[int, int]:
+        """Return a ticket's bucket, and how many wait there before it in all processes."""
         reply = sighting.reply
         place_us, number = ticket.place
         place = (place_us + reply.now_us - sighting.at_us, number)
         number = ticket.shard_id % reply.max_concurrency
-        lengths: dict[int, int] = {number: 1}
-        before = 0
-        for waiter in reply.waiting:
-            other = waiter.shard_id % reply.max_concurrency
-            if other != number or waiter.place < place:
-                lengths[other] = lengths.get(other, 0) + 1
-                before += other == number
+        before = bisect_left(sighting.places.get(number, ()), place)
         with self._mutex:
-            before = max(before, self._lines.before(ticket))  # who came here since
-        lengths[number] = max(lengths[number], before + 1)
-        eta_us = forecast.eta_us(_outlook(self._own(reply)), number, before, lengths)
-        return before, None if eta_us is None else eta_us / MICROSECOND
+            return number, max(before, self._lines.before(ticket))  # who came here since
 
     def _sighting(self) -> _Sighting:
-        return _Sighting(self._look(patient=False), self._now_us())
+        reply, at_us = self._look(patient=False), self._now_us()
+        places: dict[int, list[tuple[int, int]]] = {}
+        for waiter in sorted(reply.waiting, key=lambda waiter: waiter.place):
+            places.setdefault(waiter.shard_id % reply.max_concurrency, []).append(waiter.place)
+        return _Sighting(reply, at_us, places, _outlook(self._own(reply)))
 
     def _look(self, *, patient: bool) -> Reply:
         reply = self._ledger.look(patient=patient)
@@ -413,8 +416,8 @@ class SharedQueue(GatewayQueue):
     def _chore(self) -> Errand | None:
         return self._post if self._ledger.has_news and self._outage is None else None
 
-    def _eta(self, ticket: Ticket) -> float | None:
-        return None  # the ledger would have to be asked; see _explain
+    def _eta(self, ticket: Ticket, before: int) -> float | None:
+        return None  # the ledger would have to be asked; see _announce
 
     def _left(self) -> tuple[Budget | None, int]:
         limit = self._ledger.limit
@@ -535,7 +538,12 @@ class SharedQueue(GatewayQueue):
             if self._observer is not None or self._latest_is_old():
                 self._latest = self._sighting()
             assert self._latest is not None
-            before, eta = self._position(ticket, self._latest)
+            latest = self._latest
+            seen, before = self._position(ticket, latest)
+            lines = len({seen, *latest.places})
+            waiting = max(len(latest.reply.waiting), len(self._threads) + len(self._futures))
+            in_us = forecast.rough_eta_us(latest.outlook, seen, before, lines, waiting)
+            eta = None if in_us is None else in_us / MICROSECOND
         self._tell_waiting(ticket, ShardWaiting(ticket.shard_id, number, before, eta))
 
     def _latest_is_old(self) -> bool:

@@ -347,7 +347,7 @@ class Waiting(ABC):
             return None
         ticket.announced = True
         number, before = self._lines.bucket(ticket), self._lines.before(ticket)
-        event = ShardWaiting(ticket.shard_id, number, before, self._eta(ticket))
+        event = ShardWaiting(ticket.shard_id, number, before, self._eta(ticket, before))
         return partial(self._tell_waiting, ticket, event)
 
     def _reline_if_changed(self) -> None:
@@ -361,8 +361,8 @@ class Waiting(ABC):
         """Refund a permit and wake whom that helps."""
 
     @abstractmethod
-    def _eta(self, ticket: Ticket) -> float | None:
-        """Return in how many seconds the ticket, which stands in its line, should get its permit."""
+    def _eta(self, ticket: Ticket, before: int) -> float | None:
+        """Return in about how many seconds a place in line should get its permit, at a glance."""
 
     def _timed_out(self, ticket: Ticket, timeout: float) -> Exception:
         """Return what to raise for a ticket whose timeout has passed."""

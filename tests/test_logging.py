@@ -10,7 +10,15 @@ import sys
 import pytest
 from test_waiting import WINDOW, in_line, limit
 
-from gateway_queue_sync import AcquireTimeout, LocalQueue, ShardGranted, ShardWaiting, journal
+from gateway_queue_sync import (
+    AcquireTimeout,
+    LocalQueue,
+    ShardGranted,
+    ShardWaiting,
+    forecast,
+    journal,
+)
+from gateway_queue_sync.lines import Line, Lines
 
 SHARDS, BUDGET = "gateway_queue_sync.shards", "gateway_queue_sync.budget"
 memory = pytest.mark.accounts("memory")
@@ -150,6 +158,25 @@ def test_whoever_does_not_listen_pays_nothing(account, clock, crew, caplog, monk
     clock.advance(100 - WINDOW)
     calls[1].now()
     assert not told(caplog)
+
+
+@memory
+@pytest.mark.parametrize("priority", [0.0, 60.0])
+def test_who_joins_a_long_line_does_not_look_through_it_for_the_log(
+    account, clock, log, monkeypatch, priority
+):
+    queue = account.large(limit(1000, 500, 100.0), clock=clock)
+    queue.acquire(0)
+    for shard_id in range(100):
+        queue.enqueue(shard_id)
+    for lines in (Line, Lines):
+        monkeypatch.setattr(lines, "__iter__", None)
+    for whole in ("starts", "eta_us"):
+        monkeypatch.setattr(forecast, whole, None)
+    monkeypatch.setattr(Lines, "lengths", None)
+    queue.enqueue(100, priority=priority)
+    monkeypatch.undo()
+    queue.close()
 
 
 @memory

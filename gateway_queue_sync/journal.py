@@ -10,11 +10,16 @@ import logging
 from datetime import datetime, timedelta
 
 from gateway_queue_sync.events import BudgetExhausted, ShardGranted, ShardLeft, ShardWaiting
-from gateway_queue_sync.rules import MICROSECOND, Budget
+from gateway_queue_sync.rules import MICROSECOND, NEVER, Budget
 from gateway_queue_sync.wording import lasting, when
 
 LONG_WAIT = 30.0
 """Seconds; shards that wait for longer are told of."""
+
+FEW = 5
+"""Lines of a kind that are shown in one period; after these, each that doubles their number."""
+
+FEW_IN_US = 60 * MICROSECOND
 
 LOW_SHARE = 10
 """A budget is low when one part in so many of it is left."""
@@ -33,26 +38,51 @@ def is_long(duration: float | None) -> bool:
     return duration is not None and duration > LONG_WAIT
 
 
-def waiting(event: ShardWaiting) -> None:
-    """Tell that a shard will wait for long."""
+class Few:
+    """Which lines of one kind to show: a start of ten thousand shards fits a screen."""
+
+    __slots__ = ("_count", "_unshown", "_until_us")
+
+    def __init__(self) -> None:
+        self._until_us = NEVER
+        self._count = self._unshown = 0
+
+    def count(self, now_us: int) -> int | None:
+        """Count a line; return how many before it were not shown, or ``None``: nor is this one."""
+        if now_us >= self._until_us:
+            self._until_us, self._count = now_us + FEW_IN_US, 0
+        self._count += 1
+        if self._count > FEW and self._count & (self._count - 1):
+            self._unshown += 1
+            return None
+        unshown, self._unshown = self._unshown, 0
+        return unshown
+
+
+def waiting(event: ShardWaiting, unshown: int) -> None:
+    """Tell that a shard will wait for long, as will so many of which no line was shown."""
     assert event.eta is not None
     shards.info(
-        "shard %d waits in bucket %d: %d before it, its permit is due %s",
+        "shard %d waits in bucket %d: %d before it, its permit is due %s%s",
         event.shard_id,
         event.bucket,
         event.position,
         when(_now(), event.eta),
+        f"; {unshown} more wait long" if unshown else "",
     )
 
 
-def granted(event: ShardGranted) -> None:
-    """Tell that a shard which waited long has its permit."""
+def granted(event: ShardGranted, unshown: int) -> None:
+    """Tell that a shard which waited long has its permit, as have so many of which no line was shown."""
     left = "" if event.remaining is None else f"; {event.remaining} session starts are left"
-    shards.info("shard %d has its permit, after %s%s", event.shard_id, lasting(event.waited), left)
+    more = f"; {unshown} more got theirs" if unshown else ""
+    shards.info(
+        "shard %d has its permit, after %s%s%s", event.shard_id, lasting(event.waited), left, more
+    )
 
 
 def left(event: ShardLeft) -> None:
-    """Tell that a shard which was to wait long has no permit and waits no more."""
+    """Tell that a shard which waited long has no permit and waits no more."""
     shards.info(
         "shard %d waits no more, without a permit, after %s (%s)",
         event.shard_id,

@@ -389,7 +389,7 @@ class SharedQueue(GatewayQueue):
             ticket.answer = None
         return came_back
 
-    def _announcement(self, ticket: Ticket) -> Errand | None:
+    def _announcement(self, ticket: Ticket, left_us: int | None = None) -> Errand | None:
         """Return what makes the ticket known to the ledger, an observer or the log, before it sleeps."""
         assert isinstance(ticket, SharedTicket)
         if not ticket.known:
@@ -399,12 +399,13 @@ class SharedQueue(GatewayQueue):
             self._bell.notify()  # the futures' thread tells it
         elif self._chore() is not None and not self._asks_soon(self._lines.bucket(ticket)):
             return self._post
-        if ticket.announced or not (
-            self._observer is not None or (journal.follows_shards() and self._outage is None)
-        ):
+        if ticket.announced:
+            return None
+        logs = self._outage is None and self._is_for_the_log(left_us)
+        if self._observer is None and not logs:
             return None
         ticket.announced = True
-        return partial(self._announce, ticket, self._lines.bucket(ticket))
+        return partial(self._announce, ticket, self._lines.bucket(ticket), logs)
 
     def _asks_soon(self, number: int) -> bool:
         """Return whether the first of a line will ask at once or so, and tell all news with that."""
@@ -532,8 +533,8 @@ class SharedQueue(GatewayQueue):
         if self._outage is None:  # else it goes along when the ledger is asked again
             self._post(patient=True)  # which may be long after, if nobody waits here
 
-    def _announce(self, ticket: Ticket, number: int) -> None:
-        before, eta = 0, None
+    def _announce(self, ticket: Ticket, number: int, logs: bool) -> None:
+        before, eta, unshown = 0, None, None
         with contextlib.suppress(BrokerError):
             if self._observer is not None or self._latest_is_old():
                 self._latest = self._sighting()
@@ -544,7 +545,10 @@ class SharedQueue(GatewayQueue):
             waiting = max(len(latest.reply.waiting), len(self._threads) + len(self._futures))
             in_us = forecast.rough_eta_us(latest.outlook, seen, before, lines, waiting)
             eta = None if in_us is None else in_us / MICROSECOND
-        self._tell_waiting(ticket, ShardWaiting(ticket.shard_id, number, before, eta))
+        if logs and journal.is_long(eta):
+            with self._mutex:
+                unshown = self._begun_waits.count(self._now_us())
+        self._tell_waiting(ticket, ShardWaiting(ticket.shard_id, number, before, eta), unshown)
 
     def _latest_is_old(self) -> bool:
         """Return whether the log wants a new look: it is told of a thousand shards by a few."""

@@ -107,15 +107,54 @@ def test_a_wait_that_ends_sooner_than_foretold_is_told_at_its_end(account, clock
 def test_who_leaves_without_a_permit_is_told_of_too(account, clock, crew, log):
     queue = account.large(limit(1000, 0, 100.0), clock=clock)
     (call,) = in_line(queue, crew, clock, [1], timeout=40.0)
-    future = queue.enqueue(2)
-    clock.advance(10)
-    future.cancel()
-    clock.advance(30)
+    futures = [queue.enqueue(2), queue.enqueue(3)]
+    futures[0].cancel()  # after no time: that is not worth a line
+    clock.advance(35)
+    futures[1].cancel()
+    clock.advance(5)
     assert isinstance(call.exception(10), AcquireTimeout)
-    assert told(log)[2:] == [
-        "shard 2 waits no more, without a permit, after 10.0 s (cancelled)",
+    assert told(log)[3:] == [
+        "shard 3 waits no more, without a permit, after 35.0 s (cancelled)",
         "shard 1 waits no more, without a permit, after 40.0 s (timeout)",
     ]
+
+
+def test_who_does_not_stay_for_long_is_not_told_of(account, clock, crew, log):
+    queue = account.large(limit(1000, 0, 100.0), clock=clock)
+    (call,) = in_line(queue, crew, clock, [1], timeout=30.0)
+    clock.advance(30)
+    assert isinstance(call.exception(10), AcquireTimeout)
+    assert queue.try_acquire(2) is None
+    assert told(log) == []
+
+
+def test_those_who_are_let_go_by_close_are_not_told_of_each(account, clock, log):
+    queue = account.large(limit(1000, 0, 100.0), clock=clock)
+    queue.enqueue(1)
+    clock.settle(1)
+    clock.advance(40)
+    queue.close()
+    assert len(told(log)) == 1
+
+
+@memory
+def test_a_mass_start_is_told_in_a_screen_of_lines(account, clock, log):
+    """The first five of a minute, then each that doubles their number."""
+    queue = account.large(limit(5000, 0, 100.0, max_concurrency=2000), clock=clock)
+    futures = [queue.enqueue(shard_id) for shard_id in range(2000)]
+    assert len(told(log)) == 5 + len(["8", "16", "32", "64", "128", "256", "512", "1024"])
+    assert told(log)[-1] == (
+        "shard 1023 waits in bucket 1023: 0 before it, its permit is due in 1 min 40 s; "
+        "511 more wait long"
+    )
+    clock.settle(1)
+    clock.advance(100)
+    for future in futures:
+        future.result(10)
+    (*_, last) = told(log)[13:]
+    assert len(told(log)) == 2 * 13
+    assert last.startswith("shard 1023 has its permit, after 1 min 40 s; ")
+    assert last.endswith("left; 511 more got theirs")
 
 
 def test_futures_are_told_of_as_threads_are(account, clock, log):
@@ -269,8 +308,8 @@ def test_many_who_come_at_once_do_not_ask_the_ledger_for_the_log_each(
         queue.enqueue(shard_id)
     assert len(looks) == 1
     positions = [int(re.search(r"(\d+) before", line)[1]) for line in told(log)]
-    assert positions == list(range(5, 39))
-    assert told(log)[-1].endswith("its permit is due in 3 min 25 s")
+    assert positions == [5, 6, 7, 8, 9, 12, 20, 36]
+    assert told(log)[-1].endswith("its permit is due in 3 min 14 s; 15 more wait long")
     queue.close()
 
 

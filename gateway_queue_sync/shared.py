@@ -106,7 +106,7 @@ def account_name(name: str) -> str:
 class SharedTicket(Ticket):
     """A place in line that a ledger may know of, and what it last said to it."""
 
-    __slots__ = ("answer", "foretold", "known", "stays", "told", "until_us", "woken")
+    __slots__ = ("answer", "foretold", "known", "stays", "until_us", "woken")
 
     def __init__(
         self,
@@ -122,7 +122,6 @@ class SharedTicket(Ticket):
         self.foretold = False  # the answer came before it was the first, and holds when it is
         self.stays = True  # it does not just try
         self.known = False  # the ledger has heard of it, or may have
-        self.told = False  # an observer was told of its permit
 
     def hand_over(self) -> None:  # noqa: D102 - as any ticket
         super().hand_over()
@@ -520,13 +519,6 @@ class SharedQueue(GatewayQueue):
             with self._mutex:
                 self._bell.notify()  # one call for all who leave; close() has its own
         ticket.known = False
-
-    def _tell_granted(self, ticket: Ticket, grant: Grant, waited: float) -> None:
-        """Tell it once: a permit that got too late by that is asked for again, and is in time then."""
-        assert isinstance(ticket, SharedTicket)
-        if not ticket.told:
-            ticket.told = True
-            super()._tell_granted(ticket, grant, waited)
 
     def _book_report(self, permit: Permit, report: Report) -> None:
         super()._book_report(permit, report)

@@ -224,6 +224,10 @@ class Waiting(ABC):
         return self._observer is not None or ticket.followed or ticket.unshown is not None
 
     def _tell_granted(self, ticket: Ticket, grant: Grant, waited: float) -> None:
+        """Tell it once: a permit that got too late by that is asked for again, and is in time then."""
+        if ticket.told:
+            return
+        ticket.told = True
         event = ShardGranted(grant.shard_id, grant.bucket, waited, grant.remaining)
         if ticket.followed or ticket.unshown is not None:
             journal.granted(event, ticket.unshown or 0)

@@ -281,6 +281,27 @@ def test_what_a_slow_handler_takes_is_nobodys_gap(account, clock, crew, slow):
     assert queue.snapshot().limit.remaining == 998
 
 
+@memory
+def test_a_permit_is_told_of_once_even_if_the_buckets_are_laid_out_anew_meanwhile(
+    account, clock, crew, log
+):
+    heard = []
+
+    def observer(event):
+        heard.append(type(event))
+        if event.__class__ is ShardGranted and heard.count(ShardGranted) == 1:
+            queue.update(limit(1000, 900, 100.0, max_concurrency=2))
+
+    queue = account.large(limit(1000, 0, 100.0), clock=clock, observer=observer)
+    (call,) = in_line(queue, crew, clock, [0])
+    while not call.done():
+        crew.settle(clock)
+        if clock.next_in is not None:
+            clock.advance(clock.next_in)
+    assert heard.count(ShardGranted) == 1
+    assert len([line for line in told(log) if "has its permit" in line]) == 1
+
+
 @shared
 def test_the_position_counts_those_of_all_processes(account, clock, crew, log):
     one, other = (account.queue(limit(), clock=clock) for _ in range(2))

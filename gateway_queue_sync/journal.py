@@ -24,6 +24,9 @@ FEW_IN_US = 60 * MICROSECOND
 LOW_SHARE = 10
 """A budget is low when one part in so many of it is left."""
 
+MOVED = 60.0
+"""Seconds by which a reset has to move for a budget to be told of as used up again."""
+
 shards = logging.getLogger("gateway_queue_sync.shards")
 budget = logging.getLogger("gateway_queue_sync.budget")
 
@@ -91,20 +94,20 @@ def left(event: ShardLeft) -> None:
     )
 
 
-def is_low(left: Budget, reserve: int) -> bool:
-    """Return whether a budget runs low, but is not used up."""
-    return 0 < left.remaining - reserve <= (left.total - reserve) // LOW_SHARE
+def low_from(total: int, reserve: int) -> int:
+    """Return from how many left on a budget runs low; one too small for that only gets used up."""
+    share = (total - reserve) // LOW_SHARE
+    return reserve + share if share > 0 else -1
 
 
 def low(left: Budget, reserve: int) -> None:
     """Tell that a budget runs low."""
-    resets_in = left.resets_in_us / MICROSECOND
     budget.warning(
         "the session start limit runs low: %d of %d left, reserve %d; it resets %s",
         left.remaining,
         left.total,
         reserve,
-        when(_now(), resets_in) if resets_in else "a day after the next permit",
+        when(_now(), left.resets_in_us / MICROSECOND),
     )
 
 

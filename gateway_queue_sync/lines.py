@@ -56,6 +56,7 @@ class Ticket:
         "trusted_period",
         "unshown",
         "waiting",
+        "warning",
     )
 
     def __init__(
@@ -77,6 +78,7 @@ class Ticket:
         self.announced = False  # an observer, or the log if it is for long, knows that it waits
         self.followed = False  # the log has told that it waits
         self.unshown: int | None = None  # the log tells of its permit, and that so many had theirs
+        self.warning: Callable[[], object] | None = None  # of the budget, told with its permit
         self.told = False  # its permit was told of
         self.trusted_period: int | None = None  # whose limit it tried to read, in vain
 

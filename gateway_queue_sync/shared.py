@@ -226,7 +226,7 @@ class SharedQueue(GatewayQueue):
             self._ledger.close()
 
     def __repr__(self) -> str:
-        return self._describe(self._ledger.granted, self._left()[0])
+        return self._describe(self._ledger.granted, self._left())
 
     # --- asking -----------------------------------------------------------------------------------
 
@@ -419,10 +419,9 @@ class SharedQueue(GatewayQueue):
     def _eta(self, ticket: Ticket, before: int) -> float | None:
         return None  # the ledger would have to be asked; see _announce
 
-    def _left(self) -> tuple[Budget | None, int]:
+    def _left(self) -> Budget | None:
         limit = self._ledger.limit
-        left = Budget(limit.total, limit.remaining, to_us(limit.reset_after))
-        return left, self._ledger.period
+        return Budget(limit.total, limit.remaining, to_us(limit.reset_after))
 
     def _let_know(self) -> None:
         with self._mutex:

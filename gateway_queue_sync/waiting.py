@@ -111,8 +111,8 @@ class Waiting(ABC):
         self._bell = self._condition(self._mutex)  # wakes the futures' thread
         self._begun_waits, self._ended_waits = journal.Few(), journal.Few()  # what the log shows
         self._refresher: Ticket | None = None  # who reads the limit anew just now
-        self._told_low_of: int | None = None  # the period whose budget was said to run low
-        self._told_end_of: int | None = None  # the period whose end was told
+        self._told_low = False  # the budget was said to run low, and has not recovered since
+        self._told_end_us: int | None = None  # the same of its end: when it resets
 
     def _check_thread(self) -> None:
         """Refuse whoever would see a half-done state."""
@@ -221,7 +221,8 @@ class Waiting(ABC):
 
     def _is_told_of(self, ticket: Ticket) -> bool:
         """Return whether somebody is told of the ticket's permit."""
-        return self._observer is not None or ticket.followed or ticket.unshown is not None
+        shown = ticket.followed or ticket.unshown is not None or ticket.warning is not None
+        return shown or self._observer is not None
 
     def _tell_granted(self, ticket: Ticket, grant: Grant, waited: float) -> None:
         """Tell it once: a permit that got too late by that is asked for again, and is in time then."""
@@ -231,6 +232,8 @@ class Waiting(ABC):
         event = ShardGranted(grant.shard_id, grant.bucket, waited, grant.remaining)
         if ticket.followed or ticket.unshown is not None:
             journal.granted(event, ticket.unshown or 0)
+        if ticket.warning is not None:
+            ticket.warning()
         self._tell(event)
 
     # ----------------------------------------------------------------------------------------------
@@ -307,6 +310,8 @@ class Waiting(ABC):
         waited = (grant.stamp_us - ticket.arrived_us) / MICROSECOND
         if journal.is_long(waited) and journal.follows_shards():
             ticket.unshown = self._ended_waits.count(self._now_us())
+        if not ticket.told:
+            ticket.warning = self._low_budget()
         if not self._is_told_of(ticket):
             self._hand_on(ticket, grant)
 
@@ -319,13 +324,12 @@ class Waiting(ABC):
 
     def _errand_before_sleep(self, ticket: Ticket, denial: Denial | None) -> Errand | None:
         """Return what a denial makes the first of a line do outside the mutex, if anything."""
-        if denial is None:
+        if denial is None or denial.reason is Reason.WINDOW:
             return None
-        if denial.reason is Reason.WINDOW:
-            return self._low_budget()
         if denial.reason is Reason.BUDGET:
-            if self._told_end_of != denial.period:
-                self._told_end_of = denial.period
+            told_us, resets_at_us = self._told_end_us, self._now_us() + denial.resets_in_us
+            if told_us is None or abs(resets_at_us - told_us) > journal.MOVED * MICROSECOND:
+                self._told_end_us = resets_at_us
                 return partial(self._tell_end, denial)
             if self._raises:
                 raise SessionLimitExhausted(denial.remaining, denial.resets_in_us / MICROSECOND)
@@ -336,16 +340,25 @@ class Waiting(ABC):
         return partial(self._renew_limit, ticket, denial)
 
     def _low_budget(self) -> Errand | None:
-        """Return the telling, once in a period, that the budget runs low."""
-        left, period = self._left()
-        if left is None or self._told_low_of == period or not journal.is_low(left, self._reserve):
+        """Return the telling, once until it has well recovered, that the budget runs low.
+
+        A few permits that are given back are no recovery.
+        """
+        left = self._left()
+        if left is None:
             return None
-        self._told_low_of = period
-        return partial(journal.low, left, self._reserve)
+        low_from = journal.low_from(left.total, self._reserve)
+        if left.remaining > 2 * low_from - self._reserve:
+            self._told_low, self._told_end_us = False, None
+        elif left.remaining <= low_from and not self._told_low:
+            self._told_low = True
+            if left.remaining > self._reserve:
+                return partial(journal.low, left, self._reserve)
+        return None
 
     @abstractmethod
-    def _left(self) -> tuple[Budget | None, int]:
-        """Return the budget, as far as is known here, and the number of its period."""
+    def _left(self) -> Budget | None:
+        """Return the budget, as far as is known here."""
 
     def _announcement(self, ticket: Ticket, left_us: int | None = None) -> Errand | None:
         """Return the telling, once, that this ticket has to wait: an observer, and the log if long.
@@ -491,9 +504,6 @@ class Waiting(ABC):
                     self._return_grant(permit._grant)
                 else:
                     self._ledger.report(permit._grant, report)
-            errand = self._low_budget()
-        if errand is not None:
-            errand()
         if news:
             self._tell(PermitReported(permit.shard_id, permit.bucket, report))
         elif Report.UNUSED in (before, report) and before is not report:
@@ -507,8 +517,7 @@ class Waiting(ABC):
 
     def _tell_end(self, denial: Denial) -> None:
         event = BudgetExhausted(denial.remaining, denial.resets_in_us / MICROSECOND)
-        if not self._raises:
-            journal.used_up(event, self._reserve)
+        journal.used_up(event, self._reserve)
         self._tell(event)
 
     def _tell(self, event: Event) -> None:

@@ -13,6 +13,7 @@ from test_waiting import WINDOW, in_line, limit
 from gateway_queue_sync import (
     AcquireTimeout,
     LocalQueue,
+    SessionLimitExhausted,
     ShardGranted,
     ShardWaiting,
     forecast,
@@ -221,7 +222,7 @@ def test_who_joins_a_long_line_does_not_look_through_it_for_the_log(
 @memory
 def test_a_free_bucket_does_not_even_ask_whether_to_log(account, clock, log, monkeypatch):
     queue = account.large(limit(max_concurrency=3), clock=clock)
-    for name in ("follows_shards", "is_long", "is_low"):
+    for name in ("follows_shards", "is_long", "low"):
         monkeypatch.setattr(journal, name, None)
     queue.acquire(0)
     queue.try_acquire(1)
@@ -350,6 +351,55 @@ def test_a_budget_that_runs_low_is_warned_of_once_where_nobody_waits(account, cl
         "the session start limit runs low: 12 of 30 left, reserve 10; it resets in 10 min 0 s"
     ]
     assert levels(log) == {"WARNING"}
+
+
+@pytest.mark.parametrize("way", ["acquire", "try_acquire", "enqueue"])
+@pytest.mark.parametrize("observer", [None, id])
+def test_a_budget_that_runs_low_is_warned_of_where_buckets_are_free(
+    account, clock, log, way, observer
+):
+    queue = account.large(limit(100, 12, 600.0, max_concurrency=64), clock=clock, observer=observer)
+    for shard_id in range(12):
+        assert getattr(queue, way)(shard_id)
+    assert told(log, BUDGET) == [
+        "the session start limit runs low: 10 of 100 left, reserve 0; it resets in 10 min 0 s"
+    ]
+
+
+def test_a_budget_that_stays_low_is_warned_of_once_whatever_is_updated_or_given_back(
+    account, clock, log
+):
+    queue = account.large(limit(100, 10, 600.0, max_concurrency=64), clock=clock)
+    for shard_id in range(5):
+        queue.acquire(shard_id)
+        queue.acquire(8 + shard_id).unused()
+        queue.update(limit(100, 11, 600.0, max_concurrency=64))
+    assert len(told(log, BUDGET)) == 1
+    queue.update(limit(100, 100, 600.0, max_concurrency=64))
+    queue.acquire(20)
+    queue.update(limit(100, 10, 600.0, max_concurrency=64))
+    queue.acquire(21)
+    assert len(told(log, BUDGET)) == 2
+
+
+def test_a_budget_that_stays_used_up_is_warned_of_when_its_reset_moves(account, clock, log):
+    queue = account.large(limit(1000, 0, 600.0), clock=clock)
+    for reset_after in (600.0, 590.0, 550.0):
+        queue.update(limit(1000, 0, reset_after))
+        assert queue.try_acquire(0) is None
+    assert len(told(log, BUDGET)) == 1
+    queue.update(limit(1000, 0, 661.0))
+    assert queue.try_acquire(0) is None
+    assert len(told(log, BUDGET)) == 2
+
+
+def test_a_budget_that_is_used_up_is_warned_of_once_where_it_raises(account, clock, log):
+    queue = account.large(limit(1000, 0, 600.0), when_exhausted="raise", clock=clock)
+    for _ in range(3):
+        with pytest.raises(SessionLimitExhausted):
+            queue.acquire(0)
+    (line,) = told(log, BUDGET)
+    assert line.startswith("the session start limit is used up (0 left, reserve 0)")
 
 
 def test_a_budget_that_runs_low_is_warned_of_where_nobody_reports(account, clock, crew, log):

@@ -7,7 +7,7 @@ budget by ``gateway_queue_sync.budget`` (WARNING); neither shows anything unless
 from __future__ import annotations
 
 import logging
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from gateway_queue_sync.events import BudgetExhausted, ShardGranted, ShardLeft, ShardWaiting
 from gateway_queue_sync.rules import MICROSECOND, NEVER, Budget
@@ -113,14 +113,12 @@ def low(left: Budget, reserve: int) -> None:
 
 def used_up(event: BudgetExhausted, reserve: int) -> None:
     """Tell that a budget is used up, and until when."""
-    until = _now() + timedelta(seconds=event.resets_in)
     budget.warning(
-        "the session start limit is used up (%d left, reserve %d): no shard may identify until %s "
-        "(in %.0f s)",
+        "the session start limit is used up (%d left, reserve %d): no shard may identify until it "
+        "resets, %s",
         event.remaining,
         reserve,
-        until.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        event.resets_in,
+        when(_now(), event.resets_in),
     )
 
 

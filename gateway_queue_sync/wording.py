@@ -24,7 +24,13 @@ def lasting(duration: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def to_the_second(duration: float) -> str:
+    """Return a duration in seconds as ``24:00:05``."""
+    minutes, rest = divmod(round(duration), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -37,6 +37,8 @@ def test_an_instant_behind_all_calendars_is_said_by_how_long_it_takes():
         (59.97, "1 min 0 s"),
         (3599.6, "1 h 0 min"),
         (47.9 * 3600, "47 h 54 min"),
+        (48 * 3600, "2 d 0 h"),
+        (75.5 * 3600, "3 d 3 h"),
     ],
 )
 def test_a_duration_is_never_said_in_a_full_unit_too_small(duration, said):

@@ -2,8 +2,8 @@
 
 An observer is one callable that takes an event. It is called without any lock held, in the thread in
 which the thing happened, so it should be quick; it must not wait for a permit itself. One that raises
-is logged and survived. A permit that is granted while the buckets are laid out anew is given back and
-granted again, and told twice.
+is logged and survived. A permit that came too late, or while the buckets were laid out anew, is given
+back and asked for again; it is told of once, the first time.
 """
 
 from __future__ import annotations

@@ -73,6 +73,28 @@ def eta_us(outlook: Outlook, number: int, before: int, lines: Mapping[int, int])
     return None
 
 
+def rough_eta_us(
+    outlook: Outlook, number: int, before: int, lines: int, waiting: int
+) -> int | None:
+    """Return about when a place gets its permit, in one step for any number of those who wait.
+
+    There are so many ``lines``, in which so many are ``waiting``. Where the budget does not last for
+    them, the lines are taken to be equally long. ``None`` if no permit will ever come.
+    """
+    at_us = outlook.ready_in_us[number] + before * outlook.window_us
+    kept = outlook.budget
+    if kept is None or waiting <= kept.remaining - outlook.reserve:
+        return at_us
+    if kept.total <= outlook.reserve:
+        return None
+    after = before - max(0, kept.remaining - outlook.reserve) // lines
+    if after < 0:
+        return at_us
+    periods, after = divmod(after, -(-(kept.total - outlook.reserve) // lines))
+    resets_in_us = (kept.resets_in_us or outlook.period_us) + periods * outlook.period_us
+    return max(at_us, resets_in_us + after * outlook.window_us)
+
+
 class Waits(Protocol):
     """Somebody who waits: anything with a shard, an arrival and a place that can be compared."""
 

@@ -9,10 +9,10 @@ import threading
 from collections.abc import Iterable
 from typing import NoReturn
 
-from gateway_queue_sync import forecast, rules, waiting
-from gateway_queue_sync.errors import QueueClosed, reentered
+from gateway_queue_sync import forecast, journal, rules, waiting
+from gateway_queue_sync.errors import AcquireTimeout, QueueClosed, reentered
 from gateway_queue_sync.ledgers.memory import MemoryLedger
-from gateway_queue_sync.lines import Ticket
+from gateway_queue_sync.lines import Line, Ticket
 from gateway_queue_sync.models import Permit, QueueSnapshot, Report, SessionStartLimit
 from gateway_queue_sync.queue import GatewayQueue
 from gateway_queue_sync.rules import MICROSECOND, Budget, Denial, Grant
@@ -22,6 +22,7 @@ class InMemoryQueue(GatewayQueue):
     """What the queues of one process are."""
 
     _ledger: MemoryLedger
+    _low_from = -1  # how many left of the budget are few
 
     def snapshot(self) -> QueueSnapshot:
         """Return who waits where, until when, and what is left of the budget; works when closed, too.
@@ -38,7 +39,7 @@ class InMemoryQueue(GatewayQueue):
         return forecast.snapshot(outlook, tickets, now_us, granted)
 
     def __repr__(self) -> str:
-        return self._describe(self._ledger.state()[0].granted, self._left()[0])
+        return self._describe(self._ledger.state()[0].granted, self._left())
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -70,6 +71,9 @@ class InMemoryQueue(GatewayQueue):
                     return None
                 grant = self._ledger.take(shard_id, self._reserve, self._refresh is not None)
             if isinstance(grant, Grant):
+                left = grant.remaining
+                if left is not None and (left <= self._low_from) is not self._told_low:
+                    self._look_at_budget()
                 return self._permit(grant, 0.0) if self._is_in_time(grant) else grant
         except BaseException:
             if isinstance(grant, Grant):
@@ -118,24 +122,45 @@ class InMemoryQueue(GatewayQueue):
             budget=rules.budget(account, wall_us),
         )
 
-    def _eta(self, ticket: Ticket) -> float | None:
+    def _eta(self, ticket: Ticket, before: int) -> float | None:
         if self._refresher is not None:
             return None  # the limit that is being read decides
-        lengths = self._lines.lengths()
-        before = self._lines.before(ticket)
-        in_us = forecast.eta_us(self._outlook(lengths), self._lines.bucket(ticket), before, lengths)
+        number, lines = self._lines.bucket(ticket), len(self._lines.by_bucket)
+        waiting = len(self._threads) + len(self._futures)
+        in_us = forecast.rough_eta_us(self._outlook([number]), number, before, lines, waiting)
         return None if in_us is None else in_us / MICROSECOND
 
-    def _left(self) -> tuple[Budget | None, int]:
+    def _left(self) -> Budget | None:
         account, _, wall_us = self._ledger.state()
-        return rules.budget(account, wall_us), account.period
+        return rules.budget(account, wall_us)
 
     def _let_know(self) -> None:
+        total = self._ledger.state()[0].total
+        if total is not None:
+            self._low_from = journal.low_from(total, self._reserve)
         self._reline_if_changed()
         self._wake_all_firsts()
 
     # ----------------------------------------------------------------------------------------------
     # Without the mutex
+
+    def _look_at_budget(self) -> None:
+        with self._mutex:
+            warning = self._low_budget()
+        if warning is not None:
+            warning()
+
+    def _explain(self, error: AcquireTimeout, ticket: Ticket) -> None:
+        with self._mutex:  # only copying in here, as for a snapshot
+            if self._refresher is not None:
+                return  # the limit that is being read decides
+            number, lengths = self._lines.bucket(ticket), self._lines.lengths()
+            outlook = self._outlook({number, *lengths})
+            line = self._lines.by_bucket.get(number, Line()).copy()
+        before = line.before(ticket)
+        lengths[number] = max(lengths.get(number, 0), before + 1)
+        in_us = forecast.eta_us(outlook, number, before, lengths)
+        error.eta = None if in_us is None else in_us / MICROSECOND
 
     def _start_with(self, limit: SessionStartLimit) -> None:
         """Adopt the limit that a policy was made with, before anybody can wait."""

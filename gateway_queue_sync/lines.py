@@ -52,8 +52,11 @@ class Ticket:
         "left",
         "place",
         "shard_id",
+        "told",
         "trusted_period",
+        "unshown",
         "waiting",
+        "warning",
     )
 
     def __init__(
@@ -73,7 +76,10 @@ class Ticket:
         self.grant: Grant | None = None  # granted, but not handed over yet
         self.finished = False  # somebody completes its future
         self.announced = False  # an observer, or the log if it is for long, knows that it waits
-        self.followed = False  # the log tells how its wait ends
+        self.followed = False  # the log has told that it waits
+        self.unshown: int | None = None  # the log tells of its permit, and that so many had theirs
+        self.warning: Callable[[], object] | None = None  # of the budget, told with its permit
+        self.told = False  # its permit was told of
         self.trusted_period: int | None = None  # whose limit it tried to read, in vain
 
     @property
@@ -154,13 +160,31 @@ class Line:
         """Return those who wait, in no order: not the first if its permit is just handed over."""
         return [ticket for ticket in self if ticket.grant is None]
 
+    def copy(self) -> Line:
+        """Return a line of the same tickets, to look at without holding up this one."""
+        line = Line()
+        line._heap, line._gone, line._last = self._heap.copy(), self._gone, self._last
+        return line
+
     def before(self, ticket: Ticket) -> int:
-        """Return how many wait in front of this place, which stands in line."""
+        """Return how many wait in front of this place, of one who stands or stood here."""
         if ticket.place == self._last:
-            return len(self) - 1
+            return len(self) - ticket.waiting
         place = ticket.place
         before = sum(1 for other, who in self._heap if other < place and who.waiting)
         return before - (self._is_first_served() and before > 0)
+
+    def has_before(self, ticket: Ticket, count: int) -> bool:
+        """Return whether so many wait in front of this place; looks at few more than that."""
+        if ticket.place == self._last:
+            return self.before(ticket) >= count
+        left = [0]
+        while left and count > 0:  # down the heap, as far as places are before this one
+            at = left.pop()
+            if at < len(self._heap) and self._heap[at][0] < ticket.place:
+                count -= self._heap[at][1].waiting
+                left += (2 * at + 1, 2 * at + 2)
+        return count <= 0
 
     def __len__(self) -> int:
         """Return how many wait."""

@@ -14,7 +14,8 @@ import random
 import re
 import threading
 import weakref
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypedDict
@@ -105,7 +106,7 @@ def account_name(name: str) -> str:
 class SharedTicket(Ticket):
     """A place in line that a ledger may know of, and what it last said to it."""
 
-    __slots__ = ("answer", "foretold", "known", "served", "stays", "told", "until_us", "woken")
+    __slots__ = ("answer", "foretold", "known", "served", "stays", "until_us", "woken")
 
     def __init__(
         self,
@@ -121,7 +122,6 @@ class SharedTicket(Ticket):
         self.foretold = False  # the answer came before it was the first, and holds when it is
         self.stays = True  # it does not just try
         self.known = False  # the ledger has heard of it, or may have
-        self.told = False  # an observer was told of its permit
         self.served = False  # its permit is somebody's
 
     def hand_over(self) -> None:  # noqa: D102 - as any ticket
@@ -146,10 +146,12 @@ class _Outage:
 
 @dataclass(frozen=True, slots=True)
 class _Sighting:
-    """What a ledger showed, and when that was by the clock here."""
+    """What a ledger showed, when that was by the clock here, and who stands where, in order."""
 
     reply: Reply
     at_us: int
+    places: Mapping[int, list[tuple[int, int]]]
+    outlook: forecast.Outlook
 
 
 class SharedQueue(GatewayQueue):
@@ -230,7 +232,7 @@ class SharedQueue(GatewayQueue):
             self._ledger.close()
 
     def __repr__(self) -> str:
-        return self._describe(self._ledger.granted, self._left()[0])
+        return self._describe(self._ledger.granted, self._left())
 
     # --- asking -----------------------------------------------------------------------------------
 
@@ -283,29 +285,29 @@ class SharedQueue(GatewayQueue):
     def _explain(self, error: AcquireTimeout, ticket: Ticket) -> None:
         if self._refresher is None and self._outage is None:  # else nobody knows
             with contextlib.suppress(BrokerError):
-                error.eta = self._position(ticket, self._sighting())[1]
+                sighting = self._sighting()
+                number, before = self._position(ticket, sighting)
+                lengths = {other: len(places) for other, places in sighting.places.items()}
+                lengths[number] = before + 1
+                eta_us = forecast.eta_us(sighting.outlook, number, before, lengths)
+                error.eta = None if eta_us is None else eta_us / MICROSECOND
 
-    def _position(self, ticket: Ticket, sighting: _Sighting) -> tuple[int, float | None]:
-        """Return how many wait before a place, in all processes, and in how many seconds it is due."""
+    def _position(self, ticket: Ticket, sighting: _Sighting) -> tuple[int, int]:
+        """Return a ticket's bucket, and how many wait there before it in all processes."""
         reply = sighting.reply
         place_us, number = ticket.place
         place = (place_us + reply.now_us - sighting.at_us, number)
         number = ticket.shard_id % reply.max_concurrency
-        lengths: dict[int, int] = {number: 1}
-        before = 0
-        for waiter in reply.waiting:
-            other = waiter.shard_id % reply.max_concurrency
-            if other != number or waiter.place < place:
-                lengths[other] = lengths.get(other, 0) + 1
-                before += other == number
+        before = bisect_left(sighting.places.get(number, ()), place)
         with self._mutex:
-            before = max(before, self._lines.before(ticket))  # who came here since
-        lengths[number] = max(lengths[number], before + 1)
-        eta_us = forecast.eta_us(_outlook(self._own(reply)), number, before, lengths)
-        return before, None if eta_us is None else eta_us / MICROSECOND
+            return number, max(before, self._lines.before(ticket))  # who came here since
 
     def _sighting(self) -> _Sighting:
-        return _Sighting(self._look(patient=False), self._now_us())
+        reply, at_us = self._look(patient=False), self._now_us()
+        places: dict[int, list[tuple[int, int]]] = {}
+        for waiter in sorted(reply.waiting, key=lambda waiter: waiter.place):
+            places.setdefault(waiter.shard_id % reply.max_concurrency, []).append(waiter.place)
+        return _Sighting(reply, at_us, places, _outlook(self._own(reply)))
 
     def _look(self, *, patient: bool) -> Reply:
         reply = self._ledger.look(patient=patient)
@@ -398,7 +400,7 @@ class SharedQueue(GatewayQueue):
             ticket.answer = None
         return came_back
 
-    def _announcement(self, ticket: Ticket) -> Errand | None:
+    def _announcement(self, ticket: Ticket, left_us: int | None = None) -> Errand | None:
         """Return what makes the ticket known to the ledger, an observer or the log, before it sleeps."""
         assert isinstance(ticket, SharedTicket)
         if not ticket.known:
@@ -408,12 +410,13 @@ class SharedQueue(GatewayQueue):
             self._bell.notify()  # the futures' thread tells it
         elif self._chore() is not None and not self._asks_soon(self._lines.bucket(ticket)):
             return self._post
-        if ticket.announced or not (
-            self._observer is not None or (journal.follows_shards() and self._outage is None)
-        ):
+        if ticket.announced:
+            return None
+        logs = self._outage is None and self._is_for_the_log(left_us)
+        if self._observer is None and not logs:
             return None
         ticket.announced = True
-        return partial(self._announce, ticket, self._lines.bucket(ticket))
+        return partial(self._announce, ticket, self._lines.bucket(ticket), logs)
 
     def _asks_soon(self, number: int) -> bool:
         """Return whether the first of a line will ask at once or so, and tell all news with that."""
@@ -425,13 +428,12 @@ class SharedQueue(GatewayQueue):
     def _chore(self) -> Errand | None:
         return self._post if self._ledger.has_news and self._outage is None else None
 
-    def _eta(self, ticket: Ticket) -> float | None:
-        return None  # the ledger would have to be asked; see _explain
+    def _eta(self, ticket: Ticket, before: int) -> float | None:
+        return None  # the ledger would have to be asked; see _announce
 
-    def _left(self) -> tuple[Budget | None, int]:
+    def _left(self) -> Budget | None:
         limit = self._ledger.limit
-        left = Budget(limit.total, limit.remaining, to_us(limit.reset_after))
-        return left, self._ledger.period
+        return Budget(limit.total, limit.remaining, to_us(limit.reset_after))
 
     def _let_know(self) -> None:
         with self._mutex:
@@ -529,26 +531,27 @@ class SharedQueue(GatewayQueue):
                 self._bell.notify()  # one call for all who leave; close() has its own
         ticket.known = False
 
-    def _tell_granted(self, ticket: Ticket, grant: Grant, waited: float) -> None:
-        """Tell it once: a permit that got too late by that is asked for again, and is in time then."""
-        assert isinstance(ticket, SharedTicket)
-        if not ticket.told:
-            ticket.told = True
-            super()._tell_granted(ticket, grant, waited)
-
     def _book_report(self, permit: Permit, report: Report) -> None:
         super()._book_report(permit, report)
         if self._outage is None:  # else it goes along when the ledger is asked again
             self._post(patient=True)  # which may be long after, if nobody waits here
 
-    def _announce(self, ticket: Ticket, number: int) -> None:
-        before, eta = 0, None
+    def _announce(self, ticket: Ticket, number: int, logs: bool) -> None:
+        before, eta, unshown = 0, None, None
         with contextlib.suppress(BrokerError):
             if self._observer is not None or self._latest_is_old():
                 self._latest = self._sighting()
             assert self._latest is not None
-            before, eta = self._position(ticket, self._latest)
-        self._tell_waiting(ticket, ShardWaiting(ticket.shard_id, number, before, eta))
+            latest = self._latest
+            seen, before = self._position(ticket, latest)
+            lines = len({seen, *latest.places})
+            waiting = max(len(latest.reply.waiting), len(self._threads) + len(self._futures))
+            in_us = forecast.rough_eta_us(latest.outlook, seen, before, lines, waiting)
+            eta = None if in_us is None else in_us / MICROSECOND
+        if logs and journal.is_long(eta):
+            with self._mutex:
+                unshown = self._begun_waits.count(self._now_us())
+        self._tell_waiting(ticket, ShardWaiting(ticket.shard_id, number, before, eta), unshown)
 
     def _latest_is_old(self) -> bool:
         """Return whether the log wants a new look: it is told of a thousand shards by a few."""

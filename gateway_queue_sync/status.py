@@ -97,7 +97,7 @@ def _describe_bucket(bucket: BucketSnapshot, now: datetime) -> Iterator[str]:
     ready = f"ready in {lasting(bucket.ready_in)}" if bucket.ready_in else "ready"
     yield f"bucket {bucket.bucket}: {ready}"
     for shard in bucket.shards[:FIRST_SHOWN]:
-        since = now - timedelta(seconds=shard.waited)
+        since = (now - timedelta(seconds=shard.waited)).astimezone()
         due = "never: the budget is all reserve" if shard.eta is None else when(now, shard.eta)
         yield (
             f"  shard {shard.shard_id:<6} waits {lasting(shard.waited):>9}, "

@@ -109,9 +109,10 @@ class Waiting(ABC):
         self._futures: set[Ticket] = set()  # the futures that stand in lines
         self._agenda = Agenda()  # when the futures' thread looks at which bucket
         self._bell = self._condition(self._mutex)  # wakes the futures' thread
+        self._begun_waits, self._ended_waits = journal.Few(), journal.Few()  # what the log shows
         self._refresher: Ticket | None = None  # who reads the limit anew just now
-        self._told_low_of: int | None = None  # the period whose budget was said to run low
-        self._told_end_of: int | None = None  # the period whose end was told
+        self._told_low = False  # the budget was said to run low, and has not recovered since
+        self._told_end_us: int | None = None  # the same of its end: when it resets
 
     def _check_thread(self) -> None:
         """Refuse whoever would see a half-done state."""
@@ -186,12 +187,13 @@ class Waiting(ABC):
                     if errand is not None:
                         return errand
                     sleep_us = longest_sleep_us(answer)
+                    left_us = None
                     if timeout is not None:
                         left_us = self._left_us(ticket, timeout)
                         if left_us <= 0:
                             raise self._timed_out(ticket, timeout)
                         sleep_us = left_us if sleep_us is None else min(sleep_us, left_us)
-                    announcement = self._announcement(ticket)
+                    announcement = self._announcement(ticket, left_us)
                     if announcement is not None:
                         return announcement
                     if ticket.condition is None:
@@ -219,12 +221,19 @@ class Waiting(ABC):
 
     def _is_told_of(self, ticket: Ticket) -> bool:
         """Return whether somebody is told of the ticket's permit."""
-        return self._observer is not None or ticket.followed
+        shown = ticket.followed or ticket.unshown is not None or ticket.warning is not None
+        return shown or self._observer is not None
 
     def _tell_granted(self, ticket: Ticket, grant: Grant, waited: float) -> None:
+        """Tell it once: a permit that got too late by that is asked for again, and is in time then."""
+        if ticket.told:
+            return
+        ticket.told = True
         event = ShardGranted(grant.shard_id, grant.bucket, waited, grant.remaining)
-        if ticket.followed:
-            journal.granted(event)
+        if ticket.followed or ticket.unshown is not None:
+            journal.granted(event, ticket.unshown or 0)
+        if ticket.warning is not None:
+            ticket.warning()
         self._tell(event)
 
     # ----------------------------------------------------------------------------------------------
@@ -300,7 +309,9 @@ class Waiting(ABC):
         ticket.grant = grant
         waited = (grant.stamp_us - ticket.arrived_us) / MICROSECOND
         if journal.is_long(waited) and journal.follows_shards():
-            ticket.followed = True  # even if nobody foresaw that it would wait for so long
+            ticket.unshown = self._ended_waits.count(self._now_us())
+        if not ticket.told:
+            ticket.warning = self._low_budget()
         if not self._is_told_of(ticket):
             self._hand_on(ticket, grant)
 
@@ -313,13 +324,12 @@ class Waiting(ABC):
 
     def _errand_before_sleep(self, ticket: Ticket, denial: Denial | None) -> Errand | None:
         """Return what a denial makes the first of a line do outside the mutex, if anything."""
-        if denial is None:
+        if denial is None or denial.reason is Reason.WINDOW:
             return None
-        if denial.reason is Reason.WINDOW:
-            return self._low_budget()
         if denial.reason is Reason.BUDGET:
-            if self._told_end_of != denial.period:
-                self._told_end_of = denial.period
+            told_us, resets_at_us = self._told_end_us, self._now_us() + denial.resets_in_us
+            if told_us is None or abs(resets_at_us - told_us) > journal.MOVED * MICROSECOND:
+                self._told_end_us = resets_at_us
                 return partial(self._tell_end, denial)
             if self._raises:
                 raise SessionLimitExhausted(denial.remaining, denial.resets_in_us / MICROSECOND)
@@ -330,25 +340,58 @@ class Waiting(ABC):
         return partial(self._renew_limit, ticket, denial)
 
     def _low_budget(self) -> Errand | None:
-        """Return the telling, once in a period, that the budget runs low."""
-        left, period = self._left()
-        if left is None or self._told_low_of == period or not journal.is_low(left, self._reserve):
+        """Return the telling, once until it has well recovered, that the budget runs low.
+
+        A few permits that are given back are no recovery.
+        """
+        left = self._left()
+        if left is None:
             return None
-        self._told_low_of = period
-        return partial(journal.low, left, self._reserve)
+        low_from = journal.low_from(left.total, self._reserve)
+        if left.remaining > 2 * low_from - self._reserve:
+            self._told_low, self._told_end_us = False, None
+        elif left.remaining <= low_from and not self._told_low:
+            self._told_low = True
+            if left.remaining > self._reserve:
+                return partial(journal.low, left, self._reserve)
+        return None
 
     @abstractmethod
-    def _left(self) -> tuple[Budget | None, int]:
-        """Return the budget, as far as is known here, and the number of its period."""
+    def _left(self) -> Budget | None:
+        """Return the budget, as far as is known here."""
 
-    def _announcement(self, ticket: Ticket) -> Errand | None:
-        """Return the telling, once, that this ticket has to wait: an observer, and the log if long."""
-        if ticket.announced or not (self._observer is not None or journal.follows_shards()):
+    def _announcement(self, ticket: Ticket, left_us: int | None = None) -> Errand | None:
+        """Return the telling, once, that this ticket has to wait: an observer, and the log if long.
+
+        Of a ticket that waits no longer than ``left_us`` if that is not long, the log tells nothing.
+        """
+        if ticket.announced:
+            return None
+        logs = self._is_for_the_log(left_us)
+        if self._observer is None and not logs:
             return None
         ticket.announced = True
-        number, before = self._lines.bucket(ticket), self._lines.before(ticket)
-        event = ShardWaiting(ticket.shard_id, number, before, self._eta(ticket))
-        return partial(self._tell_waiting, ticket, event)
+        unshown = (
+            self._begun_waits.count(self._now_us()) if logs and self._waits_long(ticket) else None
+        )
+        if self._observer is None and unshown is None:
+            return None
+        before = self._lines.before(ticket)
+        number, eta = self._lines.bucket(ticket), self._eta(ticket, before)
+        event = ShardWaiting(ticket.shard_id, number, before, eta)
+        return partial(self._tell_waiting, ticket, event, unshown)
+
+    def _is_for_the_log(self, left_us: int | None) -> bool:
+        """Return whether the log may be told of one who waits for so long at most."""
+        patient = left_us is None or journal.is_long(left_us / MICROSECOND)
+        return patient and journal.follows_shards()
+
+    def _waits_long(self, ticket: Ticket) -> bool:
+        """Return whether a place in line will wait for long, without looking through the line."""
+        enough = int(journal.LONG_WAIT * MICROSECOND) // self._ledger.window_us + 1
+        line = self._lines.by_bucket[self._lines.bucket(ticket)]
+        before = enough if line.has_before(ticket, enough) else line.before(ticket)
+        return journal.is_long(self._eta(ticket, before))
 
     def _reline_if_changed(self) -> None:
         """Give everybody, in their order, the line of the bucket that is theirs now."""
@@ -361,12 +404,12 @@ class Waiting(ABC):
         """Refund a permit and wake whom that helps."""
 
     @abstractmethod
-    def _eta(self, ticket: Ticket) -> float | None:
-        """Return in how many seconds the ticket, which stands in its line, should get its permit."""
+    def _eta(self, ticket: Ticket, before: int) -> float | None:
+        """Return in about how many seconds a place in line should get its permit, at a glance."""
 
     def _timed_out(self, ticket: Ticket, timeout: float) -> Exception:
         """Return what to raise for a ticket whose timeout has passed."""
-        return AcquireTimeout(ticket.shard_id, timeout, self._eta(ticket))
+        return AcquireTimeout(ticket.shard_id, timeout)
 
     def _left_us(self, ticket: Ticket, timeout: float) -> int:
         """Return how much of its timeout a ticket has left; negative once that has passed."""
@@ -402,7 +445,7 @@ class Waiting(ABC):
         if told:
             waited_us = max(0, self._now_us() - ticket.arrived_us)
             event = ShardLeft(ticket.shard_id, waited_us / MICROSECOND, reason)
-            if ticket.followed:
+            if ticket.followed and journal.is_long(event.waited) and reason != "closed":
                 journal.left(event)
             self._tell(event)
 
@@ -461,24 +504,20 @@ class Waiting(ABC):
                     self._return_grant(permit._grant)
                 else:
                     self._ledger.report(permit._grant, report)
-            errand = self._low_budget()
-        if errand is not None:
-            errand()
         if news:
             self._tell(PermitReported(permit.shard_id, permit.bucket, report))
         elif Report.UNUSED in (before, report) and before is not report:
             log.warning("%r was reported %s: that changes nothing now", permit, report.value)
 
-    def _tell_waiting(self, ticket: Ticket, event: ShardWaiting) -> None:
-        if journal.is_long(event.eta) and journal.follows_shards():
+    def _tell_waiting(self, ticket: Ticket, event: ShardWaiting, unshown: int | None) -> None:
+        if unshown is not None:
             ticket.followed = True
-            journal.waiting(event)
+            journal.waiting(event, unshown)
         self._tell(event)
 
     def _tell_end(self, denial: Denial) -> None:
         event = BudgetExhausted(denial.remaining, denial.resets_in_us / MICROSECOND)
-        if not self._raises:
-            journal.used_up(event, self._reserve)
+        journal.used_up(event, self._reserve)
         self._tell(event)
 
     def _tell(self, event: Event) -> None:

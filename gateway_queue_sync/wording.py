@@ -9,8 +9,8 @@ from datetime import datetime, timedelta
 def when(now: datetime, in_seconds: float) -> str:
     """Return an instant as a person says it: in how long, and at what time."""
     try:
-        at = now + timedelta(seconds=in_seconds)
-    except OverflowError:
+        at = (now + timedelta(seconds=in_seconds)).astimezone()  # its offset may be another then
+    except (OverflowError, ValueError):
         return f"in {lasting(in_seconds)}"
     day = "" if at.date() == now.date() else "%Y-%m-%d "
     return f"in {lasting(in_seconds)} ({at.strftime(day + '%H:%M:%S')})"
@@ -18,13 +18,19 @@ def when(now: datetime, in_seconds: float) -> str:
 
 def lasting(duration: float) -> str:
     """Return a duration in seconds as a person says it."""
-    if duration < 60:
+    if round(duration, 1) < 60:
         return f"{duration:.1f} s"
     minutes, rest = divmod(round(duration), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def to_the_second(duration: float) -> str:
+    """Return a duration in seconds as ``24:00:05``."""
+    minutes, rest = divmod(round(duration), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -94,8 +94,7 @@ def test_one_warning_says_until_when(account, clock, crew, caplog, freezer):
     queue.try_acquire(3)
     (record,) = warnings_in(caplog)
     assert "(0 left, reserve 0)" in record.getMessage()
-    assert "2026-11-24 00:03:00" in record.getMessage()
-    assert "(in 300 s)" in record.getMessage()
+    assert record.getMessage().endswith("it resets, in 5 min 0 s (2026-11-24 00:03:00)")
     queue.close()
 
 
@@ -477,7 +476,7 @@ def test_observers_hear_of_the_end_once_where_it_raises_too(account, clock, capl
         with pytest.raises(SessionLimitExhausted):
             queue.acquire(0)
     assert heard == [BudgetExhausted(0, 100.0)]
-    assert not warnings_in(caplog)
+    assert len(warnings_in(caplog)) == 1
 
 
 class Gate:

@@ -10,7 +10,16 @@ import sys
 import pytest
 from test_waiting import WINDOW, in_line, limit
 
-from gateway_queue_sync import AcquireTimeout, LocalQueue, ShardGranted, ShardWaiting, journal
+from gateway_queue_sync import (
+    AcquireTimeout,
+    LocalQueue,
+    SessionLimitExhausted,
+    ShardGranted,
+    ShardWaiting,
+    forecast,
+    journal,
+)
+from gateway_queue_sync.lines import Line, Lines
 
 SHARDS, BUDGET = "gateway_queue_sync.shards", "gateway_queue_sync.budget"
 memory = pytest.mark.accounts("memory")
@@ -99,15 +108,54 @@ def test_a_wait_that_ends_sooner_than_foretold_is_told_at_its_end(account, clock
 def test_who_leaves_without_a_permit_is_told_of_too(account, clock, crew, log):
     queue = account.large(limit(1000, 0, 100.0), clock=clock)
     (call,) = in_line(queue, crew, clock, [1], timeout=40.0)
-    future = queue.enqueue(2)
-    clock.advance(10)
-    future.cancel()
-    clock.advance(30)
+    futures = [queue.enqueue(2), queue.enqueue(3)]
+    futures[0].cancel()  # after no time: that is not worth a line
+    clock.advance(35)
+    futures[1].cancel()
+    clock.advance(5)
     assert isinstance(call.exception(10), AcquireTimeout)
-    assert told(log)[2:] == [
-        "shard 2 waits no more, without a permit, after 10.0 s (cancelled)",
+    assert told(log)[3:] == [
+        "shard 3 waits no more, without a permit, after 35.0 s (cancelled)",
         "shard 1 waits no more, without a permit, after 40.0 s (timeout)",
     ]
+
+
+def test_who_does_not_stay_for_long_is_not_told_of(account, clock, crew, log):
+    queue = account.large(limit(1000, 0, 100.0), clock=clock)
+    (call,) = in_line(queue, crew, clock, [1], timeout=30.0)
+    clock.advance(30)
+    assert isinstance(call.exception(10), AcquireTimeout)
+    assert queue.try_acquire(2) is None
+    assert told(log) == []
+
+
+def test_those_who_are_let_go_by_close_are_not_told_of_each(account, clock, log):
+    queue = account.large(limit(1000, 0, 100.0), clock=clock)
+    queue.enqueue(1)
+    clock.settle(1)
+    clock.advance(40)
+    queue.close()
+    assert len(told(log)) == 1
+
+
+@memory
+def test_a_mass_start_is_told_in_a_screen_of_lines(account, clock, log):
+    """The first five of a minute, then each that doubles their number."""
+    queue = account.large(limit(5000, 0, 100.0, max_concurrency=2000), clock=clock)
+    futures = [queue.enqueue(shard_id) for shard_id in range(2000)]
+    assert len(told(log)) == 5 + len(["8", "16", "32", "64", "128", "256", "512", "1024"])
+    assert told(log)[-1] == (
+        "shard 1023 waits in bucket 1023: 0 before it, its permit is due in 1 min 40 s; "
+        "511 more wait long"
+    )
+    clock.settle(1)
+    clock.advance(100)
+    for future in futures:
+        future.result(10)
+    (*_, last) = told(log)[13:]
+    assert len(told(log)) == 2 * 13
+    assert last.startswith("shard 1023 has its permit, after 1 min 40 s; ")
+    assert last.endswith("left; 511 more got theirs")
 
 
 def test_futures_are_told_of_as_threads_are(account, clock, log):
@@ -153,9 +201,28 @@ def test_whoever_does_not_listen_pays_nothing(account, clock, crew, caplog, monk
 
 
 @memory
+@pytest.mark.parametrize("priority", [0.0, 60.0])
+def test_who_joins_a_long_line_does_not_look_through_it_for_the_log(
+    account, clock, log, monkeypatch, priority
+):
+    queue = account.large(limit(1000, 500, 100.0), clock=clock)
+    queue.acquire(0)
+    for shard_id in range(100):
+        queue.enqueue(shard_id)
+    for lines in (Line, Lines):
+        monkeypatch.setattr(lines, "__iter__", None)
+    for whole in ("starts", "eta_us"):
+        monkeypatch.setattr(forecast, whole, None)
+    monkeypatch.setattr(Lines, "lengths", None)
+    queue.enqueue(100, priority=priority)
+    monkeypatch.undo()
+    queue.close()
+
+
+@memory
 def test_a_free_bucket_does_not_even_ask_whether_to_log(account, clock, log, monkeypatch):
     queue = account.large(limit(max_concurrency=3), clock=clock)
-    for name in ("follows_shards", "is_long", "is_low"):
+    for name in ("follows_shards", "is_long", "low"):
         monkeypatch.setattr(journal, name, None)
     queue.acquire(0)
     queue.try_acquire(1)
@@ -215,6 +282,27 @@ def test_what_a_slow_handler_takes_is_nobodys_gap(account, clock, crew, slow):
     assert queue.snapshot().limit.remaining == 998
 
 
+@memory
+def test_a_permit_is_told_of_once_even_if_the_buckets_are_laid_out_anew_meanwhile(
+    account, clock, crew, log
+):
+    heard = []
+
+    def observer(event):
+        heard.append(type(event))
+        if event.__class__ is ShardGranted and heard.count(ShardGranted) == 1:
+            queue.update(limit(1000, 900, 100.0, max_concurrency=2))
+
+    queue = account.large(limit(1000, 0, 100.0), clock=clock, observer=observer)
+    (call,) = in_line(queue, crew, clock, [0])
+    while not call.done():
+        crew.settle(clock)
+        if clock.next_in is not None:
+            clock.advance(clock.next_in)
+    assert heard.count(ShardGranted) == 1
+    assert len([line for line in told(log) if "has its permit" in line]) == 1
+
+
 @shared
 def test_the_position_counts_those_of_all_processes(account, clock, crew, log):
     one, other = (account.queue(limit(), clock=clock) for _ in range(2))
@@ -242,8 +330,8 @@ def test_many_who_come_at_once_do_not_ask_the_ledger_for_the_log_each(
         queue.enqueue(shard_id)
     assert len(looks) == 1
     positions = [int(re.search(r"(\d+) before", line)[1]) for line in told(log)]
-    assert positions == list(range(5, 39))
-    assert told(log)[-1].endswith("its permit is due in 3 min 25 s")
+    assert positions == [5, 6, 7, 8, 9, 12, 20, 36]
+    assert told(log)[-1].endswith("its permit is due in 3 min 14 s; 15 more wait long")
     queue.close()
 
 
@@ -263,6 +351,55 @@ def test_a_budget_that_runs_low_is_warned_of_once_where_nobody_waits(account, cl
         "the session start limit runs low: 12 of 30 left, reserve 10; it resets in 10 min 0 s"
     ]
     assert levels(log) == {"WARNING"}
+
+
+@pytest.mark.parametrize("way", ["acquire", "try_acquire", "enqueue"])
+@pytest.mark.parametrize("observer", [None, id])
+def test_a_budget_that_runs_low_is_warned_of_where_buckets_are_free(
+    account, clock, log, way, observer
+):
+    queue = account.large(limit(100, 12, 600.0, max_concurrency=64), clock=clock, observer=observer)
+    for shard_id in range(12):
+        assert getattr(queue, way)(shard_id)
+    assert told(log, BUDGET) == [
+        "the session start limit runs low: 10 of 100 left, reserve 0; it resets in 10 min 0 s"
+    ]
+
+
+def test_a_budget_that_stays_low_is_warned_of_once_whatever_is_updated_or_given_back(
+    account, clock, log
+):
+    queue = account.large(limit(100, 10, 600.0, max_concurrency=64), clock=clock)
+    for shard_id in range(5):
+        queue.acquire(shard_id)
+        queue.acquire(8 + shard_id).unused()
+        queue.update(limit(100, 11, 600.0, max_concurrency=64))
+    assert len(told(log, BUDGET)) == 1
+    queue.update(limit(100, 100, 600.0, max_concurrency=64))
+    queue.acquire(20)
+    queue.update(limit(100, 10, 600.0, max_concurrency=64))
+    queue.acquire(21)
+    assert len(told(log, BUDGET)) == 2
+
+
+def test_a_budget_that_stays_used_up_is_warned_of_when_its_reset_moves(account, clock, log):
+    queue = account.large(limit(1000, 0, 600.0), clock=clock)
+    for reset_after in (600.0, 590.0, 550.0):
+        queue.update(limit(1000, 0, reset_after))
+        assert queue.try_acquire(0) is None
+    assert len(told(log, BUDGET)) == 1
+    queue.update(limit(1000, 0, 661.0))
+    assert queue.try_acquire(0) is None
+    assert len(told(log, BUDGET)) == 2
+
+
+def test_a_budget_that_is_used_up_is_warned_of_once_where_it_raises(account, clock, log):
+    queue = account.large(limit(1000, 0, 600.0), when_exhausted="raise", clock=clock)
+    for _ in range(3):
+        with pytest.raises(SessionLimitExhausted):
+            queue.acquire(0)
+    (line,) = told(log, BUDGET)
+    assert line.startswith("the session start limit is used up (0 left, reserve 0)")
 
 
 def test_a_budget_that_runs_low_is_warned_of_where_nobody_reports(account, clock, crew, log):

@@ -91,6 +91,13 @@ def test_a_wait_before_the_first_start_is_shown():
     assert "          ...  1 h 0 min until the limit resets" in shown
 
 
+def test_each_row_has_a_time_of_its_own():
+    shown = lines(fleet(10, remaining=0, reset_after=86_400.0))
+    times = [line.split()[0] for line in shown if re.search("[█▒░]", line)]
+    assert times[:3] == ["24:00:00", "24:00:05", "24:00:10"]
+    assert len(set(times)) == len(times) == 10
+
+
 def test_those_who_wait_for_less_than_a_window_are_counted_too():
     shown = lines(fleet(8, remaining=5, reset_after=7.0, buckets=4))
     assert "does not last; 3 shards must wait" in shown[4]

@@ -778,6 +778,20 @@ def test_an_eta_leaves_the_reserve_alone():
     assert [forecast.eta_us(ahead, 0, before, {0: 2}) for before in range(2)] == [0, MINUTE]
 
 
+@pytest.mark.parametrize("remaining", [0, 4, 6, 20, 50])
+def test_a_rough_eta_is_the_very_one_where_lines_are_equally_long(remaining):
+    ahead = outlook({0: 0, 1: 0}, rules.Budget(total=20, remaining=remaining, resets_in_us=MINUTE))
+    lines = {0: 25, 1: 25}
+    for before in range(25):
+        rough = forecast.rough_eta_us(ahead, 1, before, len(lines), sum(lines.values()))
+        assert rough == forecast.eta_us(ahead, 1, before, lines)
+
+
+def test_a_rough_eta_knows_of_those_who_never_go():
+    ahead = outlook({0: 0}, rules.Budget(total=3, remaining=1, resets_in_us=S), reserve=3)
+    assert forecast.rough_eta_us(ahead, 0, 0, 1, 1) is None
+
+
 def test_a_place_behind_the_end_of_the_line_has_no_eta_where_permits_are_counted():
     ahead = outlook({0: 0}, rules.Budget(total=9, remaining=0, resets_in_us=S))
     assert forecast.eta_us(ahead, 0, 5, {0: 2}) is None

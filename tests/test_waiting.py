@@ -13,6 +13,7 @@ from gateway_queue_sync import (
     Queue,
     QueueClosed,
     SessionStartLimit,
+    forecast,
 )
 from gateway_queue_sync.lines import Line
 from gateway_queue_sync.testing import FakeClock
@@ -265,6 +266,26 @@ def test_a_window_of_centuries_does_not_overflow(account, clock, crew):
     queue.acquire(0)
     in_line(queue, crew, clock, [1, 2])
     assert queue.snapshot().buckets[0].shards[1].eta > threading.TIMEOUT_MAX
+    queue.close()
+
+
+@memory
+def test_who_only_tries_is_told_no_eta_and_costs_those_in_line_nothing(account, clock, monkeypatch):
+    """An ETA may mean to look through everybody: it is worked out by who times out, on a copy."""
+    queue = account.large(limit(1000, 0, 100.0), clock=clock)
+    for shard in range(3):
+        queue.enqueue(shard)
+    held = []
+    work_out = forecast.eta_us
+    monkeypatch.setattr(
+        forecast, "eta_us", lambda *seen: held.append(queue._inside()) or work_out(*seen)
+    )
+    assert queue.try_acquire(0) is None
+    assert held == []
+    with pytest.raises(AcquireTimeout) as caught:
+        queue.acquire(0, timeout=0)
+    assert caught.value.eta == 100 + 3 * WINDOW
+    assert held == [False]
     queue.close()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
-from itertools import chain
+from itertools import chain, pairwise
 from textwrap import wrap
 
 from gateway_queue_sync.planner.fleet import Fleet, Instant
-from gateway_queue_sync.wording import lasting, ranges, when
+from gateway_queue_sync.wording import lasting, ranges, to_the_second, when
 
 MOST_ROWS = 20
 LABEL = TIME_WIDTH = 13  # columns
@@ -45,21 +45,26 @@ def _timeline(fleet: Fleet, width: int, encoding: str) -> Iterator[str]:
     if len(runs) > MOST_ROWS // 2:
         runs = [list(chain.from_iterable(runs))]
     per_row = -(-sum(len(run) for run in runs) // MOST_ROWS)
-    row = _Row(fleet, width, encoding)
+    rows = [[run[at : at + per_row] for at in range(0, len(run), per_row)] for run in runs]
+    times = [row[0][0].at for row in chain.from_iterable(rows)]
+    alike = any(lasting(a) == lasting(b) for a, b in pairwise(times))
+    show = _Row(fleet, width, encoding, to_the_second if alike else lasting).show
     ends_at = 0.0
-    for run in runs:
+    for run, its_rows in zip(runs, rows, strict=True):
         waits = run[0][0].at - ends_at
         if waits > fleet.window:
             yield f"{'...':>{TIME_WIDTH}}  {lasting(waits)} until the limit resets"[:width]
-        for first in range(0, len(run), per_row):
-            yield row.show(run[first : first + per_row])
+        yield from map(show, its_rows)
         ends_at = run[-1][0].at
 
 
 class _Row:
     """What all rows have in common, and how many shards those shown have started."""
 
-    def __init__(self, fleet: Fleet, width: int, encoding: str) -> None:
+    def __init__(
+        self, fleet: Fleet, width: int, encoding: str, label: Callable[[float], str]
+    ) -> None:
+        self._label = label
         self._shards = fleet.shards
         self._width = width
         self._started = 0
@@ -82,7 +87,7 @@ class _Row:
         after = max(before + 1, self._started * self._bar // self._shards)  # each row shows a block
         bar = self._past * before + self._now * (after - before) + self._later * (self._bar - after)
         row = (
-            f"{lasting(starts[0].at):>{TIME_WIDTH}}  {bar}"
+            f"{self._label(starts[0].at):>{TIME_WIDTH}}  {bar}"
             f"  {self._started:{self._digits}}/{self._shards}"
             f"  {starts[-1].remaining:{self._left_digits}} left"
         )

@@ -131,6 +131,7 @@ class Broker:
     def _run(self) -> None:
         try:
             self._loop.run_forever()
+            self._loop.run_until_complete(self._let_go())
         finally:
             self._loop.close()
 
@@ -157,10 +158,18 @@ class Broker:
     def _end(self, at_last: float) -> None:
         if self._desk.connections and self._loop.time() < at_last:
             self._loop.call_later(0.01, self._end, at_last)
-            return
-        for connection in self._desk.connections:
+        else:
+            self._loop.stop()
+
+    async def _let_go(self) -> None:
+        """Close what has not closed itself, and what was just being accepted."""
+        accepting = asyncio.all_tasks() - {asyncio.current_task()}
+        if accepting:
+            await asyncio.wait(accepting, timeout=LAST_WORDS)
+        for connection in list(self._desk.connections):
             connection.abort()
-        self._loop.call_soon(self._loop.stop)  # after they have let go
+        for _ in range(3):  # until they have let go
+            await asyncio.sleep(0)
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log what went wrong in the loop, unless it is a client that went away."""

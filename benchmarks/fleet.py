@@ -18,8 +18,8 @@ from benchmarks.figures import OURS, Result, Table, Target
 from benchmarks.peers import SUBJECTS
 from benchmarks.rounds import Case, Measured, Say, interleaved
 from gateway_queue_sync import LargeBotQueue, SessionStartLimit
-from gateway_queue_sync.rules import to_us
 from gateway_queue_sync.testing import FakeClock
+from gateway_queue_sync.token_bucket import to_us
 
 NAME = "fleet"
 TITLE = "Fleet start"
@@ -204,8 +204,8 @@ def fake_start(shards: int, buckets: int) -> Measured:
     futures = [queue.enqueue(shard_id) for shard_id in range(shards)]
     least_us = (-(-shards // buckets) - 1) * to_us(5.25)
     for first in range(buckets, shards, buckets):
-        clock.settle(1, timeout=60)
-        clock.advance(clock.next_in or 0)
+        clock.settle(0, timeout=60)
+        clock.advance(5.25)  # with which each bucket opens, and not a moment later
         for future in futures[first : first + buckets]:
             future.result(60)
     took_us = clock.now_us() - began_us

@@ -22,6 +22,7 @@ from benchmarks.figures import OURS, Result, Row, Table, Tail, Target, percentil
 from benchmarks.peers import Acquire
 from benchmarks.rounds import Case, Measured, Say, interleaved, side_by_side
 from gateway_queue_sync import RedisQueue, SessionStartLimit, SqliteQueue
+from gateway_queue_sync.queue import scheduler_of
 
 NAME = "shared"
 TITLE = "Shared ledgers"
@@ -264,13 +265,14 @@ def work(kind: str, where: str, ready: str, processes: int, threads: int, times:
 
 def _count_trips(queue: Any, trips: Iterator[int]) -> None:
     """Have each request that is carried to the ledger counted."""
-    carry = queue._ledger.carry
+    ledger = scheduler_of(queue).ledger.shared  # type: ignore[union-attr]
+    carry = ledger.carry
 
     def counted(*args: Any) -> Any:
         next(trips)
         return carry(*args)
 
-    queue._ledger.carry = counted
+    ledger.carry = counted
 
 
 def round_trips(kind: str, count: int) -> Measured:

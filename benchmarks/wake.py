@@ -92,7 +92,7 @@ def _targets(table: Table, beside: str, *, alone: bool) -> list[Target]:
             if row.kind == "peer" and row.figures and row.figures[SHORT].high == 0
         ]
         targets += [
-            Target("alone: median late / the floor's", late / table.value(FLOOR, LATE), 1.15),
+            Target("alone: median late / the floor's", late / table.value(FLOOR, LATE), 0.75),
             Target(
                 "alone: p99 late (ms), best peer's",
                 table.value(OURS, P99),

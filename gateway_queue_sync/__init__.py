@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from gateway_queue_sync.errors import (
     AcquireTimeout,
-    BrokerError,
     GatewayBotError,
     GatewayQueueError,
+    LedgerError,
     QueueClosed,
     SessionLimitExhausted,
 )
@@ -84,7 +84,7 @@ __all__ = [
     "plan_start",
     # errors
     "AcquireTimeout",
-    "BrokerError",
+    "LedgerError",
     "GatewayBotError",
     "GatewayQueueError",
     "QueueClosed",
@@ -103,6 +103,10 @@ __all__ = [
     "IDENTIFY_INTERVAL",
     "SESSION_PERIOD",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> object:

@@ -1,18 +1,32 @@
-"""The clock a queue lives by: it tells the time, and makes the conditions that wait for it.
+"""The clock of a queue: it tells the time, and makes the conditions that wait for it.
 
-Both belong together: a clock that can only be read cannot wake a thread (see
-``testing.FakeClock``).
+Both belong together: a clock that can only be read cannot wake a thread (see ``testing.FakeClock``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from contextlib import AbstractContextManager
+from typing import Protocol
 
-if TYPE_CHECKING:
-    Lock = threading._RLock | threading.RLock
+
+class Lock(Protocol):
+    """A reentrant lock, as a ``threading.Condition`` takes it."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Take it."""
+
+    def release(self) -> None:
+        """Release it."""
+
+    def __enter__(self) -> object:
+        """Take it."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Release it."""
 
 
 class Clock(Protocol):
@@ -26,6 +40,13 @@ class Clock(Protocol):
 
     def condition(self, lock: Lock) -> threading.Condition:
         """Return a condition over ``lock`` whose timed waits end by this clock."""
+
+    def inside(self, *, worker: bool = False) -> AbstractContextManager[object]:
+        """Return a context in which a thread is inside the queue.
+
+        The queue calls it where a thread begins a call that may wait, and for its worker (in the
+        thread that starts that), so that a clock for tests knows which threads to wait for.
+        """
 
 
 def _unfrozen(name: str, clock_id: str) -> Callable[[], int]:
@@ -42,9 +63,8 @@ def _unfrozen(name: str, clock_id: str) -> Callable[[], int]:
     return lambda: read_ns() // 1000
 
 
-EARLY = (
-    0.000_07  # s: Linux ends timed waits 50 µs late (timer slack), and waking takes longer still
-)
+EARLY = 0.000_2
+"""Seconds. Linux ends timed waits 50 µs late (timer slack), and a thread needs longer still to wake."""
 
 
 def make_small(condition: threading.Condition) -> None:
@@ -53,26 +73,42 @@ def make_small(condition: threading.Condition) -> None:
 
 
 class PromptCondition(threading.Condition):
-    """A condition whose timed waits are asked to end a little early, so as to end in time.
+    """A condition whose timed waits end a little early, so that the thread is awake in time.
 
-    Whoever it wakes looks at the clock, and waits again for what is left.
+    Who waits on it looks at the clock, and waits again for what is left.
     """
 
     def __init__(self, lock: Lock) -> None:
-        super().__init__(lock)
+        super().__init__(lock)  # type: ignore[arg-type]
         make_small(self)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait as any condition does, but a little less long."""
+        """Wait as any condition does, but end a timed wait ``EARLY``."""
         return super().wait(None if timeout is None else max(0.0, timeout - EARLY))
 
 
-class SystemClock:
-    """The machine's own clocks: monotonic for waiting, wall time for what outlives a process."""
+_NOTHING = contextlib.nullcontext()
 
-    now_us = staticmethod(_unfrozen("monotonic_ns", "CLOCK_MONOTONIC"))
+
+class SystemClock:
+    """The machine's own clocks: a monotonic one for waiting, wall time for what outlives a process.
+
+    The monotonic one counts the time for which the machine was suspended, too, where there is such a
+    clock (Linux): a limit resets while a laptop sleeps.
+    """
+
+    now_us = staticmethod(
+        _unfrozen(
+            "monotonic_ns",
+            "CLOCK_BOOTTIME" if hasattr(time, "CLOCK_BOOTTIME") else "CLOCK_MONOTONIC",
+        )
+    )
     wall_us = staticmethod(_unfrozen("time_ns", "CLOCK_REALTIME"))
     condition = PromptCondition
+
+    def inside(self, *, worker: bool = False) -> AbstractContextManager[object]:
+        """Return a context that does nothing."""
+        return _NOTHING
 
     def __repr__(self) -> str:
         return "SystemClock()"

@@ -81,19 +81,24 @@ class GatewayBotError(GatewayQueueError):
 
     Args:
         message: what went wrong, in a sentence.
-        status: the HTTP status that Discord answered with, or ``None`` if it did not answer; an
-            attribute, too.
+        status: the HTTP status that Discord answered with, or ``None`` if it did not answer.
+        retry_after: the seconds that Discord asked to wait before the next request, or ``None``.
+
+    Both are attributes, too.
     """
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(
+        self, message: str, status: int | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
 
     def _fields(self) -> tuple[object, ...]:
-        return self.args[0], self.status
+        return self.args[0], self.status, self.retry_after
 
 
-class BrokerError(GatewayQueueError):
+class LedgerError(GatewayQueueError):
     """A ledger shared by processes is out of reach or answers nonsense.
 
     Always raised ``from`` its cause. No permit was granted.
@@ -101,8 +106,8 @@ class BrokerError(GatewayQueueError):
 
 
 def reentered() -> RuntimeError:
-    """Return the error for whoever calls a queue in the midst of a call to it."""
+    """Return the error for whoever calls a queue while it is inside a call to it."""
     return RuntimeError(
-        "the queue was called in a thread that is in the midst of a call to it (by a signal handler, a "
-        "finalizer, an observer or refresh); let that set a flag, or use another thread"
+        "the queue was called in a thread that is inside another call to it (by a signal handler, a "
+        "finalizer or an observer); set a flag there instead, or use another thread"
     )

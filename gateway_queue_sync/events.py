@@ -1,15 +1,15 @@
-"""What an observer is told: one frozen value for each thing that happens in a queue.
+"""What an observer is given: one frozen value for each thing that happens in a queue.
 
 An observer is one callable that takes an event. It is called without any lock held, in the thread in
-which the thing happened, so it should be quick; it must not wait for a permit itself. One that raises
-is logged and survived. A permit that came too late, or while the buckets were laid out anew, is given
-back and asked for again; it is told of once, the first time.
+which the thing happened, so it must be quick, and it must not wait for a permit itself. If it raises,
+the error is logged and the queue goes on. A permit that is older than the margin when its observer
+returns is given back and asked for again; ``ShardGranted`` is sent once for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gateway_queue_sync.models import Report, SessionStartLimit
@@ -26,12 +26,14 @@ class ShardWaiting:
         bucket: the bucket that it waits for.
         position: how many are before it.
         eta: seconds until its permit should come, ``None`` if that is unknown.
+        waiter: a number that tells this call from all others of the process; not compared.
     """
 
     shard_id: int
     bucket: int
     position: int
     eta: float | None
+    waiter: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,14 @@ class ShardGranted:
         bucket: the bucket it was granted in.
         waited: seconds since it asked.
         remaining: session starts left, ``None`` if no budget is kept.
+        waiter: a number that tells this call from all others of the process; not compared.
     """
 
     shard_id: int
     bucket: int
     waited: float
     remaining: int | None
+    waiter: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +63,13 @@ class ShardLeft:
         shard_id: the shard.
         waited: seconds since it asked.
         reason: why it left.
+        waiter: a number that tells this call from all others of the process; not compared.
     """
 
     shard_id: int
     waited: float
     reason: LeaveReason
+    waiter: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +80,18 @@ class PermitReported:
         shard_id: the shard.
         bucket: the bucket it was granted in.
         report: what became of the permit.
+        waiter: a number that tells this call from all others of the process; not compared.
     """
 
     shard_id: int
     bucket: int
     report: Report
+    waiter: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetExhausted:
-    """The session start limit is used up but for the reserve.
+    """The session start limit is used up, except for the reserve.
 
     Attributes:
         remaining: session starts left, the reserve.
@@ -106,7 +114,7 @@ class LimitUpdated:
 
 
 Event = ShardWaiting | ShardGranted | ShardLeft | PermitReported | BudgetExhausted | LimitUpdated
-"""Whatever an observer is told."""
+"""Whatever an observer is given."""
 
 Observer = Callable[[Event], None]
-"""What is told: any callable that takes an event."""
+"""Any callable that takes an event."""

@@ -6,21 +6,32 @@ import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Protocol
 
 from gateway_queue_sync.models import BucketSnapshot, LimitSnapshot, QueueSnapshot, WaitingShard
-from gateway_queue_sync.rules import MICROSECOND, Budget
+from gateway_queue_sync.token_bucket import US_PER_SECOND, Budget
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """All that decides when permits come, taken at one instant: a value apart from its account."""
+    """All that decides when permits come, copied at one instant.
 
+    ``ready_in_us`` has the buckets that were used; ``others_ready_in_us`` is that of all others.
+    """
+
+    now_us: int
     window_us: int
     period_us: int
     reserve: int
+    max_concurrency: int
     ready_in_us: Mapping[int, int]
+    others_ready_in_us: int
     budget: Budget | None
+    granted: int
+
+    def ready(self, number: int) -> int:
+        """Return in how many microseconds a bucket opens."""
+        return self.ready_in_us.get(number, self.others_ready_in_us)
 
 
 def starts(outlook: Outlook, lines: Mapping[int, int]) -> Iterator[tuple[int, int]]:
@@ -33,7 +44,7 @@ def starts(outlook: Outlook, lines: Mapping[int, int]) -> Iterator[tuple[int, in
     remaining = resets_at_us = None
     if outlook.budget is not None:
         remaining, resets_at_us = outlook.budget.remaining, outlook.budget.resets_in_us or None
-    ready = [(outlook.ready_in_us[number], number) for number in left]
+    ready = [(outlook.ready(number), number) for number in left]
     heapq.heapify(ready)
     while ready:
         at_us, number = ready[0]
@@ -64,7 +75,7 @@ def eta_us(outlook: Outlook, number: int, before: int, lines: Mapping[int, int])
     """
     kept = outlook.budget
     if kept is None or sum(lines.values()) <= kept.remaining - outlook.reserve:
-        return outlook.ready_in_us[number] + before * outlook.window_us
+        return outlook.ready(number) + before * outlook.window_us
     for at_us, bucket in starts(outlook, lines):
         if bucket == number:
             if before == 0:
@@ -81,7 +92,7 @@ def rough_eta_us(
     There are so many ``lines``, in which so many are ``waiting``. Where the budget does not last for
     them, the lines are taken to be equally long. ``None`` if no permit will ever come.
     """
-    at_us = outlook.ready_in_us[number] + before * outlook.window_us
+    at_us = outlook.ready(number) + before * outlook.window_us
     kept = outlook.budget
     if kept is None or waiting <= kept.remaining - outlook.reserve:
         return at_us
@@ -96,7 +107,7 @@ def rough_eta_us(
 
 
 class Waits(Protocol):
-    """Somebody who waits: anything with a shard, an arrival and a place that can be compared."""
+    """Somebody who waits: anything with a shard and an arrival."""
 
     @property
     def shard_id(self) -> int:
@@ -106,29 +117,25 @@ class Waits(Protocol):
     def arrived_us(self) -> int:
         """When it joined."""
 
-    @property
-    def place(self) -> Any:
-        """Where it stands."""
 
-
-def snapshot(
-    outlook: Outlook, lines: Mapping[int, Sequence[Waits]], now_us: int, granted: int
-) -> QueueSnapshot:
-    """Return the picture of a queue whose buckets are the outlook's and whose lines are these."""
+def snapshot(outlook: Outlook, lines: Mapping[int, Sequence[Waits]]) -> QueueSnapshot:
+    """Return the snapshot of a queue with this outlook and these lines, each in order."""
     etas: dict[int, list[float]] = {number: [] for number in lines}
     for in_us, number in starts(outlook, {number: len(line) for number, line in lines.items()}):
-        etas[number].append(in_us / MICROSECOND)
+        etas[number].append(in_us / US_PER_SECOND)
     buckets = []
-    for number, ready_in_us in outlook.ready_in_us.items():
-        line = sorted(lines.get(number, ()), key=lambda ticket: ticket.place)
+    for number in range(outlook.max_concurrency):
         shards = (
-            WaitingShard(ticket.shard_id, max(0, now_us - ticket.arrived_us) / MICROSECOND, eta)
-            for ticket, eta in zip_longest(line, etas.get(number, ()))
+            WaitingShard(
+                waiter.shard_id, max(0, outlook.now_us - waiter.arrived_us) / US_PER_SECOND, eta
+            )
+            for waiter, eta in zip_longest(lines.get(number, ()), etas.get(number, ()))
         )
-        buckets.append(BucketSnapshot(number, ready_in_us / MICROSECOND, tuple(shards)))
+        ready_in = outlook.ready(number) / US_PER_SECOND
+        buckets.append(BucketSnapshot(number, ready_in, tuple(shards)))
     limit = None
     if outlook.budget is not None:
         left = outlook.budget
-        limit = LimitSnapshot(left.total, left.remaining, left.resets_in_us / MICROSECOND)
+        limit = LimitSnapshot(left.total, left.remaining, left.resets_in_us / US_PER_SECOND)
     waiting = sum(len(line) for line in lines.values())
-    return QueueSnapshot(waiting, granted, tuple(buckets), limit)
+    return QueueSnapshot(waiting, outlook.granted, tuple(buckets), limit)

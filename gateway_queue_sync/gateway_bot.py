@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import logging
 import math
 import random
+import socket
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable
-from email.message import Message
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
-from typing import IO
+from typing import Any
 
 from gateway_queue_sync.errors import GatewayBotError
 from gateway_queue_sync.models import SessionStartLimit, seconds, whole_number
@@ -24,33 +27,10 @@ log = logging.getLogger("gateway_queue_sync.gateway_bot")
 DISCORD_API = "https://discord.com/api/v10"
 ATTEMPTS = 5
 FIRST_PAUSE = 0.5  # s; doubled by each attempt that failed
-LONGEST_RETRY_AFTER = 300.0  # s; Discord asks for more only when it has blocked us
-LARGEST_BODY = 1 << 20
+MAX_RETRY_AFTER = 300.0  # s; Discord asks for more only when it has blocked us
+MAX_BODY = 1 << 20
+WARN_AFTER = 1.0  # s without an answer
 USER_AGENT = "DiscordBot (gateway-queue-sync, 0.1.0)"
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the token to wherever it points."""
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: Message,
-        newurl: str,
-    ) -> None:
-        return None
-
-
-class _Retry(Exception):
-    """An attempt failed in a way that may pass; ``pause`` is what the server asks for, if it does."""
-
-    def __init__(self, why: str, status: int | None = None, pause: float | None = None) -> None:
-        super().__init__(why)
-        self.status = status
-        self.pause = pause
 
 
 class GatewayBot:
@@ -61,9 +41,12 @@ class GatewayBot:
     Args:
         token: the bot's token, with or without ``Bot`` before it.
         base_url: where the REST API is, without a trailing ``/gateway/bot``; Discord's if ``None``.
-        timeout: seconds that a request waits for the server to go on answering.
+        timeout: seconds for one attempt as a whole: connecting, TLS, headers and body. The look-up of
+            the host's name is the exception: nothing can interrupt it, so the attempt fails after it.
         attempts: how many requests are made before giving up.
-        sleep: what pauses between attempts.
+        jitter: each call first pauses for a random time of at most this many seconds, so that
+            processes that read at the same reset do not all read at the same instant.
+        sleep: the function that makes every pause.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind; no message holds the token.
@@ -76,6 +59,7 @@ class GatewayBot:
         base_url: str | None = None,
         timeout: float = 10.0,
         attempts: int = ATTEMPTS,
+        jitter: float = 0.0,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         if not isinstance(token, str):
@@ -91,19 +75,28 @@ class GatewayBot:
             (url.scheme, url.netloc, url.path.rstrip("/") + "/gateway/bot", "", "")
         )
         self._token = words[0]
+        self._headers = {
+            "Authorization": f"Bot {self._token}",
+            "User-Agent": USER_AGENT,
+            "Accept": "application/json",
+        }
         self._timeout = seconds("timeout", timeout, above=0)
         self._attempts = whole_number("attempts", attempts, least=1)
+        self._jitter = seconds("jitter", jitter)
         self._sleep = sleep
-        self._open = urllib.request.build_opener(_NoRedirects).open
+        self._has_read = False
+        handler = _TimedHandler(debuglevel=0)  # a debug level would print the token
+        self._open = urllib.request.build_opener(_NoRedirects, handler).open
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle as what it was made with, the token too: so it goes to child processes alone."""
+        """Pickle the arguments, the token included: send the pickle to child processes only."""
         again = partial(
             GatewayBot,
             self._token,
             base_url=self._url.removesuffix("/gateway/bot"),
             timeout=self._timeout,
             attempts=self._attempts,
+            jitter=self._jitter,
             sleep=self._sleep,
         )
         return again, ()
@@ -114,24 +107,49 @@ class GatewayBot:
     def session_start_limit(self) -> SessionStartLimit:
         """Return the bot's session start limit, as it is now.
 
-        Blocks, and tries again after growing, jittered pauses where the server is out of reach,
-        fails or answers nonsense; where it limits the rate, after as long as it asks for.
+        Blocks. If the server is out of reach, fails or answers nonsense, tries again after a
+        jittered pause, which doubles each time; if the server says how long to wait, after that
+        time. Until a call has succeeded, each call that takes longer than a second logs one WARNING.
 
         Raises:
             GatewayBotError: the token is wrong, or no attempt succeeded.
         """
+        if self._jitter:
+            self._sleep(random.uniform(0, self._jitter))
+        # A thread logs the warning, because a look-up or a connect blocks this one.
+        warning = threading.Timer(WARN_AFTER, self._warn)
+        warning.daemon = True
+        try:
+            if not self._has_read:
+                with suppress(RuntimeError):  # if no thread can be started, nothing is logged
+                    warning.start()
+            limit = self._read_patiently()
+        finally:
+            warning.cancel()
+            if warning.is_alive():
+                warning.join()
+        self._has_read = True
+        return limit
+
+    def _warn(self) -> None:
+        log.warning(
+            "waiting for %s to send the session start limit (attempts: %d, of at most %g s each)",
+            *(self._host, self._attempts, self._timeout),
+        )
+
+    def _read_patiently(self) -> SessionStartLimit:
         attempt = 1
         while True:
             try:
                 return self._read()
             except _Retry as failure:
                 if attempt == self._attempts:
+                    why = f"in {attempt} attempts: {failure}"
                     raise GatewayBotError(
-                        f"could not read the session start limit from {self._host} in {attempt} "
-                        f"attempts: {failure}",
-                        failure.status,
+                        f"could not read the session start limit from {self._host} {why}",
+                        *(failure.status, failure.retry_after),
                     ) from failure.__cause__
-                pause = failure.pause
+                pause = failure.retry_after
                 if pause is None:
                     pause = FIRST_PAUSE * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
                 log.info("%s; asking again in %.1f s", failure, pause)
@@ -139,53 +157,132 @@ class GatewayBot:
                 attempt += 1
 
     def _read(self) -> SessionStartLimit:
-        headers = {
-            "Authorization": f"Bot {self._token}",
-            "User-Agent": USER_AGENT,
-            "Accept": "application/json",
-        }
-        request = urllib.request.Request(self._url, headers=headers)
         try:
+            request = urllib.request.Request(self._url, headers=self._headers)
             with self._open(request, timeout=self._timeout) as response:
-                body = response.read(LARGEST_BODY)
+                body = response.read(MAX_BODY)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error) from self._shown(error)
         except (OSError, http.client.HTTPException) as error:
-            why = self._without_token(_described(getattr(error, "reason", error)))
-            raise _Retry(f"{self._host} is out of reach ({why})") from self._shown(error)
+            reason = getattr(error, "reason", error)  # urllib wraps what it catches
+            cause = reason if isinstance(reason, Exception) else error
+            why = f"{self._host} is out of reach ({type(cause).__name__}: {cause})"
+            raise _Retry(self._without_token(why)) from self._shown(cause)
         try:
             return SessionStartLimit.from_payload(json.loads(body))
         except (ValueError, TypeError, RecursionError) as error:
-            why = self._without_token(str(error))
-            raise _Retry(
-                f"{self._host} answered with no session start limit ({why})"
-            ) from self._shown(error)
+            why = f"{self._host} answered with no session start limit ({error})"
+            raise _Retry(self._without_token(why)) from self._shown(error)
 
     def _without_token(self, text: str) -> str:
-        """Return what a server said, even if it says the token back to us."""
+        """Return what a server said without the token, which it may have repeated."""
         return text.replace(self._token, "[token]")
 
     def _shown(self, cause: Exception) -> Exception | None:
-        """Return the cause to show in tracebacks, if that does not show the token."""
-        return None if self._token in str(cause) else cause
+        """Return the cause to show in tracebacks; ``None`` if the server put the token into it.
+
+        The cause loses its own causes, which may hold what the server said, and its traceback: some
+        tools print the local variables of a traceback, and these hold the request.
+        """
+        held = (str(cause), cause.args, vars(cause), str(getattr(cause, "headers", "")))
+        cause.__cause__ = cause.__context__ = None
+        return None if self._token in repr(held) else cause.with_traceback(None)
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-        if error.code == 401:
-            return GatewayBotError(
-                f"the token is wrong: {self._host} does not know it (401 Unauthorized)", 401
+        status = error.code
+        if status == 401:
+            why = f"the token is wrong: {self._host} does not know it (401 Unauthorized)"
+            return GatewayBotError(why, status)
+        if status != 429 and status < 500:
+            why = f"{self._host} answered {status} {error.reason}"
+            return GatewayBotError(self._without_token(why), status)
+        why = f"{self._host} {'limits our rate (429)' if status == 429 else f'answered {status}'}"
+        retry_after = _retry_after(error) if status in {429, 503} else None
+        if retry_after is not None and retry_after > MAX_RETRY_AFTER:
+            why += f" and asks to wait {retry_after:.0f} s"
+            return GatewayBotError(why, status, retry_after)
+        return _Retry(why, status, retry_after)
+
+
+class _Retry(GatewayBotError):
+    """An attempt failed in a way that may pass."""
+
+
+class _Deadline:
+    """The end of an attempt. ``http.client`` alone limits each step of it, but not their sum."""
+
+    def __init__(self, timeout: float) -> None:
+        self._at = time.monotonic() + timeout
+
+    def limit(self, sock: socket.socket, shares: int = 1) -> None:
+        """Let the socket's next operation take one share of the time that is left."""
+        left = self._at - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        sock.settimeout(left / shares)
+
+    def connect(self, address: tuple[str, int], *_: object) -> socket.socket:
+        """Connect to the first address that answers. One that is silent leaves time for the others."""
+        found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+        while True:
+            family, kind, protocol, _name, where = found.pop(0)
+            with suppress(OSError) if found else nullcontext(), ExitStack() as opened:
+                sock = opened.enter_context(socket.socket(family, kind, protocol))
+                self.limit(sock, shares=1 + len(found))
+                sock.connect(where)
+                self.limit(sock)  # for TLS
+                opened.pop_all()
+                return sock
+
+
+class _TimedReader(io.RawIOBase):
+    """Reads from a socket until a deadline; an ``HTTPResponse`` uses it in place of the socket."""
+
+    def __init__(self, sock: socket.socket, deadline: _Deadline) -> None:
+        self._sock = sock
+        self._deadline = deadline
+        self._raw = sock.makefile("rb", buffering=0)
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._deadline.limit(self._sock)
+        count = self._raw.readinto(buffer)
+        self._deadline.limit(self._sock)  # for TLS, if a proxy's answer has been read
+        return count
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _TimedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Makes a request's ``timeout`` the limit for everything: connecting, TLS, headers and body."""
+
+    def do_open(self, http_class: Any, req: urllib.request.Request, **settings: Any) -> Any:
+        def connection(host: str, **settings: Any) -> Any:
+            deadline = _Deadline(settings["timeout"])
+            made = http_class(host, **settings)
+            made._create_connection = deadline.connect
+            made.response_class = lambda sock, **settings: http.client.HTTPResponse(
+                _TimedReader(sock, deadline),  # type: ignore[arg-type]
+                **settings,
             )
-        if error.code == 429:
-            pause = _retry_after(error)
-            if pause is not None and pause > LONGEST_RETRY_AFTER:
-                return GatewayBotError(
-                    f"{self._host} limits our rate (429) and asks to wait {pause:.0f} s", 429
-                )
-            return _Retry(f"{self._host} limits our rate (429)", 429, pause)
-        if error.code >= 500:
-            return _Retry(f"{self._host} answered {error.code}", error.code)
-        reason = self._without_token(str(error.reason))
-        return GatewayBotError(f"{self._host} answered {error.code} {reason}", error.code)
+            return made
+
+        return super().do_open(connection, req, **settings)
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Refuses redirects: they would carry the token to wherever they point."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
 
 
 def _checked(base_url: str) -> urllib.parse.SplitResult:
@@ -207,10 +304,6 @@ def _checked(base_url: str) -> urllib.parse.SplitResult:
     if not base_url.isascii() or not base_url.isprintable() or " " in base_url:
         raise ValueError("base_url must be printable ASCII without spaces")
     return url
-
-
-def _described(reason: object) -> str:
-    return f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
 
 
 def _retry_after(error: urllib.error.HTTPError) -> float | None:

@@ -1,4 +1,4 @@
-"""Lines: who waits for which bucket, in what order. Plain data under the queue's mutex."""
+"""Lines: who waits for which bucket, in what order. Plain data; the scheduler's lock protects it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from concurrent.futures import Future
 
 from gateway_queue_sync.clock import make_small
 from gateway_queue_sync.models import Permit
-from gateway_queue_sync.rules import Grant
 
-_serials = itertools.count()
+waiter_numbers = itertools.count(1)
+
+Entry = tuple[int, int, "Waiter"]
 
 
 class PermitFuture(Future[Permit]):
     """A future that leaves its line as soon as it is cancelled."""
 
-    ticket: Ticket
-    on_cancel: Callable[[Ticket], None] | None = None
+    on_cancel: Callable[[], None] | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,35 +28,41 @@ class PermitFuture(Future[Permit]):
     def cancel(self) -> bool:
         """Cancel as any future does, and leave the line."""
         cancelled = super().cancel()
-        on_cancel, self.on_cancel = self.on_cancel, None
+        on_cancel = self.on_cancel
         if cancelled and on_cancel is not None:
-            on_cancel(self.ticket)
+            on_cancel()
         return cancelled
 
 
-class Ticket:
-    """One place in a line, held by a thread or by a future.
+class Waiter:
+    """A thread or a future that waits for a permit.
 
-    Its place is its arrival minus its priority (a head start), then the order of asking. A ticket
-    that is no longer ``waiting`` is as good as gone: lines pass over it.
+    Attributes:
+        number: tells it from all other waiters of the process.
+        shard_id: the shard.
+        arrived_us: when it arrived.
+        position_us: what its line is sorted by: its arrival less its priority, then its number.
+        future: completed with the permit; ``None`` for a thread.
+        condition: wakes the thread; made when it first sleeps.
+        once: it asks once and then leaves.
+        ask_at_us: when it may ask the ledger, if it is the head of its line.
+        permit: granted to it, and not handed over yet.
+        error: what to raise in place of a permit.
+        entry: its entry in a line, ``None`` while it is in none.
     """
 
     __slots__ = (
-        "announced",
         "arrived_us",
+        "ask_at_us",
         "condition",
-        "finished",
-        "followed",
+        "entry",
+        "error",
         "future",
-        "grant",
-        "left",
-        "place",
+        "number",
+        "once",
+        "permit",
+        "position_us",
         "shard_id",
-        "told",
-        "trusted_period",
-        "unshown",
-        "waiting",
-        "warning",
     )
 
     def __init__(
@@ -66,226 +72,143 @@ class Ticket:
         priority_us: int = 0,
         future: PermitFuture | None = None,
     ) -> None:
+        self.number = next(waiter_numbers)
         self.shard_id = shard_id
         self.arrived_us = arrived_us
-        self.place = (arrived_us - priority_us, next(_serials))
+        self.position_us = arrived_us - priority_us
         self.future = future
-        self.condition: threading.Condition | None = None  # a thread's, made when it has to wait
-        self.waiting = False
-        self.left = False  # it stood in a line before
-        self.grant: Grant | None = None  # granted, but not handed over yet
-        self.finished = False  # somebody completes its future
-        self.announced = False  # an observer, or the log if it is for long, knows that it waits
-        self.followed = False  # the log has told that it waits
-        self.unshown: int | None = None  # the log tells of its permit, and that so many had theirs
-        self.warning: Callable[[], object] | None = None  # of the budget, told with its permit
-        self.told = False  # its permit was told of
-        self.trusted_period: int | None = None  # whose limit it tried to read, in vain
-
-    @property
-    def number(self) -> int:
-        """What tells the ticket from all others of this process."""
-        return self.place[1]
-
-    def hand_over(self) -> None:
-        """Let go of a permit that is somebody's from now on: whatever happens, it is not given back."""
-        self.grant = None
+        self.condition: threading.Condition | None = None
+        self.once = False
+        self.ask_at_us = 0
+        self.permit: Permit | None = None
+        self.error: Exception | None = None
+        self.entry: Entry | None = None
 
 
 class Line:
-    """Those waiting for one bucket: a heap by place, in which whoever left stays until passed over.
+    """Those waiting for one bucket: a heap, in which an entry that its waiter has left is skipped.
 
-    So joining, leaving and taking the front cost the same (or a logarithm) at any length.
+    So joining, leaving and taking the head cost the same (or a logarithm) at any length.
     """
 
-    __slots__ = ("_gone", "_heap", "_last")
+    __slots__ = ("_heap", "_last", "_left")
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], Ticket]] = []
-        self._gone = 0  # how many in the heap have left
-        self._last: tuple[int, int] | None = None  # the last place that anybody took
+        self._heap: list[Entry] = []
+        self._left = 0  # entries whose waiters have left
+        self._last: tuple[int, int] = (0, -1)  # the rearmost position that was ever taken
 
     @property
-    def first(self) -> Ticket | None:
+    def head(self) -> Waiter | None:
         """Who comes next, or ``None`` if nobody waits."""
         heap = self._heap
-        while heap and not heap[0][1].waiting:
+        while heap:
+            entry = heap[0]
+            if entry[2].entry is entry:
+                return entry[2]
+            self._left -= 1  # before the call, which an interrupt may follow
             heapq.heappop(heap)
-            self._gone -= 1
-        return heap[0][1] if heap else None
+        return None
 
-    @property
-    def second(self) -> Ticket | None:
-        """Who comes after the first, or ``None`` if nobody does."""
-        if self.first is None:
-            return None
-        best, left = None, [1, 2]
-        while left:  # down the heap, but only below those who have left
-            at = left.pop()
-            if at >= len(self._heap):
-                continue
-            ticket = self._heap[at][1]
-            if not ticket.waiting:
-                left += (2 * at + 1, 2 * at + 2)
-            elif best is None or ticket.place < best.place:
-                best = ticket
-        return best
+    def join(self, waiter: Waiter) -> None:
+        """Stand in line, at the waiter's position."""
+        entry = waiter.position_us, waiter.number, waiter
+        waiter.entry = entry  # before the call, which an interrupt may follow
+        heapq.heappush(self._heap, entry)
+        self._last = max(self._last, entry[:2])
 
-    def join(self, ticket: Ticket) -> None:
-        """Stand in line, at the ticket's place."""
-        if ticket.left:  # it stood here before: what is left of that must not come to life again
-            self._forget_the_gone()
-        ticket.waiting = True
-        heapq.heappush(self._heap, (ticket.place, ticket))
-        if self._last is None or ticket.place > self._last:
-            self._last = ticket.place
-
-    def leave(self, ticket: Ticket) -> None:
+    def leave(self, waiter: Waiter) -> None:
         """Stand in line no longer."""
-        ticket.waiting, ticket.left = False, True
-        self._gone += 1
-        if self._gone > max(16, len(self._heap) // 2):
-            self._forget_the_gone()  # else a line that is blocked would only grow
+        waiter.entry = None
+        self._left += 1
+        if self._left > max(
+            16, len(self._heap) // 2
+        ):  # else a line that is blocked would only grow
+            heap = list(self.entries())
+            heapq.heapify(heap)
+            self._heap, self._left = heap, 0
 
-    def _forget_the_gone(self) -> None:
-        heap = [entry for entry in self._heap if entry[1].waiting]
-        heapq.heapify(heap)
-        self._heap, self._gone = heap, 0
+    def entries(self) -> Iterator[Entry]:
+        """Yield the entries of those who wait, in no order."""
+        return (entry for entry in self._heap if entry[2].entry is entry)
 
-    def __iter__(self) -> Iterator[Ticket]:
-        """Yield those who stand here, in no order."""
-        return (ticket for _, ticket in self._heap if ticket.waiting)
-
-    def waiting(self) -> list[Ticket]:
-        """Return those who wait, in no order: not the first if its permit is just handed over."""
-        return [ticket for ticket in self if ticket.grant is None]
-
-    def copy(self) -> Line:
-        """Return a line of the same tickets, to look at without holding up this one."""
-        line = Line()
-        line._heap, line._gone, line._last = self._heap.copy(), self._gone, self._last
-        return line
-
-    def before(self, ticket: Ticket) -> int:
-        """Return how many wait in front of this place, of one who stands or stood here."""
-        if ticket.place == self._last:
-            return len(self) - ticket.waiting
-        place = ticket.place
-        before = sum(1 for other, who in self._heap if other < place and who.waiting)
-        return before - (self._is_first_served() and before > 0)
-
-    def has_before(self, ticket: Ticket, count: int) -> bool:
-        """Return whether so many wait in front of this place; looks at few more than that."""
-        if ticket.place == self._last:
-            return self.before(ticket) >= count
-        left = [0]
-        while left and count > 0:  # down the heap, as far as places are before this one
-            at = left.pop()
-            if at < len(self._heap) and self._heap[at][0] < ticket.place:
-                count -= self._heap[at][1].waiting
-                left += (2 * at + 1, 2 * at + 2)
-        return count <= 0
+    def position(self, waiter: Waiter, at_most: int | None = None) -> int:
+        """Return how many wait before this one, who stands or stood here; stop at ``at_most``."""
+        key = waiter.position_us, waiter.number
+        if key >= self._last:
+            return len(self) - (waiter.entry is not None)
+        before, unseen = 0, [0]
+        while unseen and (
+            at_most is None or before < at_most
+        ):  # down the heap, while entries are less
+            at = unseen.pop()
+            if at < len(self._heap):
+                entry = self._heap[at]
+                if entry[:2] < key:
+                    before += entry[2].entry is entry
+                    unseen += (2 * at + 1, 2 * at + 2)
+        return before
 
     def __len__(self) -> int:
         """Return how many wait."""
-        return len(self._heap) - self._gone - self._is_first_served()
-
-    def _is_first_served(self) -> bool:
-        first = self.first
-        return first is not None and first.grant is not None
+        return len(self._heap) - self._left
 
 
 class Lines:
-    """The line of each bucket in which somebody waits, for one ``max_concurrency``."""
+    """The line of each bucket for which somebody waits, for one ``max_concurrency``."""
 
     __slots__ = ("by_bucket", "max_concurrency")
 
-    def __init__(self, max_concurrency: int, tickets: Iterable[Ticket] = ()) -> None:
+    def __init__(self, max_concurrency: int, waiters: Iterable[Waiter] = ()) -> None:
         self.max_concurrency = max_concurrency
-        self.by_bucket: dict[int, Line] = {}  # a bucket is in here while somebody waits for it
-        for ticket in tickets:
-            self.join(ticket)
+        self.by_bucket: dict[int, Line] = {}
+        for waiter in waiters:
+            self.join(waiter)
 
-    def bucket(self, ticket: Ticket) -> int:
-        """Return the number of the bucket that a ticket waits for."""
-        return ticket.shard_id % self.max_concurrency
+    def line(self, waiter: Waiter) -> Line | None:
+        """Return the line that a waiter belongs in, if somebody waits there."""
+        return self.by_bucket.get(waiter.shard_id % self.max_concurrency)
 
-    def join(self, ticket: Ticket) -> None:
-        """Stand in the line of the ticket's bucket."""
-        number = self.bucket(ticket)
+    def join(self, waiter: Waiter) -> None:
+        """Stand in the line of the waiter's bucket."""
+        number = waiter.shard_id % self.max_concurrency
         line = self.by_bucket.get(number)
         if line is None:
             line = self.by_bucket[number] = Line()
-        line.join(ticket)
+        line.join(waiter)
 
-    def leave(self, ticket: Ticket) -> None:
-        """Stand in line no longer; harmless if the ticket does not."""
-        line = self.by_bucket.get(self.bucket(ticket))
-        if line is not None and ticket.waiting:
-            line.leave(ticket)
-
-    def first(self, number: int) -> Ticket | None:
-        """Return who comes next in a bucket; a line that has run empty is dropped."""
+    def leave(self, waiter: Waiter) -> Waiter | None:
+        """Stand in line no longer, and return the head of that line now."""
+        number = waiter.shard_id % self.max_concurrency
         line = self.by_bucket.get(number)
         if line is None:
             return None
-        first = line.first
-        if first is None:
+        if waiter.entry is not None:
+            line.leave(waiter)
+        head = line.head
+        if head is None:
             del self.by_bucket[number]
-        return first
+        return head
 
-    def second(self, number: int) -> Ticket | None:
-        """Return who comes after the first in a bucket."""
-        line = self.by_bucket.get(number)
-        return None if line is None else line.second
+    def is_head(self, waiter: Waiter) -> bool:
+        """Return whether the waiter is the head of its line."""
+        line = self.line(waiter)
+        return line is not None and line.head is waiter
 
-    def before(self, ticket: Ticket) -> int:
-        """Return how many wait in front of this place in its line."""
-        line = self.by_bucket.get(self.bucket(ticket))
-        return 0 if line is None else line.before(ticket)
+    def heads(self) -> list[Waiter]:
+        """Return the head of each line."""
+        heads = (line.head for line in self.by_bucket.values())
+        return [head for head in heads if head is not None]
+
+    def waiters(self) -> list[Waiter]:
+        """Return all who wait, by position."""
+        entries = (entry for line in self.by_bucket.values() for entry in line.entries())
+        return [entry[2] for entry in sorted(entries)]
 
     def lengths(self) -> dict[int, int]:
-        """Return how many wait in each bucket that has a line."""
+        """Return how many wait, of each bucket that has a line."""
         return {number: len(line) for number, line in self.by_bucket.items()}
 
-    def firsts(self) -> list[Ticket]:
-        """Return who comes next, of each line."""
-        found = (self.first(number) for number in list(self.by_bucket))
-        return [ticket for ticket in found if ticket is not None]
-
-    def __iter__(self) -> Iterator[Ticket]:
-        """Yield everybody who waits, first come first."""
-        everybody = [ticket for line in self.by_bucket.values() for ticket in line]
-        return iter(sorted(everybody, key=lambda ticket: ticket.place))
-
-
-class Agenda:
-    """When to look at which bucket again: a heap by time, one valid entry for each bucket."""
-
-    __slots__ = ("_heap", "_times")
-
-    def __init__(self) -> None:
-        self._heap: list[tuple[int, int]] = []
-        self._times: dict[int, int] = {}
-
-    def set(self, number: int, at_us: int) -> None:
-        """Look at the bucket at ``at_us``, instead of at any time set before."""
-        self._times[number] = at_us
-        heapq.heappush(self._heap, (at_us, number))
-        if len(self._heap) > 16 + 2 * len(self._times):
-            self._heap = [(at_us, number) for number, at_us in self._times.items()]
-            heapq.heapify(self._heap)
-
-    @property
-    def next_us(self) -> int | None:
-        """When to look next, ``None`` for never."""
-        heap = self._heap
-        while heap and self._times.get(heap[0][1]) != heap[0][0]:
-            heapq.heappop(heap)
-        return heap[0][0] if heap else None
-
-    def pop(self) -> int:
-        """Take the bucket that ``next_us`` is about off the agenda."""
-        _, number = heapq.heappop(self._heap)
-        del self._times[number]
-        return number
+    def __len__(self) -> int:
+        """Return how many wait."""
+        return sum(map(len, self.by_bucket.values()))

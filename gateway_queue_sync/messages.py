@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from gateway_queue_sync.models import SessionStartLimit
-from gateway_queue_sync.rules import Grant, Reason
+from gateway_queue_sync.models import Permit, SessionStartLimit
+from gateway_queue_sync.token_bucket import Reason
 
-OUTCOMES = (None, Grant, Reason.WINDOW, Reason.BUDGET, Reason.RESET)  # what Reply.outcome counts
+OUTCOMES = (None, Permit, Reason.WINDOW, Reason.BUDGET, Reason.RESET)  # what Reply.outcome counts
 
 
 class News(NamedTuple):

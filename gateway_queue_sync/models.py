@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import logging
 import math
 import operator
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
+
+log = logging.getLogger("gateway_queue_sync")
 
 IDENTIFY_INTERVAL = 5.0
 """Seconds between two IDENTIFYs of one bucket: Discord's rule."""
@@ -18,6 +21,12 @@ DEFAULT_MARGIN = 0.25
 
 SESSION_PERIOD = 86_400.0
 """Seconds after which Discord renews the session start limit."""
+
+MAX_RESET_AFTER = 172_800.0
+"""Seconds; a limit that resets later than in 48 hours was given in milliseconds by mistake."""
+
+MAX_BUCKETS = 100_000
+"""The largest ``max_concurrency`` that is accepted; Discord's largest bots have a few hundred."""
 
 
 def whole_number(name: str, value: object, *, least: int = 0) -> int:
@@ -71,13 +80,14 @@ class SessionStartLimit:
     Attributes:
         total: session starts allowed in a period (about a day).
         remaining: session starts left in this period, at most ``total``.
-        reset_after: seconds until the limit resets.
+        reset_after: seconds until the limit resets, at most 48 hours. Discord counts in milliseconds:
+            ``from_payload`` converts its answer.
         max_concurrency: IDENTIFYs allowed per 5 seconds, one for each bucket
-            ``shard_id % max_concurrency``.
+            ``shard_id % max_concurrency``; at most 100,000.
 
     Raises:
         TypeError: a value is no number of the right kind.
-        ValueError: a value is negative, not finite or contradicts another one.
+        ValueError: a value is negative, not finite, too large or contradicts another one.
     """
 
     total: int
@@ -92,7 +102,16 @@ class SessionStartLimit:
         normalise("total", whole_number("total", self.total))
         normalise("remaining", whole_number("remaining", self.remaining))
         normalise("reset_after", seconds("reset_after", self.reset_after))
+        if self.reset_after > MAX_RESET_AFTER:
+            raise ValueError(
+                f"reset_after must be at most 48 hours ({MAX_RESET_AFTER:.0f} s), not "
+                f"{self.reset_after:g} s; Discord counts in milliseconds, which from_payload converts"
+            )
         normalise("max_concurrency", whole_number("max_concurrency", self.max_concurrency, least=1))
+        if self.max_concurrency > MAX_BUCKETS:
+            raise ValueError(
+                f"max_concurrency must be at most {MAX_BUCKETS}, not {self.max_concurrency}"
+            )
         if self.remaining > self.total:
             raise ValueError(f"remaining ({self.remaining}) is more than total ({self.total})")
 
@@ -100,7 +119,9 @@ class SessionStartLimit:
     def from_payload(cls, payload: Mapping[str, Any]) -> Self:
         """Read Discord's JSON: the ``session_start_limit`` object or the whole ``/gateway/bot`` body.
 
-        Discord counts ``reset_after`` in milliseconds; the result has seconds.
+        Discord counts ``reset_after`` in milliseconds; the result has seconds. What a proxy leaves out
+        or gets wrong is replaced by the safe value, with a WARNING: a missing ``max_concurrency`` by 1,
+        a ``remaining`` above ``total`` by ``total``.
 
         Raises:
             TypeError: the payload or one of its fields has another type than Discord's.
@@ -111,16 +132,23 @@ class SessionStartLimit:
             payload, what = payload["session_start_limit"], "session_start_limit"
         if not isinstance(payload, Mapping):
             raise TypeError(f"{what} must be a JSON object, not {type(payload).__name__}")
-        fields = ("total", "remaining", "reset_after", "max_concurrency")
-        missing = [name for name in fields if name not in payload]
+        missing = [name for name in ("total", "remaining", "reset_after") if name not in payload]
         if missing:
             raise ValueError(f"{what} lacks {', '.join(missing)}")
         milliseconds = real_number("reset_after (milliseconds)", payload["reset_after"])
+        total = whole_number("total", payload["total"])
+        remaining = whole_number("remaining", payload["remaining"])
+        if remaining > total:
+            log.warning(
+                "%s says remaining=%d of total=%d: %d counts", what, remaining, total, total
+            )
+        if "max_concurrency" not in payload:
+            log.warning("%s lacks max_concurrency: 1 counts", what)
         return cls(
-            total=payload["total"],
-            remaining=payload["remaining"],
+            total=total,
+            remaining=min(remaining, total),
             reset_after=milliseconds / 1000,
-            max_concurrency=payload["max_concurrency"],
+            max_concurrency=payload.get("max_concurrency", 1),
         )
 
 
@@ -132,27 +160,48 @@ class Report(enum.Enum):
     REJECTED = "rejected"
 
 
+class Reporter(Protocol):
+    """What a permit passes its holder's reports to."""
+
+    def report(self, permit: Permit, report: Report) -> None:
+        """Book what became of a permit."""
+
+
 class Permit:
     """The right to send one IDENTIFY, now.
 
-    As a context manager it reports ``sent()`` when the ``with`` is left, by an exception too (the
-    IDENTIFY may have gone out), unless something was reported before. A permit nobody reports on
+    As a context manager it reports ``sent()`` when the ``with`` block is left, by an exception too (the
+    IDENTIFY may have gone out), unless something was reported before. A permit on which nobody reports
     counts as used when it was granted. Reports may come from any thread, and after the queue was
     closed. A repeated report changes nothing; one that contradicts an earlier one changes nothing
     and logs a WARNING.
 
-    Whoever writes a ``Queue`` of their own may make one with ``Permit(shard_id)``: its reports do
-    nothing.
+    A ``Queue`` of your own may make one with ``Permit(shard_id)``: its reports do nothing.
 
     Attributes:
         shard_id: the shard that may identify.
         bucket: the bucket it was granted in, ``shard_id % max_concurrency``.
         waited: seconds between asking and the grant.
-        remaining: session starts left after this one, or ``None`` if no budget is kept.
+        remaining: session starts left after this one, or ``None`` if no limit is kept.
         reported: what its holder said became of it, ``None`` if nothing yet.
     """
 
-    __slots__ = ("_grant", "_reporter", "bucket", "remaining", "reported", "shard_id", "waited")
+    # Besides what users see: the number and time of the grant, the period it was charged to, the number
+    # of the call that it was granted to, whether it was given back, and who books reports.
+    __slots__ = (
+        "__weakref__",
+        "bucket",
+        "period",
+        "remaining",
+        "reported",
+        "reporter",
+        "returned",
+        "serial",
+        "shard_id",
+        "stamp_us",
+        "waited",
+        "waiter",
+    )
 
     def __init__(
         self,
@@ -160,16 +209,15 @@ class Permit:
         bucket: int = 0,
         waited: float = 0.0,
         remaining: int | None = None,
-        _reporter: Callable[[Permit, Report], None] | None = None,
-        _grant: Any = None,
     ) -> None:
         self.shard_id = shard_id
         self.bucket = bucket
         self.waited = waited
         self.remaining = remaining
         self.reported: Report | None = None
-        self._reporter = _reporter
-        self._grant = _grant
+        self.serial = self.stamp_us = self.period = self.waiter = 0
+        self.returned = False
+        self.reporter: Reporter | None = None
 
     def sent(self) -> None:
         """Report that the IDENTIFY went out just now: the bucket's window starts now.
@@ -190,14 +238,14 @@ class Permit:
         """Report that the gateway answered the IDENTIFY with Invalid Session (opcode 9).
 
         The bucket stays closed for 2 windows from now, for 4 and 8 and so on up to a minute (never
-        less than 2 windows) while rejections go on in a row. May follow ``sent()``. A refused
-        IDENTIFY still counts in the session start limit.
+        less than 2 windows) while rejections go on in a row; from the tenth in a row on, for up to 15
+        minutes. May follow ``sent()``. A rejected IDENTIFY still counts in the session start limit.
         """
         self._report(Report.REJECTED)
 
     def _report(self, report: Report) -> None:
-        if self._reporter is not None:
-            self._reporter(self, report)
+        if self.reporter is not None:
+            self.reporter.report(self, report)
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gateway_queue_sync import rules
+from gateway_queue_sync import token_bucket
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
@@ -18,7 +18,7 @@ from gateway_queue_sync.models import (
     SessionStartLimit,
     whole_number,
 )
-from gateway_queue_sync.rules import MICROSECOND, Account, Denial
+from gateway_queue_sync.token_bucket import US_PER_SECOND, Account, Denial
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,10 @@ def plan_start(
             that is not less than the limit's total.
     """
     reserve = whole_number("reserve", reserve)
-    rules.check_limit(limit, reserve)
-    interval_us, margin_us, period_us = rules.timings_us(interval, margin, period)
+    token_bucket.check_limit(limit, reserve)
+    interval_us, margin_us, period_us = token_bucket.timings_us(interval, margin, period)
     account = Account(window_us=interval_us + margin_us, period_us=period_us)
-    rules.adopt(account, limit, 0)
+    token_bucket.adopt(account, limit, 0)
     lines: dict[int, deque[int]] = {}
     for shard_id in shard_ids:
         shard_id = whole_number("shard_id", shard_id)  # noqa: PLW2901 - the same, as an int
@@ -111,23 +111,23 @@ def plan_start(
     while queue:
         at_us, place, line = queue[0]
         period_before, resets_at_us = account.period, account.resets_at_us
-        answer = rules.take(account, line[0], at_us, at_us, reserve)
+        answer = token_bucket.take(account, line[0], at_us, at_us, reserve)
         if isinstance(answer, Denial):
             heapq.heapreplace(queue, (at_us + answer.wait_us, place, line))
             continue
         if answer.period != period_before and resets_at_us is not None:
-            resets.append(resets_at_us / MICROSECOND)
+            resets.append(resets_at_us / US_PER_SECOND)
         assert answer.remaining is not None
         wave = waves[place]
         starts.append(
-            ShardStart(line.popleft(), answer.bucket, wave, at_us / MICROSECOND, answer.remaining)
+            ShardStart(line.popleft(), answer.bucket, wave, at_us / US_PER_SECOND, answer.remaining)
         )
         waves[place] += 1
         lasts = lasts and at_us == wave * account.window_us
         if not line:
             heapq.heappop(queue)
 
-    left = rules.budget(account, 0)
+    left = token_bucket.budget(account, 0)
     assert left is not None
     return StartPlan(
         starts=tuple(starts),

@@ -1,65 +1,110 @@
-"""The queues to choose from. Each is a ``GatewayQueue``, and differs only in its ledger."""
+"""The queues to choose from. Each is a ``GatewayQueue`` with a ledger of its own kind."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.events import Observer
-from gateway_queue_sync.in_memory import InMemoryQueue
+from gateway_queue_sync.ledgers import RemoteLedger
 from gateway_queue_sync.ledgers.memory import MemoryLedger
+from gateway_queue_sync.limit_reader import Refresh
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
     SESSION_PERIOD,
     SessionStartLimit,
 )
-from gateway_queue_sync.queue import WhenExhausted
-from gateway_queue_sync.rules import timings_us
-from gateway_queue_sync.shared import Connect, SharedQueue, SharedSettings
-from gateway_queue_sync.waiting import Refresh
+from gateway_queue_sync.queue import (
+    DEFAULT_LEASE,
+    REREAD_AFTER,
+    GatewayQueue,
+    Settings,
+    WhenExhausted,
+)
+from gateway_queue_sync.token_bucket import check_limit
 
 if TYPE_CHECKING:
     from gateway_queue_sync.ledgers.redis import Client
+    from gateway_queue_sync.ledgers.shared import Connect
+
+READ_JITTER = 1.0
+"""Seconds; a fleet whose processes all read the limit at a reset spreads its reads over so many."""
 
 
-def _in_memory(interval: float, margin: float, period: float, clock: Clock) -> MemoryLedger:
-    interval_us, margin_us, period_us = timings_us(interval, margin, period)
-    return MemoryLedger(
-        window_us=interval_us + margin_us, margin_us=margin_us, period_us=period_us, clock=clock
+def _in_memory(settings: Settings, limit: SessionStartLimit | None = None) -> MemoryLedger:
+    interval_us, margin_us, period_us = settings.timings_us
+    ledger = MemoryLedger(
+        interval_us=interval_us,
+        margin_us=margin_us,
+        period_us=period_us,
+        reserve=settings.reserve,
+        reads=settings.refresh is not None,
+        clock=settings.clock,
     )
+    if limit is not None:
+        ledger.adopt(check_limit(limit, settings.reserve))
+    return ledger
 
 
-def _from_discord(token: str, base_url: str | None) -> tuple[SessionStartLimit, Refresh]:
-    """Return the limit of now, and what reads it anew."""
-    from gateway_queue_sync.gateway_bot import GatewayBot  # noqa: PLC0415 - loads urllib
+class _ReadsLimit(GatewayQueue):
+    """A queue whose limit can be read from Discord."""
 
-    limit = GatewayBot(token, base_url=base_url).session_start_limit()
-    # At a reset somebody waits: better go on with the known total than try for minutes.
-    return limit, GatewayBot(token, base_url=base_url, attempts=2).session_start_limit
+    @classmethod
+    def from_token(
+        cls, token: str, *where: Any, base_url: str | None = None, **settings: Any
+    ) -> Self:
+        """Read the limit from Discord now, and again at each reset and every ten minutes of use.
+
+        Blocks while it reads for the first time. The later reads have a thread of their own: nobody
+        waits for them. The token shows in no log, repr or error; it goes along when the queue is
+        pickled.
+
+        Args:
+            token: the bot's token, with or without ``Bot`` before it.
+            where: what the class takes before the limit, such as the path of a ``SqliteQueue``.
+            base_url: where Discord's REST API is, if not at Discord.
+            settings: as for the class; ``reread_after`` is the ten minutes, in seconds.
+
+        Raises:
+            GatewayBotError: the token is wrong, or Discord could not be asked.
+            LedgerError, TypeError, ValueError: as the class raises; also for what cannot be a token.
+        """
+        from gateway_queue_sync.gateway_bot import GatewayBot  # noqa: PLC0415 - loads urllib
+
+        limit = GatewayBot(token, base_url=base_url).session_start_limit()
+        reads = GatewayBot(token, base_url=base_url, attempts=1, jitter=READ_JITTER)
+        settings |= {"limit": limit, "refresh": reads.session_start_limit}
+        return cls(*where, **settings)
 
 
-class NoOpQueue(InMemoryQueue):
+class NoOpQueue(GatewayQueue):
     """Grants at once, always: for a bot whose gateway proxy does the queueing.
 
-    It keeps no window and no budget, and ``update`` is ignored.
+    It keeps no window and no limit, and ``update`` is ignored.
     """
 
     def __init__(self) -> None:
-        ledger = MemoryLedger(window_us=0, margin_us=0, period_us=0, clock=SYSTEM_CLOCK)
-        super().__init__(ledger, clock=SYSTEM_CLOCK)
+        super().__init__(lambda _: _no_account(), Settings(margin=0))
 
     def update(self, limit: SessionStartLimit) -> None:
         """Ignore the limit."""
 
 
-class LocalQueue(InMemoryQueue):
+def _no_account() -> MemoryLedger:
+    return MemoryLedger(
+        interval_us=0, margin_us=0, period_us=0, reserve=0, reads=False, clock=SYSTEM_CLOCK
+    )
+
+
+class LocalQueue(GatewayQueue):
     """One process, one bucket: for a bot whose ``max_concurrency`` is 1.
 
-    It keeps no budget until ``update`` gives it one; then it also has that limit's buckets.
+    It keeps no limit until ``update`` gives it one; then it also has that limit's buckets.
 
     Args:
         interval: seconds between two permits of a bucket: Discord's 5.
@@ -81,18 +126,21 @@ class LocalQueue(InMemoryQueue):
         clock: Clock = SYSTEM_CLOCK,
         observer: Observer | None = None,
     ) -> None:
-        ledger = _in_memory(interval, margin, SESSION_PERIOD, clock)
-        super().__init__(ledger, clock=clock, observer=observer)
+        settings = Settings(interval=interval, margin=margin, clock=clock, observer=observer)
+        super().__init__(_in_memory, settings)
 
 
-class LargeBotQueue(InMemoryQueue):
-    """One process, a bucket for each of ``max_concurrency``, and the day's budget.
+class LargeBotQueue(_ReadsLimit):
+    """One process, a bucket for each of ``max_concurrency``, and the day's session start limit.
 
     Args:
         limit: the session start limit to begin with, as Discord gives it now.
-        refresh: called without arguments when the limit is due to reset, to read it anew. It runs
-            in the thread of whoever is first in line, once per reset; if it raises, the last known
-            total counts, with a WARNING, and the next permit asks again.
+        refresh: called without arguments when the limit is to be read: at each reset, and as
+            ``reread_after`` says. It runs in a thread of its own. If it raises, the last known total
+            counts from 5 seconds after the reset on, with a WARNING, and it is called again after a
+            pause that grows from 5 seconds to 5 minutes (not less than the error's ``retry_after``).
+        reread_after: seconds after which the limit is read again when the queue is used, since other
+            programs may start sessions with the same token; ``None`` reads at resets only.
         reserve: session starts never to use up: at ``remaining <= reserve`` the queue is exhausted.
         when_exhausted: ``"wait"`` for the reset, or ``"raise"`` ``SessionLimitExhausted``.
         period: seconds from the first grant after a reset to the next reset.
@@ -111,6 +159,7 @@ class LargeBotQueue(InMemoryQueue):
         limit: SessionStartLimit,
         *,
         refresh: Refresh | None = None,
+        reread_after: float | None = REREAD_AFTER,
         reserve: int = 0,
         when_exhausted: WhenExhausted = "wait",
         period: float = SESSION_PERIOD,
@@ -119,54 +168,9 @@ class LargeBotQueue(InMemoryQueue):
         clock: Clock = SYSTEM_CLOCK,
         observer: Observer | None = None,
     ) -> None:
-        super().__init__(
-            _in_memory(interval, margin, period, clock),
-            clock=clock,
-            observer=observer,
+        settings = Settings(
             refresh=refresh,
-            reserve=reserve,
-            when_exhausted=when_exhausted,
-        )
-        self._start_with(limit)
-
-    @classmethod
-    def from_token(
-        cls,
-        token: str,
-        *,
-        base_url: str | None = None,
-        reserve: int = 0,
-        when_exhausted: WhenExhausted = "wait",
-        period: float = SESSION_PERIOD,
-        interval: float = IDENTIFY_INTERVAL,
-        margin: float = DEFAULT_MARGIN,
-        clock: Clock = SYSTEM_CLOCK,
-        observer: Observer | None = None,
-    ) -> Self:
-        """Read the limit from Discord now, and again whenever it resets.
-
-        Blocks while it reads. The token is kept for the re-reading; it shows in no log, repr or
-        error.
-
-        Args:
-            token: the bot's token, with or without ``Bot`` before it.
-            base_url: where Discord's REST API is, if not at Discord.
-            reserve: as for ``LargeBotQueue``, and so are the others.
-            when_exhausted: ``"wait"`` or ``"raise"``.
-            period: seconds.
-            interval: seconds.
-            margin: seconds.
-            clock: what tells the time.
-            observer: called with each event.
-
-        Raises:
-            GatewayBotError: the token is wrong, or Discord could not be asked.
-            TypeError, ValueError: as ``LargeBotQueue`` does; also for what cannot be a token.
-        """
-        limit, refresh = _from_discord(token, base_url)
-        return cls(
-            limit,
-            refresh=refresh,
+            reread_after=reread_after,
             reserve=reserve,
             when_exhausted=when_exhausted,
             period=period,
@@ -175,6 +179,7 @@ class LargeBotQueue(InMemoryQueue):
             clock=clock,
             observer=observer,
         )
+        super().__init__(partial(_in_memory, limit=limit), settings)
 
 
 # --- shared by processes --------------------------------------------------------------------------
@@ -187,16 +192,6 @@ def _file(path: str | os.PathLike[str]) -> str:
     if not path or path == ":memory:" or "\0" in path:
         raise ValueError(f"path must name a file, not {path!r}")
     return os.path.realpath(path)
-
-
-def _made_again(
-    queue: Callable[..., SharedQueue],
-    make: Callable[..., object],
-    given: tuple[object, ...],
-    settings: SharedSettings,
-) -> SharedQueue:
-    """Make a queue that was pickled, on what is made of what was given."""
-    return queue(make(*given), **settings)
 
 
 def sqlite_ledger(path: str | os.PathLike[str]) -> Connect:
@@ -220,7 +215,28 @@ def http_ledger(url: str, secret: str | None = None) -> Connect:
     return partial(HttpLedger, url, secret)
 
 
-class SqliteQueue(SharedQueue):
+def _shared(
+    connect: Connect, limit: SessionStartLimit | None
+) -> Callable[[Settings], RemoteLedger]:
+    """Return what opens a ledger that processes share, with a limit if there is one."""
+    from gateway_queue_sync.ledgers.adapter import open_ledger  # noqa: PLC0415 - few need it
+
+    return partial(open_ledger, connect, limit)
+
+
+def _made_again(
+    queue: Callable[..., GatewayQueue],
+    make: Callable[..., object],
+    given: tuple[object, ...],
+    settings: Settings,
+) -> GatewayQueue:
+    """Make a queue that was pickled, from what it was made of."""
+    # A shared queue has all settings but one; it reads its limit at resets only.
+    names = (field.name for field in fields(Settings) if field.name != "reread_after")
+    return queue(make(*given), **{name: getattr(settings, name) for name in names})
+
+
+class SqliteQueue(_ReadsLimit):
     """Every process of one machine, or one that a supervisor restarts: an account in an SQLite file.
 
     No server and no dependency; what was granted survives crashes, ``kill -9`` and restarts, so that
@@ -252,7 +268,7 @@ class SqliteQueue(SharedQueue):
         observer: called with each event (``gateway_queue_sync.events``).
 
     Raises:
-        BrokerError: the file cannot be used; the message says why.
+        LedgerError: the file cannot be used; the message says why.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
 
@@ -260,44 +276,39 @@ class SqliteQueue(SharedQueue):
         self,
         path: str | os.PathLike[str],
         limit: SessionStartLimit | None = None,
-        **settings: Unpack[SharedSettings],
+        *,
+        name: str = "default",
+        refresh: Refresh | None = None,
+        reserve: int = 0,
+        when_exhausted: WhenExhausted = "wait",
+        period: float = SESSION_PERIOD,
+        interval: float = IDENTIFY_INTERVAL,
+        margin: float = DEFAULT_MARGIN,
+        lease: float = DEFAULT_LEASE,
+        clock: Clock = SYSTEM_CLOCK,
+        observer: Observer | None = None,
     ) -> None:
-        self._path, self._settings = _file(path), settings
-        super().__init__(sqlite_ledger(path), limit, **settings)
+        settings = Settings(
+            name=name,
+            refresh=refresh,
+            reread_after=None,
+            reserve=reserve,
+            when_exhausted=when_exhausted,
+            period=period,
+            interval=interval,
+            margin=margin,
+            lease=lease,
+            clock=clock,
+            observer=observer,
+        )
+        self._path = _file(path)
+        super().__init__(_shared(sqlite_ledger(path), limit), settings)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _made_again, (type(self), str, (self._path,), self._settings)
 
-    @classmethod
-    def from_token(
-        cls,
-        token: str,
-        path: str | os.PathLike[str],
-        *,
-        base_url: str | None = None,
-        **settings: Unpack[SharedSettings],
-    ) -> Self:
-        """Read the limit from Discord now, and again whenever it resets; one process does for all.
 
-        Blocks while it reads. The token is kept for the re-reading; it shows in no log, repr or
-        error, but it goes along when the queue is pickled.
-
-        Args:
-            token: the bot's token, with or without ``Bot`` before it.
-            path: the file, as for ``SqliteQueue``.
-            base_url: where Discord's REST API is, if not at Discord.
-            settings: as for ``SqliteQueue``.
-
-        Raises:
-            GatewayBotError: the token is wrong, or Discord could not be asked.
-            BrokerError, TypeError, ValueError: as ``SqliteQueue`` does; also for what cannot be a token.
-        """
-        limit, refresh = _from_discord(token, base_url)
-        settings["refresh"] = refresh
-        return cls(path, limit, **settings)
-
-
-class RedisQueue(SharedQueue):
+class RedisQueue(_ReadsLimit):
     """Every process of any number of machines: an account in a Redis (or Valkey) server.
 
     Needs redis-py: ``pip install gateway-queue-sync[redis]``. Spacing, order, budget and limits hold
@@ -326,7 +337,7 @@ class RedisQueue(SharedQueue):
 
     Raises:
         ImportError: redis-py is not installed.
-        BrokerError: the server cannot be reached, or refuses.
+        LedgerError: the server cannot be reached, or refuses.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
 
@@ -334,46 +345,41 @@ class RedisQueue(SharedQueue):
         self,
         client_or_url: Client | str,
         limit: SessionStartLimit | None = None,
-        **settings: Unpack[SharedSettings],
+        *,
+        name: str = "default",
+        refresh: Refresh | None = None,
+        reserve: int = 0,
+        when_exhausted: WhenExhausted = "wait",
+        period: float = SESSION_PERIOD,
+        interval: float = IDENTIFY_INTERVAL,
+        margin: float = DEFAULT_MARGIN,
+        lease: float = DEFAULT_LEASE,
+        clock: Clock = SYSTEM_CLOCK,
+        observer: Observer | None = None,
     ) -> None:
-        self._client_or_url, self._settings = client_or_url, settings
-        super().__init__(redis_ledger(client_or_url), limit, **settings)
+        settings = Settings(
+            name=name,
+            refresh=refresh,
+            reread_after=None,
+            reserve=reserve,
+            when_exhausted=when_exhausted,
+            period=period,
+            interval=interval,
+            margin=margin,
+            lease=lease,
+            clock=clock,
+            observer=observer,
+        )
+        self._client_or_url = client_or_url
+        super().__init__(_shared(redis_ledger(client_or_url), limit), settings)
 
     def __reduce__(self) -> tuple[object, ...]:
         from gateway_queue_sync.ledgers.redis import portable  # noqa: PLC0415 - an extra
 
         return _made_again, (type(self), *portable(self._client_or_url), self._settings)
 
-    @classmethod
-    def from_token(
-        cls,
-        token: str,
-        client_or_url: Client | str,
-        *,
-        base_url: str | None = None,
-        **settings: Unpack[SharedSettings],
-    ) -> Self:
-        """Read the limit from Discord now, and again whenever it resets; one process does for all.
 
-        Blocks while it reads. The token is kept for the re-reading; it shows in no log, repr or
-        error, but it goes along when the queue is pickled.
-
-        Args:
-            token: the bot's token, with or without ``Bot`` before it.
-            client_or_url: the server, as for ``RedisQueue``.
-            base_url: where Discord's REST API is, if not at Discord.
-            settings: as for ``RedisQueue``.
-
-        Raises:
-            GatewayBotError: the token is wrong, or Discord could not be asked.
-            BrokerError, TypeError, ValueError: as ``RedisQueue`` does; also for what cannot be a token.
-        """
-        limit, refresh = _from_discord(token, base_url)
-        settings["refresh"] = refresh
-        return cls(client_or_url, limit, **settings)
-
-
-class HttpQueue(SharedQueue):
+class HttpQueue(_ReadsLimit):
     """Every process that reaches a broker: an account that ``python -m gateway_queue_sync serve`` keeps.
 
     Spacing, order, budget and limits hold over all queues of one broker and the clients of its plain
@@ -397,7 +403,7 @@ class HttpQueue(SharedQueue):
         observer: called with each event.
 
     Raises:
-        BrokerError: the broker cannot be reached, or refuses.
+        LedgerError: the broker cannot be reached, or refuses.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
 
@@ -407,42 +413,33 @@ class HttpQueue(SharedQueue):
         limit: SessionStartLimit | None = None,
         *,
         secret: str | None = None,
-        **settings: Unpack[SharedSettings],
+        name: str = "default",
+        refresh: Refresh | None = None,
+        reserve: int = 0,
+        when_exhausted: WhenExhausted = "wait",
+        period: float = SESSION_PERIOD,
+        interval: float = IDENTIFY_INTERVAL,
+        margin: float = DEFAULT_MARGIN,
+        lease: float = DEFAULT_LEASE,
+        clock: Clock = SYSTEM_CLOCK,
+        observer: Observer | None = None,
     ) -> None:
+        settings = Settings(
+            name=name,
+            refresh=refresh,
+            reread_after=None,
+            reserve=reserve,
+            when_exhausted=when_exhausted,
+            period=period,
+            interval=interval,
+            margin=margin,
+            lease=lease,
+            clock=clock,
+            observer=observer,
+        )
         self._given = url, secret
-        self._settings = settings
-        super().__init__(http_ledger(url, secret), limit, **settings)
+        super().__init__(_shared(http_ledger(url, secret), limit), settings)
 
     def __reduce__(self) -> tuple[object, ...]:
         url, secret = self._given
         return _made_again, (partial(type(self), secret=secret), str, (url,), self._settings)
-
-    @classmethod
-    def from_token(
-        cls,
-        token: str,
-        url: str,
-        *,
-        secret: str | None = None,
-        base_url: str | None = None,
-        **settings: Unpack[SharedSettings],
-    ) -> Self:
-        """Read the limit from Discord now, and again whenever it resets; one process does for all.
-
-        Blocks while it reads. The token is kept for the re-reading; it shows in no log, repr or
-        error, but it goes along when the queue is pickled.
-
-        Args:
-            token: the bot's token, with or without ``Bot`` before it.
-            url: the broker's, as for ``HttpQueue``.
-            secret: as for ``HttpQueue``.
-            base_url: where Discord's REST API is, if not at Discord.
-            settings: as for ``HttpQueue``.
-
-        Raises:
-            GatewayBotError: the token is wrong, or Discord could not be asked.
-            BrokerError, TypeError, ValueError: as ``HttpQueue`` does; also for what cannot be a token.
-        """
-        limit, refresh = _from_discord(token, base_url)
-        settings["refresh"] = refresh
-        return cls(url, limit, secret=secret, **settings)

@@ -14,12 +14,13 @@ from dataclasses import asdict
 from datetime import datetime, timedelta
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK
-from gateway_queue_sync.errors import BrokerError
+from gateway_queue_sync.errors import LedgerError
+from gateway_queue_sync.format import format_duration, format_ranges, format_time
+from gateway_queue_sync.ledgers.adapter import snapshot
 from gateway_queue_sync.ledgers.shared import STRANGER, SharedLedger
 from gateway_queue_sync.models import BucketSnapshot, QueueSnapshot, seconds
 from gateway_queue_sync.policies import redis_ledger, sqlite_ledger
-from gateway_queue_sync.shared import account_name, picture
-from gateway_queue_sync.wording import lasting, ranges, when
+from gateway_queue_sync.queue import Settings
 
 FIRST_SHOWN = 5  # of those who wait in a bucket
 CLEAR = "\x1b[H\x1b[2J"
@@ -49,7 +50,7 @@ def _ledger(arguments: argparse.Namespace) -> SharedLedger:
         if arguments.sqlite is None
         else sqlite_ledger(arguments.sqlite)
     )
-    return connect(account_name(arguments.name), STRANGER, SYSTEM_CLOCK)
+    return connect(Settings(name=arguments.name).name, STRANGER, SYSTEM_CLOCK)
 
 
 def _show(ledger: SharedLedger, arguments: argparse.Namespace) -> bool:
@@ -57,11 +58,11 @@ def _show(ledger: SharedLedger, arguments: argparse.Namespace) -> bool:
     try:
         reply = ledger.peek()
         if not reply.known:
-            raise BrokerError(f"{ledger!r} holds no account of that name") from LookupError()
-    except BrokerError as error:
+            raise LedgerError(f"{ledger!r} holds no account of that name") from LookupError()
+    except LedgerError as error:
         print(error, file=sys.stderr)
         return False
-    seen = picture(reply)
+    seen = snapshot(reply)
     if arguments.json:
         print(json.dumps(asdict(seen)), flush=True)
         return True
@@ -77,7 +78,7 @@ def describe(seen: QueueSnapshot, title: str, now: datetime) -> Iterator[str]:
     yield ""
     if seen.limit is not None:
         left = seen.limit
-        resets = f"resets {when(now, left.resets_in)}" if left.resets_in else "not begun"
+        resets = f"resets {format_time(now, left.resets_in)}" if left.resets_in else "not begun"
         yield f"left today  {left.remaining} of {left.total}, {resets}"
     yield f"granted     {seen.granted}"
     lines = sum(bool(bucket.shards) for bucket in seen.buckets)
@@ -90,23 +91,25 @@ def describe(seen: QueueSnapshot, title: str, now: datetime) -> Iterator[str]:
         else:
             idle.append(bucket.bucket)
     if idle:
-        yield f"ready: bucket {ranges(idle)}"
+        yield f"ready: bucket {format_ranges(idle)}"
 
 
 def _describe_bucket(bucket: BucketSnapshot, now: datetime) -> Iterator[str]:
-    ready = f"ready in {lasting(bucket.ready_in)}" if bucket.ready_in else "ready"
+    ready = f"ready in {format_duration(bucket.ready_in)}" if bucket.ready_in else "ready"
     yield f"bucket {bucket.bucket}: {ready}"
     for shard in bucket.shards[:FIRST_SHOWN]:
         since = (now - timedelta(seconds=shard.waited)).astimezone()
-        due = "never: the budget is all reserve" if shard.eta is None else when(now, shard.eta)
+        due = (
+            "never: the budget is all reserve" if shard.eta is None else format_time(now, shard.eta)
+        )
         yield (
-            f"  shard {shard.shard_id:<6} waits {lasting(shard.waited):>9}, "
+            f"  shard {shard.shard_id:<6} waits {format_duration(shard.waited):>9}, "
             f"since {since:%H:%M:%S}; due {due}"
         )
     more = bucket.shards[FIRST_SHOWN:]
     if more:
         last = more[-1].eta
-        due = "" if last is None else f", the last due {when(now, last)}"
+        due = "" if last is None else f", the last due {format_time(now, last)}"
         yield f"  and {len(more)} more{due}"
 
 

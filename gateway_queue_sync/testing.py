@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
@@ -18,21 +16,53 @@ from gateway_queue_sync.models import (
     seconds,
     whole_number,
 )
-from gateway_queue_sync.rules import MICROSECOND, to_us
+from gateway_queue_sync.token_bucket import US_PER_SECOND, to_us
 
 if TYPE_CHECKING:
     from gateway_queue_sync.clock import Lock
 
-_PACKAGE = str(Path(__file__).parent)
+
+class _Visit:
+    """A thread's stay inside a queue, from when it is made until it is left."""
+
+    def __init__(self, clock: FakeClock, *, worker: bool) -> None:
+        self._clock = clock
+        self._outer: _Visit | None = None
+        self.worker = worker
+        self.parked = False
+        clock._begin(self)
+
+    def __enter__(self) -> None:
+        self._outer, self._clock._here.visit = self._clock._here.visit, self
+        if self._outer is not None:
+            self._outer.parked = True  # this one counts for its thread
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._clock._here.visit = self._outer
+        if self._outer is not None:
+            self._outer.parked = False
+        self._clock._end(self)
+
+
+class _Here(threading.local):
+    """What the clock knows of the calling thread."""
+
+    visit: _Visit | None = None
 
 
 class _FakeCondition(threading.Condition):
     """A condition whose timed waits end when its clock is advanced that far."""
 
     def __init__(self, lock: Lock, clock: FakeClock) -> None:
-        super().__init__(lock)
+        super().__init__(lock)  # type: ignore[arg-type]
         self.timed_out = False
+        self.visit: _Visit | None = None
         self._clock = clock
+
+    @property
+    def is_workers(self) -> bool:
+        """Whether it is a queue's worker that waits on it."""
+        return self.visit is not None and self.visit.worker
 
     def wait(self, timeout: float | None = None) -> bool:
         if timeout is not None and timeout <= 0:
@@ -51,16 +81,17 @@ class _FakeCondition(threading.Condition):
 
 
 class FakeClock:
-    """A clock that moves only when told to, and with which threads really wait.
+    """A clock that moves only when it is advanced, and with which threads really wait.
 
     Hand it to a queue, start threads that ``acquire``, and drive them::
 
         clock.settle(2)        # until two threads are parked in the queue
-        clock.advance(5.25)    # wakes who is due
+        clock.advance(5.25)    # wakes those whose wait is over
         clock.settle(1)        # until the other one is parked again
 
-    Nothing sleeps: ``settle`` returns as soon as the threads are where they should be. One thread
-    waits on a condition at a time, as it is in the queues.
+    Nothing sleeps: ``settle`` returns as soon as the threads are where they should be. The queue tells
+    the clock which threads are inside it. Its worker, which serves futures and shared ledgers, is not
+    counted. One thread waits on a condition at a time, as it is in the queues.
 
     Args:
         start: what the monotonic clock shows at first, in seconds.
@@ -72,9 +103,10 @@ class FakeClock:
         self._wall_us = to_us(wall)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self._here = _Here()
+        self._visits: set[_Visit] = set()
         self._parked: dict[_FakeCondition, int | None] = {}
         self._waking: set[_FakeCondition] = set()
-        self._awake: set[int] = set()  # threads that woke and have not parked again
         self._locks: set[Lock] = set()
 
     def now_us(self) -> int:
@@ -90,8 +122,12 @@ class FakeClock:
         self._locks.add(lock)
         return _FakeCondition(lock, self)
 
+    def inside(self, *, worker: bool = False) -> contextlib.AbstractContextManager[object]:
+        """Return a context in which a thread counts as inside a queue, from now on."""
+        return _Visit(self, worker=worker)
+
     def advance(self, by: float) -> None:
-        """Move both clocks on by so many seconds, in one step, and wake whose wait is over."""
+        """Move both clocks on by so many seconds, in one step, and wake those whose wait is over."""
         by_us = to_us(seconds("by", by))
         with contextlib.ExitStack() as held:
             for lock in list(self._locks):  # nobody is between reading the time and parking
@@ -106,12 +142,24 @@ class FakeClock:
                 condition.timed_out = True
                 condition.notify()
 
+    def suspend(self, for_: float) -> None:
+        """Move both clocks on as a suspended machine does: the threads' waits do not get shorter."""
+        by_us = to_us(seconds("for_", for_))
+        with self._lock:
+            self._now_us += by_us
+            self._wall_us += by_us
+            for condition, at in self._parked.items():
+                self._parked[condition] = None if at is None else at + by_us
+
     def set_wall(self, to: float) -> None:
         """Set the wall clock alone, as a person or NTP does."""
         self._wall_us = to_us(to)
 
     def settle(self, parked: int, timeout: float = 10.0) -> None:
-        """Block until exactly so many threads are parked and whoever was woken has made its move.
+        """Block until exactly so many threads are parked, and nobody else is inside a queue.
+
+        A queue's worker is not counted, but waited for until it is parked, too. A thread that reads
+        the limit is not waited for: that takes as long as it takes.
 
         Args:
             parked: how many threads should be.
@@ -121,60 +169,50 @@ class FakeClock:
             AssertionError: they are not after ``timeout`` real seconds.
         """
         give_up_us = SYSTEM_CLOCK.now_us() + to_us(timeout)
-        while True:
-            with self._lock:
-                while len(self._parked) != parked or self._waking:
-                    left_us = give_up_us - SYSTEM_CLOCK.now_us()
-                    if left_us <= 0:
-                        raise AssertionError(
-                            f"{len(self._parked)} threads are parked, not {parked}, after {timeout:g} s"
-                        )
-                    self._changed.wait(left_us / MICROSECOND)
-            for lock in list(self._locks):
-                with lock:  # whoever woke and holds it makes its move before it lets go
-                    pass
-            with self._lock:
-                if self._is_on_its_way():
-                    self._changed.wait(0.000_2)
-                elif len(self._parked) == parked and not self._waking:
-                    return
-            if SYSTEM_CLOCK.now_us() > give_up_us:
-                raise AssertionError(f"a thread is still inside its queue after {timeout:g} s")
+        with self._lock:
+            while self.parked != parked or self._waking or self._is_busy():
+                left_us = give_up_us - SYSTEM_CLOCK.now_us()
+                if left_us <= 0:
+                    busy = "; one is still inside its queue" if self._is_busy() else ""
+                    raise AssertionError(
+                        f"{self.parked} threads are parked, not {parked}, after {timeout:g} s{busy}"
+                    )
+                self._changed.wait(left_us / US_PER_SECOND)
 
-    def _is_on_its_way(self) -> bool:
-        """Return whether a thread that woke is still on its way out of the queue.
-
-        One that reads the limit anew is not waited for: that takes as long as it takes.
-        """
-        frames = sys._current_frames()
-        for thread in self._awake - {threading.get_ident()}:
-            frame, names = frames.get(thread), set()
-            while frame is not None:
-                if frame.f_code.co_filename.startswith(_PACKAGE):
-                    names.add(frame.f_code.co_name)
-                frame = frame.f_back
-            if names & {"_take_turns", "_fulfil"} and "_renew_limit" not in names:
-                return True
-            self._awake.discard(thread)
-        return False
+    def _is_busy(self) -> bool:
+        """Return whether another thread is inside a queue and not parked."""
+        return any(not visit.parked for visit in self._visits if visit is not self._here.visit)
 
     @property
     def parked(self) -> int:
-        """How many threads are parked just now."""
-        return len(self._parked)
+        """How many threads are parked now, queues' workers not counted."""
+        return sum(1 for condition in list(self._parked) if not condition.is_workers)
 
     @property
     def next_in(self) -> float | None:
-        """Seconds until the next timed wait ends, ``None`` if there is none."""
+        """Seconds until the next timed wait ends, workers' not counted; ``None`` if there is none."""
         with self._lock:
-            deadlines = [at for at in self._parked.values() if at is not None]
-        return (min(deadlines) - self._now_us) / MICROSECOND if deadlines else None
+            deadlines = [
+                at for c, at in self._parked.items() if at is not None and not c.is_workers
+            ]
+        return (min(deadlines) - self._now_us) / US_PER_SECOND if deadlines else None
+
+    def _begin(self, visit: _Visit) -> None:
+        with self._lock:
+            self._visits.add(visit)
+
+    def _end(self, visit: _Visit) -> None:
+        with self._lock:
+            self._visits.discard(visit)
+            self._changed.notify_all()
 
     def _park(self, condition: _FakeCondition, timeout: float | None) -> None:
         with self._lock:
             deadline_us = None if timeout is None else self._now_us + to_us(timeout)
+            condition.visit = visit = self._here.visit
+            if visit is not None:
+                visit.parked = True
             self._parked[condition] = deadline_us
-            self._awake.discard(threading.get_ident())
             self._changed.notify_all()
 
     def _unpark(self, condition: _FakeCondition) -> None:
@@ -182,13 +220,15 @@ class FakeClock:
             if condition in self._parked:
                 del self._parked[condition]
                 self._waking.add(condition)
-                self._changed.notify_all()
+                if condition.visit is not None:
+                    condition.visit.parked = False
 
     def _woke(self, condition: _FakeCondition) -> None:
         with self._lock:
             self._parked.pop(condition, None)
             self._waking.discard(condition)
-            self._awake.add(threading.get_ident())
+            if condition.visit is not None:
+                condition.visit.parked = False
             self._changed.notify_all()
 
 
@@ -260,7 +300,7 @@ class Referee:
                     self._shortest_us = gap_us
                 early_us = max(0, self._interval_us - gap_us)
             if early_us or self.token_reset:
-                self.refusals.append(Refusal(shard_id, bucket, early_us / MICROSECOND))
+                self.refusals.append(Refusal(shard_id, bucket, early_us / US_PER_SECOND))
                 return False
             self._accepted_us[bucket] = now_us
             self.accepted += 1
@@ -287,7 +327,7 @@ class Referee:
             used = self._in_period if left_us else 0
         remaining = max(0, self._total - used)
         return SessionStartLimit(
-            self._total, remaining, left_us / MICROSECOND, self.max_concurrency
+            self._total, remaining, left_us / US_PER_SECOND, self.max_concurrency
         )
 
     @property
@@ -298,7 +338,7 @@ class Referee:
     @property
     def shortest_gap(self) -> float | None:
         """The least seconds between an accepted IDENTIFY and the next to arrive in its bucket."""
-        return None if self._shortest_us is None else self._shortest_us / MICROSECOND
+        return None if self._shortest_us is None else self._shortest_us / US_PER_SECOND
 
     def least_time(self, shard_ids: Iterable[int]) -> float:
         """Return the seconds that starting these shards must take at the least."""
@@ -306,4 +346,4 @@ class Referee:
         for shard_id in shard_ids:
             bucket = shard_id % self.max_concurrency
             sizes[bucket] = sizes.get(bucket, 0) + 1
-        return (max(sizes.values(), default=1) - 1) * self._interval_us / MICROSECOND
+        return (max(sizes.values(), default=1) - 1) * self._interval_us / US_PER_SECOND

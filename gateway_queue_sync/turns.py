@@ -1,8 +1,8 @@
 """Turns over processes: one account, and one line for each bucket, of all that draw on it.
 
-The rules of ``rules.py`` say whether a bucket may grant; here it is said to whom. No thread, clock or
-I/O: the time is an argument, and what is remembered is in a ``Store``. A ledger does it all in one
-atomic step for each ``Request``.
+The rules of ``token_bucket.py`` say whether a bucket may grant; here it is said to whom. No thread,
+clock or I/O: the time is an argument, and what is remembered is in a ``Store``. A ledger does it all
+in one atomic step for each ``Request``.
 
 Only the first ticket that each process has for a bucket stands in the line, ordered by arrival less
 head start. It has *rank* r if r of them are before it, and may take from r *graces* after the bucket
@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-from gateway_queue_sync import rules
+from gateway_queue_sync import token_bucket
 from gateway_queue_sync.messages import (
     OUTCOMES,
     News,
@@ -36,10 +36,10 @@ from gateway_queue_sync.messages import (
     Waiter,
     in_order,
 )
-from gateway_queue_sync.models import SessionStartLimit
-from gateway_queue_sync.rules import NEVER, Account, Bucket, Denial, Grant, Reason
+from gateway_queue_sync.models import Permit, SessionStartLimit
+from gateway_queue_sync.token_bucket import NEVER, Account, Denial, Reason, TokenBucket
 
-LONGEST_GRACE_US = 100_000
+MAX_GRACE_US = 100_000
 FORGOTTEN_AFTER_US = 60_000_000  # a process that has been silent for that long
 SETTLED_AFTER_US = 600_000_000  # a permit of an earlier period that nobody will report on
 
@@ -69,9 +69,16 @@ class SharedAccount(Account):
 
 
 @dataclass(slots=True)
-class SharedGrant(Grant):
-    """A permit as the shared account remembers it, and as its holder does."""
+class StoredPermit:
+    """A permit as the shared account remembers it; ``stamp_us`` is when its window started."""
 
+    serial: int
+    shard_id: int
+    bucket: int
+    stamp_us: int
+    remaining: int | None
+    period: int
+    returned: bool = False
     ticket: int = 0
     refused: bool = False
 
@@ -96,7 +103,7 @@ class Store(Protocol):
     def account(self) -> SharedAccount | None:
         """Return the account without its buckets, ``None`` if there is none."""
 
-    def buckets(self, number: int | None = None) -> dict[int, Bucket]:
+    def buckets(self, number: int | None = None) -> dict[int, TokenBucket]:
         """Return all buckets that were kept, or that one."""
 
     def keep(self, account: SharedAccount, *, relaid: bool) -> None:
@@ -126,10 +133,10 @@ class Store(Protocol):
     def drop_heads(self) -> None:
         """Forget all heads."""
 
-    def permit(self, owner: str, ticket: int) -> SharedGrant | None:
+    def permit(self, owner: str, ticket: int) -> StoredPermit | None:
         """Return what was granted to a ticket."""
 
-    def put_permit(self, owner: str, grant: SharedGrant) -> None:
+    def put_permit(self, owner: str, grant: StoredPermit) -> None:
         """Keep what was granted to a ticket."""
 
     def forget_permits(self, period: int, before_us: int) -> None:
@@ -174,13 +181,15 @@ class _Turn:
         """
         request = self.request
         window_us = request.interval_us + request.margin_us
-        account = SharedAccount(window_us, request.period_us, fresh=Bucket(last_us=self.now_us))
+        account = SharedAccount(
+            window_us, request.period_us, default_bucket=TokenBucket(last_us=self.now_us)
+        )
         account.period, account.granted = request.period, request.granted
         order = request.order
-        fresh = order is not None and order.kind in ("open", "renew")
-        limit = order.limit if fresh and order is not None and order.limit else request.limit
-        rules.adopt(account, limit, self.wall_us)
-        account.refresh_owed = not fresh
+        given = order is not None and order.kind in ("open", "renew")
+        limit = order.limit if given and order is not None and order.limit else request.limit
+        token_bucket.adopt(account, limit, self.wall_us)
+        account.refresh_owed = not given
         return account
 
     def _make_good(self) -> None:
@@ -193,9 +202,9 @@ class _Turn:
         account, request = self.account, self.request
         self._load_all()
         closed_us = max(
-            bucket.closed_until_us for bucket in (account.fresh, *account.buckets.values())
+            bucket.closed_until_us for bucket in (account.default_bucket, *account.buckets.values())
         )
-        account.fresh = Bucket(last_us=self.now_us, closed_until_us=closed_us)
+        account.default_bucket = TokenBucket(last_us=self.now_us, closed_until_us=closed_us)
         account.buckets, self.relaid = {}, True
         self._open_with(request.limit)
         account.period = max(account.period, request.period)
@@ -229,7 +238,7 @@ class _Turn:
 
     def _reply(self, *, known: bool, booked: bool, void: bool = False) -> Reply:
         account = self.account
-        left = rules.budget(account, self.wall_us)
+        left = token_bucket.budget(account, self.wall_us)
         assert left is not None
         ready_in_us: tuple[tuple[int, int], ...] = ()
         others_us = 0
@@ -237,10 +246,12 @@ class _Turn:
         if self.request.look:
             self._load_all()
             ready_in_us = tuple(
-                (number, rules.ready_in_us(account, number, self.now_us))
-                for number in sorted(account.buckets)
+                (number, token_bucket.ready_in_us(account, bucket, self.now_us))
+                for number, bucket in sorted(account.buckets.items())
             )
-            others_us = max(0, rules.closed_for_us(account, account.fresh, self.now_us))
+            others_us = max(
+                0, token_bucket.closed_for_us(account, account.default_bucket, self.now_us)
+            )
             waiting = in_order(self.store.waiters(self.now_us))
         return Reply(
             self.request.number,
@@ -277,11 +288,11 @@ class _Turn:
 
     # --- buckets ----------------------------------------------------------------------------------
 
-    def _bucket(self, shard_id: int) -> Bucket:
+    def _bucket(self, shard_id: int) -> TokenBucket:
         number = shard_id % self.account.max_concurrency
         if number not in self.account.buckets and not self.relaid:
             self.account.buckets |= self.store.buckets(number)
-        return rules.bucket_of(self.account, shard_id)
+        return token_bucket.bucket_of(self.account, shard_id)
 
     def _load_all(self) -> None:
         if not self.relaid:
@@ -306,26 +317,26 @@ class _Turn:
             self._give_back(held if held is not None and held.serial == news.serial else None)
         else:
             if permit is None or permit.serial != news.serial:  # the ledger has lost it
-                permit = SharedGrant(news.serial, news.shard_id, 0, at_us, None, -1)
+                permit = StoredPermit(news.serial, news.shard_id, 0, at_us, None, -1)
             self._hear_of_use(news, permit, min(at_us, self.now_us))
 
-    def _give_back(self, permit: SharedGrant | None) -> None:
+    def _give_back(self, permit: StoredPermit | None) -> None:
         if permit is None:
             return
         self._bucket(permit.shard_id)
-        rules.unused(self.account, permit)
+        token_bucket.unused(self.account, permit)
         self._open_by_surprise()
         self.store.put_permit(self.request.owner, permit)
 
-    def _hear_of_use(self, news: News, permit: SharedGrant, at_us: int) -> None:
+    def _hear_of_use(self, news: News, permit: StoredPermit, at_us: int) -> None:
         if news.kind == "rejected" and permit.refused:
             return
         self._bucket(permit.shard_id)
         if news.kind == "sent":
-            rules.sent(self.account, permit, at_us)
+            token_bucket.sent(self.account, permit, at_us)
         else:
             permit.refused = True
-            rules.rejected(self.account, permit, at_us)
+            token_bucket.rejected(self.account, permit, at_us)
             if permit.period >= 0:
                 self.store.put_permit(self.request.owner, permit)
 
@@ -337,7 +348,7 @@ class _Turn:
         if account.refresher == self.request.owner:
             account.refresher = ""
         if order.kind == "trust":
-            return rules.trust(account, order.period)
+            return token_bucket.trust(account, order.period)
         if order.limit is None or (self.new and order.kind in ("open", "renew")):
             return True  # there is nothing new in it
         other_buckets = order.limit.max_concurrency != account.max_concurrency
@@ -345,13 +356,16 @@ class _Turn:
             self._load_all()
             self.relaid = True
         if order.kind == "renew":
-            limit = rules.renew(account, order.limit, order.period, order.granted, self.wall_us)
+            limit = token_bucket.renew(
+                account, order.limit, order.period, order.granted, self.wall_us
+            )
             if limit is None:
                 return False
         elif order.kind == "open":
             self._open_with(order.limit)
         else:
-            rules.adopt(account, order.limit, self.wall_us)
+            token_bucket.adopt(account, order.limit, self.wall_us)
+        self.account.default_bucket.rejections = 0  # which the ledgers do not store
         if other_buckets or order.kind != "open":  # which gives nobody more than there was
             self._open_by_surprise()
         return True
@@ -368,17 +382,17 @@ class _Turn:
         period, owed, left = (
             account.period,
             account.refresh_owed,
-            rules.budget(account, self.wall_us),
+            token_bucket.budget(account, self.wall_us),
         )
         runs = left is not None and left.resets_in_us > 0
         if runs and left is not None:
-            resets_in = left.resets_in_us / rules.MICROSECOND
+            resets_in = left.resets_in_us / token_bucket.US_PER_SECOND
             if limit.remaining >= left.remaining:
                 remaining, reset_after = min(left.remaining, limit.total), resets_in
             else:
                 remaining, reset_after = limit.remaining, max(limit.reset_after, resets_in)
             limit = replace(limit, remaining=remaining, reset_after=reset_after)
-        rules.adopt(account, limit, self.wall_us)
+        token_bucket.adopt(account, limit, self.wall_us)
         if runs:
             account.period, account.refresh_owed = period, owed
 
@@ -411,7 +425,7 @@ class _Turn:
         turn_us = self._turn_us(len(ahead), opens_us)
         if ahead and not take.stays:
             turn_us = max(turn_us, now_us + 1)
-        answer = rules.take(
+        answer = token_bucket.take(
             account,
             take.shard_id,
             now_us,
@@ -427,7 +441,7 @@ class _Turn:
             return
         if account.period != period:
             account.opened_us = max(account.opened_us, opens_us)
-        permit = SharedGrant(
+        permit = StoredPermit(
             answer.serial, answer.shard_id, number, now_us, answer.remaining, answer.period
         )
         permit.ticket = take.ticket
@@ -464,12 +478,12 @@ class _Turn:
         return self._sleep_us(rank, opens_us, opens_us)
 
     def _grace_us(self) -> int:
-        return min(LONGEST_GRACE_US, self.account.window_us // 5)
+        return min(MAX_GRACE_US, self.account.window_us // 5)
 
-    def _opens_us(self, bucket: Bucket) -> int:
+    def _opens_us(self, bucket: TokenBucket) -> int:
         """Return from when on there was, or will be, something to take."""
         account, now_us = self.account, self.now_us
-        opens_us = now_us + rules.closed_for_us(account, bucket, now_us)
+        opens_us = now_us + token_bucket.closed_for_us(account, bucket, now_us)
         if account.resets_at_us is not None and self.wall_us >= account.resets_at_us:
             opens_us = max(opens_us, now_us - (self.wall_us - account.resets_at_us))
         return opens_us
@@ -481,9 +495,9 @@ class _Turn:
             opens_us = max(opens_us, min(self.account.opened_us, latest_us))
         return opens_us + rank * self._grace_us()
 
-    def _grant(self, permit: SharedGrant, next_us: int = 0) -> None:
+    def _grant(self, permit: StoredPermit, next_us: int = 0) -> None:
         self.outcome = Outcome(
-            OUTCOMES.index(Grant),
+            OUTCOMES.index(Permit),
             max(0, self.now_us - permit.stamp_us),
             permit.serial,
             permit.bucket,
@@ -519,6 +533,6 @@ class _Turn:
         account, owner, lease_us = self.account, self.request.owner, self.request.lease_us
         left_us = min(account.refresh_until_us - self.now_us, lease_us)
         if account.refresher not in ("", owner) and left_us > 0:
-            return min(left_us, LONGEST_GRACE_US)
+            return min(left_us, MAX_GRACE_US)
         account.refresher, account.refresh_until_us = owner, self.now_us + lease_us
         return 0

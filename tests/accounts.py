@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from gateway_queue_sync import (
     serve,
 )
 from gateway_queue_sync.clock import Clock
+from gateway_queue_sync.ledgers.shared import SharedLedger
+from gateway_queue_sync.queue import scheduler_of
 from gateway_queue_sync.testing import FakeClock
 
 NAMES = ("memory", "sqlite", "redis", "http")
@@ -25,6 +29,35 @@ WINDOW = {"interval": 5.0, "margin": 0.25}
 NEVER_HEARD_OF = 1_000_000.0  # s: no poll comes between what a test drives
 
 _serials = itertools.count()
+
+
+def ledger_of(queue: GatewayQueue) -> SharedLedger:
+    """Return what a queue's worker asks for permits."""
+    shared = scheduler_of(queue).ledger.shared  # type: ignore[union-attr]
+    assert isinstance(shared, SharedLedger)
+    return shared
+
+
+earlier_workers: set[threading.Thread] = set()
+"""Those of earlier tests, on clocks that stand still now."""
+
+
+def workers() -> set[threading.Thread]:
+    """Return the workers of all queues."""
+    return {one for one in threading.enumerate() if one.name == "gateway-queue-worker"}
+
+
+def wait_for_workers(clock: FakeClock | None = None) -> None:
+    """Wait until the workers of queues that were closed have told their ledgers, and ended.
+
+    One whose ledger is out of reach tries again: the clock is moved on for it.
+    """
+    give_up = time.monotonic() + 20
+    while workers() - earlier_workers:
+        assert time.monotonic() < give_up, "a worker does not end"
+        time.sleep(0.001)
+        if clock is not None:
+            clock.advance(1)
 
 
 class InMemory:
@@ -52,7 +85,7 @@ class Shared:
 
     def queue(self, limit: Any = None, *, clock: Clock, **settings: Any) -> GatewayQueue:
         settings.setdefault("lease", NEVER_HEARD_OF)
-        if not self._begun and isinstance(clock, FakeClock):
+        if not self._begun and hasattr(clock, "advance"):  # one that is driven by hand
             self._begun = True
             window = {name: settings.get(name, value) for name, value in WINDOW.items()}
             self._make(clock=clock, **window).close()

@@ -67,6 +67,11 @@ class Call(Future[Any]):
         return self.result(PATIENCE)
 
 
+@pytest.fixture(autouse=True)
+def _workers_of_earlier_tests() -> None:
+    accounts.earlier_workers = accounts.workers()
+
+
 @pytest.fixture
 def crew() -> Iterator[Crew]:
     crew = Crew()

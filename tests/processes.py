@@ -22,10 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from accounts import ledger_of
+
 from gateway_queue_sync import (
     AcquireTimeout,
-    BrokerError,
     GatewayQueue,
+    LedgerError,
+    Permit,
     QueueClosed,
     RedisQueue,
     SessionLimitExhausted,
@@ -33,7 +36,6 @@ from gateway_queue_sync import (
     SqliteQueue,
 )
 from gateway_queue_sync.messages import OUTCOMES
-from gateway_queue_sync.rules import Grant
 
 PATIENCE = 30.0  # s a test waits for what must come
 APART = 0.02  # s: who ask within a trip to the ledger of each other have no order
@@ -164,8 +166,9 @@ class Worker:
 
     def open(self, limit: SessionStartLimit | None = None, **settings: Any) -> None:
         self.queue = self.broker.queue(limit, **settings)
-        self._carry = self.queue._ledger.carry
-        self.queue._ledger.carry = self._counted
+        ledger = ledger_of(self.queue)
+        self._carry = ledger.carry
+        ledger.carry = self._counted  # type: ignore[method-assign]
 
     def _counted(self, *args: Any) -> Any:
         self.trips += 1
@@ -189,18 +192,19 @@ class Worker:
 
         def slow(*args: Any) -> Any:
             reply = carry(*args)
-            if OUTCOMES[reply.outcome.kind] is Grant and next(late):
+            if OUTCOMES[reply.outcome.kind] is Permit and next(late):
                 time.sleep(delay)
             return reply
 
         self._carry = slow
 
-    def delay_requests_for_two(self, start: float, delay: float) -> None:
-        """Have requests that also tell who is next in line go out so late, from a time on."""
+    def delay_take(self, start: float, delay: float) -> None:
+        """Have the first request for a permit after a time go out so late."""
         carry = self._carry
 
         def slow(request: Any, *args: Any) -> Any:
-            if request.take and request.take.next and time.monotonic() > start:
+            if request.take and time.monotonic() > start:
+                self._carry = carry
                 time.sleep(delay)
             return carry(request, *args)
 
@@ -259,7 +263,7 @@ class Worker:
             if rng.random() < 0.5:
                 try:
                     permit = self.queue.acquire(shard_id, timeout=patience)
-                except (AcquireTimeout, BrokerError):  # under load others hold a file for long
+                except (AcquireTimeout, LedgerError):  # under load others hold a file for long
                     continue
             else:
                 future = self.queue.enqueue(shard_id)
@@ -280,7 +284,7 @@ class Worker:
 
     def _look_all_the_time(self) -> None:
         while True:
-            self.queue._ledger.peek()
+            ledger_of(self.queue).peek()
 
     def update(self, limit: SessionStartLimit) -> None:
         self.queue.update(limit)

@@ -14,6 +14,7 @@ import time
 from dataclasses import asdict
 
 import pytest
+from accounts import ledger_of
 from prometheus_client.parser import text_string_to_metric_families
 from redis_servers import until
 from wire_clients import PATIENCE, Client, clients_of, first_to_hear, timed, wait_for_line
@@ -606,7 +607,7 @@ def deaf(client, times):
 
 
 def test_too_many_connections_are_refused(queue, short_hold):
-    with serve(queue, port=0, most_connections=2) as broker, clients_of(broker.port) as client:
+    with serve(queue, port=0, max_connections=2) as broker, clients_of(broker.port) as client:
         assert client("/?shard=0").granted
         assert client("/healthz").read()[0] == 200
         assert client("/?shard=1").is_closed_without_a_byte()
@@ -614,7 +615,7 @@ def test_too_many_connections_are_refused(queue, short_hold):
 
 
 def test_who_was_let_in_is_served_however_many_come(queue, short_hold):
-    with serve(queue, port=0, most_connections=2) as broker, clients_of(broker.port) as client:
+    with serve(queue, port=0, max_connections=2) as broker, clients_of(broker.port) as client:
         let_in = [client("/healthz") for _ in range(2)]
         assert [one.read()[0] for one in let_in] == [200, 200]
         for _ in range(10):
@@ -623,16 +624,16 @@ def test_who_was_let_in_is_served_however_many_come(queue, short_hold):
 
 
 def test_newcomers_over_the_most_keep_no_connection(queue):
-    with serve(queue, port=0, most_connections=2) as broker, clients_of(broker.port) as client:
+    with serve(queue, port=0, max_connections=2) as broker, clients_of(broker.port) as client:
         for _ in range(100):
             client()
         assert client().is_closed_without_a_byte()
-        until(lambda: len(broker._desk.connections) == 2 + desk.MOST_SURPLUS)
+        until(lambda: len(broker._desk.connections) == 2 + desk.MAX_SURPLUS)
         assert queue.try_acquire(0)
 
 
 def test_there_is_room_again_when_somebody_has_gone(queue):
-    with serve(queue, port=0, most_connections=1) as broker, clients_of(broker.port) as client:
+    with serve(queue, port=0, max_connections=1) as broker, clients_of(broker.port) as client:
         first = client("/healthz")
         assert first.read()[0] == 200
         first.close()
@@ -683,7 +684,7 @@ def test_who_waits_when_the_budget_is_used_up_is_told_if_it_knows_what_that_mean
 
 
 def test_a_queue_that_raises_is_asked_again_for_who_would_not_understand(clock, monkeypatch):
-    monkeypatch.setattr(desk, "LONGEST_HOLD", 0.02)
+    monkeypatch.setattr(desk, "MAX_HOLD", 0.02)
     monkeypatch.setattr(desk, "TICK", 0.01)
     queue = LargeBotQueue(limit(10, 0, 3600.0), clock=clock, when_exhausted="raise")
     with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
@@ -703,7 +704,7 @@ def test_a_timeout_holds_while_a_queue_that_raises_has_nothing_left(clock):
 
 
 def test_a_place_is_kept_while_a_queue_that_raises_has_nothing_left(clock, monkeypatch):
-    monkeypatch.setattr(desk, "LONGEST_HOLD", 0.02)
+    monkeypatch.setattr(desk, "MAX_HOLD", 0.02)
     monkeypatch.setattr(desk, "TICK", 0.01)
     queue = LargeBotQueue(limit(10, 0, 20.0), clock=clock, when_exhausted="raise")
     with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
@@ -719,14 +720,13 @@ def test_a_place_is_kept_while_a_queue_that_raises_has_nothing_left(clock, monke
         assert back.place.arrived_us == clock.now_us() - 10_000_000
 
 
-def test_a_month_until_the_reset_is_told_and_waited_for(clock):
-    month = 31 * DAY
-    queue = LargeBotQueue(limit(10, 0, month), clock=clock)
+def test_two_days_until_the_reset_are_told_and_waited_for(clock):
+    queue = LargeBotQueue(limit(10, 0, 2 * DAY), clock=clock)
     with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
         legacy = client("/?shard=0")
-        assert client("/?shard=1", "GET", OURS).read()[1]["retry-after"] == str(math.ceil(month))
+        assert client("/?shard=1", "GET", OURS).read()[1]["retry-after"] == str(math.ceil(2 * DAY))
         wait_for_line(queue, 1)
-        clock.advance(month)
+        clock.advance(2 * DAY)
         assert legacy.granted
 
 
@@ -792,7 +792,7 @@ def test_an_address_that_others_reach_is_served_with_a_secret(queue):
         (ValueError, {"secret": ""}),
         (ValueError, {"secret": "a b"}),
         (TypeError, {"secret": b"x"}),
-        (ValueError, {"most_connections": -1}),
+        (ValueError, {"max_connections": -1}),
     ],
 )
 def test_bad_settings_are_refused(queue, error, settings):
@@ -891,14 +891,15 @@ def test_all_who_ask_for_its_health_at_once_cost_one_look(tmp_path, monkeypatch)
         serve(queue, port=0) as broker,
         clients_of(broker.port) as client,
     ):
-        look, looks, go_on = queue._ledger.look, [], threading.Event()
+        ledger, looks, go_on = ledger_of(queue), [], threading.Event()
+        look = ledger.look
 
         def slow(**settings):
             looks.append(settings)
             assert go_on.wait(PATIENCE)
             return look(**settings)
 
-        monkeypatch.setattr(queue._ledger, "look", slow)
+        monkeypatch.setattr(ledger, "look", slow)
         many = [client("/healthz") for _ in range(20)]
         until(lambda: len(broker._desk._ask_health) == 20)
         many[0].close()

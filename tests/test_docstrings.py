@@ -10,10 +10,8 @@ import enum
 import inspect
 import pydoc
 import re
-import sys
 import textwrap
 import threading
-import typing
 from pathlib import Path
 
 import pytest
@@ -73,20 +71,12 @@ def is_made_by_users(kind):
 
 
 def parameters(thing):
-    """What a call takes, with its types; ``**settings`` of a kind are the settings of that kind."""
+    """What a call takes, with its types."""
     if isinstance(thing, property) or (inspect.isclass(thing) and not is_made_by_users(thing)):
         return {}
     made = thing.__init__ if inspect.isclass(thing) else thing
-    types = {}
-    for name, parameter in inspect.signature(made).parameters.items():
-        if name == "self" or name.startswith("_") or parameter.kind is parameter.VAR_POSITIONAL:
-            continue
-        if parameter.kind is parameter.VAR_KEYWORD and inspect.isclass(thing):
-            kind = re.fullmatch(r"Unpack\[(\w+)\]", parameter.annotation)[1]
-            types |= typing.get_type_hints(getattr(sys.modules[thing.__module__], kind))
-        else:
-            types[name] = parameter.annotation
-    return types
+    taken = inspect.signature(made).parameters
+    return {name: parameter.annotation for name, parameter in taken.items() if name != "self"}
 
 
 def test_it_finds_what_is_public():

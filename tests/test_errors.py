@@ -9,9 +9,9 @@ import pytest
 
 from gateway_queue_sync import (
     AcquireTimeout,
-    BrokerError,
     GatewayBotError,
     GatewayQueueError,
+    LedgerError,
     QueueClosed,
     SessionLimitExhausted,
 )
@@ -27,8 +27,9 @@ ERRORS = [
     SessionLimitExhausted(3, 3600.0),
     GatewayBotError("no answer"),
     GatewayBotError("the token is wrong", 401),
-    BrokerError(),
-    BrokerError("the ledger is out of reach"),
+    GatewayBotError("too many requests", 429, 12.5),
+    LedgerError(),
+    LedgerError("the ledger is out of reach"),
 ]
 
 
@@ -47,7 +48,7 @@ def text(error):
         (QueueClosed, (GatewayQueueError, RuntimeError)),
         (SessionLimitExhausted, (GatewayQueueError,)),
         (GatewayBotError, (GatewayQueueError,)),
-        (BrokerError, (GatewayQueueError,)),
+        (LedgerError, (GatewayQueueError,)),
     ],
 )
 def test_every_error_has_its_place_in_the_family(error, bases):
@@ -115,6 +116,11 @@ def test_a_failed_reading_of_the_limit_has_the_status_that_came():
     assert GatewayBotError("the token is wrong", 401).status == 401
     assert GatewayBotError("no answer").status is None
     assert str(GatewayBotError("the token is wrong", 401)) == "the token is wrong"
+
+
+def test_a_failed_reading_of_the_limit_has_the_seconds_that_discord_asked_to_wait():
+    assert GatewayBotError("too many requests", 429, 12.5).retry_after == 12.5
+    assert GatewayBotError("no answer").retry_after is None
 
 
 # --- copies ---------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_shards_that_wait_as_futures_leave_the_pool_alone(queue, pool, clock):
     assert queue.snapshot().waiting == 100
     assert pool.submit(int).result(PATIENCE) == 0
     for turn in range(3):
-        clock.settle(1)  # the one thread of all futures
+        clock.settle(0)
         clock.advance(5.25)
         until(lambda: len(started) == turn + 1, "a session")  # noqa: B023 - called at once
     assert [permit.shard_id for permit in started] == [0, 1, 2]
@@ -89,4 +89,4 @@ def test_wrapped_futures_leave_the_loop_alone_and_no_ghost(queue, pool):
     before = set(threading.enumerate())
     asyncio.run(main())
     started = {thread.name for thread in set(threading.enumerate()) - before}
-    assert started <= {"gateway-queue-futures"}
+    assert started <= {"gateway-queue-worker"}

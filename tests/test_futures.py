@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import FIRST_COMPLETED, CancelledError, as_completed, wait
 
 import pytest
@@ -17,25 +19,62 @@ from gateway_queue_sync import (
     ShardLeft,
     ShardWaiting,
 )
-from gateway_queue_sync.lines import PermitFuture
+from gateway_queue_sync.lines import PermitFuture, Waiter
 
 WINDOW = 5.25
 
 
-def server_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "gateway-queue-futures"]
+LINGER = 5.0  # s that the worker of a shared ledger stays when there is nothing to do
 
 
-def wait_for_no_server():
-    for thread in server_threads():
+others = set()  # the workers that earlier tests have left
+
+
+@pytest.fixture(autouse=True)
+def only_own_workers():
+    others.clear()
+    others.update(workers())
+
+
+def workers():
+    found = [thread for thread in threading.enumerate() if thread.name == "gateway-queue-worker"]
+    return [thread for thread in found if thread not in others]
+
+
+def wait_for_no_worker(clock):
+    clock.settle(0)
+    clock.advance(LINGER)
+    for thread in workers():
         thread.join(5)
         assert not thread.is_alive()
 
 
+class SignalHandler:
+    """A clock that makes a call when it is read, as a signal handler in the reading thread would."""
+
+    def __init__(self, clock, call):
+        self._clock, self._call, self.armed = clock, call, False
+
+    def __getattr__(self, name):
+        return getattr(self._clock, name)
+
+    def now_us(self):
+        if self.armed and threading.current_thread() is threading.main_thread():
+            self.armed = False
+            self._call()
+        return self._clock.now_us()
+
+
 def test_a_free_bucket_makes_a_finished_future(account, clock):
     queue = account.local(clock=clock)
+    assert queue.enqueue(4).result(10).shard_id == 4
+
+
+@pytest.mark.accounts("memory")
+def test_a_free_bucket_in_memory_needs_no_worker(account, clock):
+    queue, before = account.local(clock=clock), workers()
     assert queue.enqueue(4).result(0).shard_id == 4
-    assert not server_threads()
+    assert set(workers()) <= set(before)
 
 
 def test_futures_and_threads_stand_in_one_line(account, clock, crew):
@@ -43,12 +82,12 @@ def test_futures_and_threads_stand_in_one_line(account, clock, crew):
     queue.acquire(9)
     (first,) = in_line(queue, crew, clock, [1])
     second = queue.enqueue(2)
-    clock.settle(2)
+    clock.settle(1)
     (third,) = in_line(queue, crew, clock, [3])
     ahead = queue.enqueue(4, priority=60.0)
     assert order(queue.snapshot()) == [4, 1, 2, 3]
-    for outcome, parked in ((ahead, 3), (first, 3), (second, 2), (third, 1)):
-        clock.settle(parked)  # the threads, and the one that serves the futures while there are any
+    for outcome, parked in ((ahead, 2), (first, 2), (second, 1), (third, 1)):
+        clock.settle(parked)
         assert not outcome.done()
         clock.advance(WINDOW)
         outcome.result(10)
@@ -59,14 +98,14 @@ def test_one_thread_serves_all_and_is_gone_when_nobody_waits(account, clock):
     for shard in range(4):
         queue.acquire(shard)
     futures = [queue.enqueue(shard) for shard in range(40)]
-    assert len(server_threads()) == 1
+    assert len(workers()) == 1
     for _ in range(10):
-        clock.settle(1)
+        clock.settle(0)
         clock.advance(WINDOW)
     assert [future.result(10).shard_id for future in futures] == list(range(40))
-    wait_for_no_server()
+    wait_for_no_worker(clock)
     again = queue.enqueue(0)
-    clock.settle(1)
+    clock.settle(0)
     clock.advance(WINDOW)
     again.result(10)
 
@@ -79,7 +118,7 @@ def test_a_cancelled_future_leaves_the_line_at_once_and_costs_nothing(account, c
     assert futures[1].cancel()
     assert order(queue.snapshot()) == [0, 2]
     assert futures[0].cancel()
-    clock.settle(1)
+    clock.settle(0)
     clock.advance(WINDOW)
     assert futures[2].result(10).remaining == 8
     with pytest.raises(CancelledError):
@@ -97,19 +136,6 @@ def test_who_waits_for_a_cancelled_future_is_told(account, clock):
     assert set(as_completed(futures, timeout=10)) == set(futures)
 
 
-def test_two_who_end_a_future_at_once_end_it_once(account, clock):
-    queue = account.local(clock=clock)
-    queue.acquire(9)
-    future = queue.enqueue(0)
-    clock.settle(1)
-    (ticket,) = queue._futures
-    with queue._mutex:
-        assert queue._claim(ticket)  # the futures' thread, just before it completes it
-    queue.close()
-    assert not future.done()
-    wait_for_no_server()
-
-
 def test_a_future_that_is_closed_while_its_permit_is_told_of_gets_the_error_alone(account, clock):
     def observer(event):
         if isinstance(event, ShardGranted) and event.shard_id == 0:
@@ -118,10 +144,10 @@ def test_a_future_that_is_closed_while_its_permit_is_told_of_gets_the_error_alon
     queue = account.large(limit(10, 10, 600.0), clock=clock, observer=observer)
     queue.acquire(9)
     future = queue.enqueue(0)
-    clock.settle(1)
+    clock.settle(0)
     clock.advance(WINDOW)
     assert isinstance(future.exception(10), QueueClosed)
-    wait_for_no_server()
+    wait_for_no_worker(clock)
     assert queue.snapshot().limit.remaining == 9
 
 
@@ -133,74 +159,84 @@ def test_a_future_that_is_cancelled_while_its_permit_is_told_of_costs_nothing(ac
     queue = account.large(limit(10, 10, 600.0), clock=clock, observer=observer)
     queue.acquire(9)
     future = queue.enqueue(0)
-    clock.settle(1)
+    clock.settle(0)
     clock.advance(WINDOW)
-    wait_for_no_server()
+    wait_for_no_worker(clock)
     assert (queue.snapshot().limit.remaining, queue.snapshot().waiting) == (9, 0)
 
 
-def test_a_future_cancelled_before_its_late_permit_rejoins_stays_out(account, clock, monkeypatch):
-    queue = account.large(limit(10, 10, 600.0), clock=clock)
+def test_a_future_that_is_cancelled_while_its_permit_is_told_of_too_late_stays_out(account, clock):
+    def observer(event):
+        if isinstance(event, ShardGranted) and event.shard_id == 0:
+            clock.advance(1.0)  # longer than the margin
+            future.cancel()
+
+    queue = account.large(limit(10, 10, 600.0), clock=clock, observer=observer)
     queue.acquire(9)
     future = queue.enqueue(0)
-    clock.settle(1)
-    join = queue._join_as_future
-
-    def cancelled_first(ticket):
-        future.cancel()
-        return join(ticket)
-
-    monkeypatch.setattr(queue, "_join_as_future", cancelled_first)
-    monkeypatch.setattr(queue, "_is_in_time", lambda grant: False)
+    clock.settle(0)
     clock.advance(WINDOW)
-    wait_for_no_server()
+    wait_for_no_worker(clock)
     assert future.cancelled()
     assert (queue.snapshot().limit.remaining, queue.snapshot().waiting) == (9, 0)
 
 
-def test_a_close_that_was_interrupted_is_finished_by_the_next(account, clock, monkeypatch):
+def test_closing_completes_every_future_whatever_their_callbacks_raise(account, clock, caplog):
     queue = account.local(clock=clock)
     queue.acquire(9)
     futures = [queue.enqueue(shard) for shard in range(6)]
 
-    def interrupted(ticket, error):
+    def callback(future):
         raise KeyboardInterrupt
 
-    with queue._mutex:
-        monkeypatch.setattr(queue, "_serve_futures", lambda: None)
-    monkeypatch.setattr(queue, "_fail", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        queue.close()
-    monkeypatch.undo()
+    for future in futures:
+        future.add_done_callback(callback)
     queue.close()
     for future in futures:
         assert isinstance(future.exception(10), QueueClosed)
+    wait_for_no_worker(clock)
 
 
-def test_a_future_whose_closing_was_interrupted_is_finished_by_the_next(
-    account, clock, monkeypatch
-):
-    queue = account.local(clock=clock)
+@pytest.mark.accounts("memory")
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, ValueError])
+def test_an_observer_that_raises_stops_no_future(account, clock, caplog, raised):
+    def observer(event):
+        if isinstance(event, ShardGranted) and event.shard_id < 9:
+            raise raised
+
+    queue = account.local(clock=clock, observer=observer)
     queue.acquire(9)
     futures = [queue.enqueue(shard) for shard in range(3)]
-
-    set_exception, blows = PermitFuture.set_exception, [KeyboardInterrupt] * 3
-
-    def interrupted(future, error):
-        if blows:
-            raise blows.pop()
-        set_exception(future, error)
-
-    monkeypatch.setattr(PermitFuture, "set_exception", interrupted)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            queue.close()
-    queue.close()
     for future in futures:
-        assert isinstance(future.exception(10), QueueClosed)
-    assert queue.snapshot().waiting == 0
+        clock.settle(0)
+        clock.advance(WINDOW)
+        assert future.result(10).bucket == 0
+    assert caplog.text.count("an observer raised") == 3
 
 
+@pytest.mark.accounts("memory")
+def test_a_finished_future_keeps_neither_permit_nor_queue_alive(account, clock):
+    queue = account.local(clock=clock)
+    queue.acquire(9)
+    gc.disable()
+    try:
+        done, cancelled, closed = (queue.enqueue(shard) for shard in range(3))
+        cancelled.cancel()
+        clock.settle(0)
+        clock.advance(WINDOW)
+        done.result(10)
+        clock.settle(0)
+        queue.close()
+        closed.exception(10)
+        wait_for_no_worker(clock)
+        kept = [weakref.ref(one) for one in (done.result(), done, cancelled, closed, queue)]
+        del done, cancelled, closed, queue
+        assert [ref() for ref in kept] == [None] * 5
+    finally:
+        gc.enable()
+
+
+@pytest.mark.accounts("memory")
 def test_an_interrupt_that_comes_with_a_finished_future_costs_nothing(account, clock, monkeypatch):
     queue = account.large(limit(10, 10, 600.0), clock=clock)
 
@@ -214,39 +250,65 @@ def test_an_interrupt_that_comes_with_a_finished_future_costs_nothing(account, c
     assert (seen.limit.remaining, seen.buckets[0].ready_in) == (10, 0.0)
 
 
+@pytest.mark.accounts("memory")
 def test_a_future_cancelled_in_the_midst_of_a_call_leaves_right_after_it(account, clock):
     """As a signal handler does that interrupts the queue."""
-    queue = account.local(clock=clock)
+    futures = []
+    handler = SignalHandler(clock, lambda: futures[0].cancel())  # noqa: PLW0108 - there is none yet
+    queue = account.local(clock=handler)
     queue.acquire(9)
-    future = queue.enqueue(0)
-    clock.settle(1)
-    with queue._mutex:
-        assert future.cancel()
-        assert queue.snapshot is not None
+    futures.append(queue.enqueue(0))
+    clock.settle(0)
+    handler.armed = True
+    assert queue.try_acquire(1) is None  # reads the clock with the lock held
+    assert not handler.armed
+    assert futures[0].cancelled()
     for thread in threading.enumerate():
         if thread.name == "gateway-queue-cancel":
             thread.join(10)
     assert queue.snapshot().waiting == 0
-    wait_for_no_server()
+    wait_for_no_worker(clock)
 
 
+@pytest.mark.accounts("memory")
 def test_a_callback_may_try(account, clock):
     queue = account.local(clock=clock)
     queue.acquire(9)
     tried = []
     future = queue.enqueue(0)
     future.add_done_callback(lambda future: tried.append(queue.try_acquire(1)))
-    clock.settle(1)
+    clock.settle(0)
     clock.advance(WINDOW)
-    wait_for_no_server()
+    wait_for_no_worker(clock)
     assert tried == [None]
+
+
+@pytest.mark.accounts("sqlite", "http")
+@pytest.mark.parametrize("call", ["try_acquire", "snapshot", "update"])
+def test_a_callback_must_not_wait_for_the_worker_that_runs_it(account, clock, call):
+    queue = account.local(clock=clock)
+    queue.acquire(9)
+    errors = []
+
+    def callback(future):
+        arguments = {"try_acquire": [1], "snapshot": [], "update": [limit()]}[call]
+        with pytest.raises(RuntimeError, match="must not block") as caught:
+            getattr(queue, call)(*arguments)
+        errors.append(caught.value)
+
+    future = queue.enqueue(0)
+    future.add_done_callback(callback)
+    clock.settle(0)
+    clock.advance(WINDOW)
+    wait_for_no_worker(clock)
+    assert len(errors) == 1
 
 
 def test_cancelling_the_last_future_ends_its_thread(account, clock):
     queue = account.local(clock=clock)
     queue.acquire(9)
     assert queue.enqueue(0).cancel()
-    wait_for_no_server()
+    wait_for_no_worker(clock)
     assert queue.snapshot().waiting == 0
 
 
@@ -255,7 +317,7 @@ def test_a_cancelled_head_hands_the_front_to_a_thread(account, clock, crew):
     queue = account.local(clock=clock)
     queue.acquire(9)
     future = queue.enqueue(0)
-    clock.settle(1)
+    clock.settle(0)
     (call,) = in_line(queue, crew, clock, [1])
     future.cancel()
     clock.settle(1)
@@ -263,24 +325,16 @@ def test_a_cancelled_head_hands_the_front_to_a_thread(account, clock, crew):
     assert call.now().waited == WINDOW
 
 
-def test_a_future_cancelled_as_it_is_granted_gives_the_permit_to_the_next(
-    account, clock, monkeypatch
-):
-    queue = account.large(limit(10, 10, 600.0), clock=clock)
+@pytest.mark.accounts("memory")
+def test_a_future_cancelled_as_it_is_granted_gives_the_permit_to_the_next(account, clock):
+    def observer(event):
+        if isinstance(event, ShardGranted) and event.shard_id == 0:
+            super(type(first), first).cancel()  # its state alone, as another thread at this instant
+
+    queue = account.large(limit(10, 10, 600.0), clock=clock, observer=observer)
     queue.acquire(9)
     first, second = queue.enqueue(0), queue.enqueue(1)
-    take = queue._ledger.take
-
-    def cancelled_meanwhile(*args, **settings):
-        answer = take(*args, **settings)
-        if clock.now_us() >= due_us:
-            monkeypatch.undo()
-            super(type(first), first).cancel()  # its state alone, as another thread at this instant
-        return answer
-
-    due_us = clock.now_us() + 5_250_000
-    clock.settle(1)
-    monkeypatch.setattr(queue._ledger, "take", cancelled_meanwhile)
+    clock.settle(0)
     clock.advance(WINDOW)
     assert second.result(10).remaining == 8
     assert queue.snapshot().buckets[0].ready_in == WINDOW
@@ -299,10 +353,10 @@ def test_callbacks_run_and_one_that_raises_stops_nobody(account, clock, caplog):
     for future in futures:
         future.add_done_callback(callback)
     for future in futures:
-        clock.settle(1)
+        clock.settle(0)
         clock.advance(WINDOW)
         future.result(10)
-    wait_for_no_server()
+    wait_for_no_worker(clock)
     assert called == [0, 1, 2]
 
 
@@ -319,9 +373,9 @@ def test_a_callback_that_would_block_on_its_own_queue_is_told_so(account, clock)
 
     future = queue.enqueue(0)
     future.add_done_callback(callback)
-    clock.settle(1)
+    clock.settle(0)
     clock.advance(WINDOW)
-    wait_for_no_server()
+    wait_for_no_worker(clock)
     assert errors == ["a future's callback must not block on the queue that serves it"]
 
 
@@ -330,13 +384,14 @@ def test_futures_of_a_closed_queue_carry_the_error(account, clock):
     queue.acquire(9)
     futures = [queue.enqueue(shard) for shard in range(3)]
     futures[1].cancel()
-    clock.settle(1)
+    clock.settle(0)
     queue.close()
-    wait_for_no_server()
+    wait_for_no_worker(clock)
     for future in (futures[0], futures[2]):
         assert isinstance(future.exception(0), QueueClosed)
 
 
+@pytest.mark.accounts("memory")
 def test_a_thread_that_cannot_be_started_leaves_nobody_in_line(account, clock, monkeypatch):
     queue = account.local(clock=clock)
     queue.acquire(9)
@@ -350,7 +405,7 @@ def test_a_thread_that_cannot_be_started_leaves_nobody_in_line(account, clock, m
     assert queue.snapshot().waiting == 0
     monkeypatch.undo()
     future = queue.enqueue(1)
-    clock.settle(1)
+    clock.settle(0)
     clock.advance(WINDOW)
     future.result(10)
 
@@ -359,9 +414,9 @@ def test_relined_futures_go_on_in_their_new_buckets(account, clock):
     queue = account.local(clock=clock)
     queue.acquire(9)
     futures = [queue.enqueue(shard) for shard in range(4)]
-    clock.settle(1)
+    clock.settle(0)
     queue.update(limit(max_concurrency=4))
-    clock.settle(1)
+    clock.settle(0)
     clock.advance(WINDOW)
     assert [future.result(10).bucket for future in futures] == [0, 1, 2, 3]
 
@@ -371,10 +426,13 @@ def test_observers_hear_of_futures(account, clock):
     queue = account.local(clock=clock, observer=heard.append)
     queue.acquire(9)
     heard.clear()
-    queue.enqueue(3).cancel()
+    future = queue.enqueue(3)
+    clock.settle(0)
+    future.cancel()
     assert heard == [ShardWaiting(3, 0, 0, WINDOW), ShardLeft(3, 0.0, "cancelled")]
 
 
+@pytest.mark.accounts("memory")
 def test_ten_thousand_cancels_leave_nothing_behind(account, clock):
     """A line that is blocked for a day must not grow with those who gave up."""
     queue = account.local(clock=clock)
@@ -382,11 +440,10 @@ def test_ten_thousand_cancels_leave_nothing_behind(account, clock):
     blocked = queue.enqueue(0)
     for shard in range(10_000):
         queue.enqueue(shard).cancel()
-    (line,) = queue._lines.by_bucket.values()
-    assert len(line._heap) < 50
-    assert len(queue._agenda._heap) < 50
+    gc.collect()
+    assert sum(isinstance(one, Waiter) for one in gc.get_objects()) < 50
     blocked.cancel()
-    wait_for_no_server()
+    wait_for_no_worker(clock)
 
 
 # --- asyncio --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from concurrent.futures import wait
 import pytest
 from test_waiting import in_line, limit
 
-from gateway_queue_sync import AcquireTimeout, LargeBotQueue, LocalQueue
+from gateway_queue_sync import AcquireTimeout, LargeBotQueue, LocalQueue, Report
 
 SEED = 20261123
 
@@ -33,21 +33,13 @@ def is_inside(frame):
 
 
 def is_whole(queue):
-    """Whether the mutex is free, the lines are empty, and nothing remembers a caller."""
-    free = []
-    thread = threading.Thread(
-        target=lambda: free.append(queue._mutex.acquire(timeout=5)) or queue._mutex.release()
-    )
+    """Whether the lock is free, the lines are empty, and nothing remembers a caller."""
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(queue.snapshot().waiting), daemon=True)
     thread.start()
-    thread.join()
-    return (
-        free == [True]
-        and not queue._inside()
-        and queue.snapshot().waiting == 0
-        and not queue._threads
-        and not queue._futures
-        and queue._refresher is None
-    )
+    thread.join(5)
+    queue.snapshot()  # in this thread, too: it would be refused if it were remembered as a caller
+    return seen == [0]
 
 
 class Injector:
@@ -72,8 +64,9 @@ class Injector:
         frame.f_trace_opcodes = True
         if event == "opcode":
             before = self._previous.get(frame, "")
-            self._previous[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-            if before.startswith(self.CHECKED):
+            now = self._previous[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            # A call that raised goes to its handler without looking for signals.
+            if before.startswith(self.CHECKED) and now != "PUSH_EXC_INFO":
                 self.left -= 1
                 if self.left == 0:
                     self.where = f"{frame.f_code.co_qualname}:{frame.f_lineno}:{frame.f_lasti}"
@@ -126,7 +119,7 @@ def tracks_what_is_lost(queue, clock=None):
 
 # Where a permit is on its way from one function's return to its caller's next assignment: at worst the
 # permit that is handed over at that very instruction is lost.
-HANDED_OVER = {"take", "_at_once", "_ask", "acquire", "_wait_for_turn", "_take_turns"}
+HANDED_OVER = {"take", "try_free", "acquire"}
 
 
 def test_an_interrupt_at_any_point_of_a_free_acquire(clock):
@@ -178,35 +171,101 @@ def test_an_interrupt_at_any_point_of_a_wait():
     assert len(served) > points
 
 
-def test_an_interrupt_at_any_point_of_reading_the_limit_anew(crew):
-    """The others wait for the one who reads: somebody must always wake them."""
+REPORTS = ("sent", "unused", "rejected")
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_an_interrupt_at_any_point_of_a_report_leaves_it_whole(clock, report):
+    """Either nothing was booked, and the report can be repeated; or all of it was."""
+    queue = LargeBotQueue(limit(10**6, 10**6, 0.0), clock=clock, period=1e9)
+    permits = []
 
     def prepare():
-        nonlocal queue, waiter
-        old, new = limit(10, 0, 0.0, max_concurrency=2), limit(10, 10, 60.0, max_concurrency=4)
-        queue = LargeBotQueue(old, refresh=lambda: new, interval=0.001, margin=0)
-        queue._refresher = "somebody"
-        waiter = crew(queue.acquire, 1)
-        while not sleeps(queue, 1):
-            time.sleep(0)
-        queue._refresher = None
+        clock.advance(2000)
+        permits.append(queue.acquire(0))
 
     def check(outcome, injector):
-        if outcome is None:
-            queue.try_acquire(
-                0
-            )  # reads the limit if the one who was interrupted did not come to it
+        permit = permits.pop()
+        getattr(permit, report)()  # what a user does who does not know
+        assert permit.reported.value == report, injector.where
+        seen = queue.snapshot()
+        if report == "unused":
+            assert seen.limit.remaining == queue_starts[0], injector.where
+            assert seen.buckets[0].ready_in == 0, injector.where
+        elif report == "rejected":
+            assert seen.buckets[0].ready_in >= 10.5, injector.where
+        assert is_whole(queue), injector.where
+        queue_starts[0] = seen.limit.remaining
+
+    queue_starts = [10**6]
+    assert (
+        run_interrupted_everywhere(
+            lambda: getattr(permits[-1], report)(),  # noqa: PLW0108 - another one each time
+            check,
+            prepare,
+        )
+        > 10
+    )
+
+
+def test_an_interrupt_at_any_point_of_giving_back_wakes_who_waits_for_it(clock, crew):
+    queue = LargeBotQueue(limit(10**6, 1, 1e5), clock=clock, period=1e9)
+    held = []
+
+    def prepare():
+        queue.update(limit(10**6, 1, 1e5))
+        clock.advance(120)
+        held.append(queue.acquire(0))
+        held.append(in_line(queue, crew, clock, [1])[0])
+
+    def check(outcome, injector):
+        waiter, permit = held.pop(), held.pop()
+        permit.unused()
         assert wait([waiter], 5).done, injector.where
 
-    queue = waiter = None
-    assert run_interrupted_everywhere(lambda: queue.acquire(0), check, prepare) > 12
+    assert (
+        run_interrupted_everywhere(
+            lambda: held[0].unused(),  # noqa: PLW0108 - another one each time
+            check,
+            prepare,
+        )
+        > 10
+    )
 
 
-def sleeps(queue, bucket):
-    """Whether the first in this bucket's line is asleep."""
-    with queue._mutex:
-        ticket = queue._lines.first(bucket)
-        return ticket is not None and ticket.condition is not None and ticket.condition._waiters
+def test_an_interrupt_at_any_point_of_an_update_wakes_who_waits_for_it(clock, crew):
+    queue = LargeBotQueue(limit(10, 0, 1e5), clock=clock, period=1e9)
+    waiters = []
+
+    def prepare():
+        queue.update(limit(10, 0, 1e5))
+        clock.advance(120)
+        waiters.extend(in_line(queue, crew, clock, [0, 1]))
+
+    def check(outcome, injector):
+        if queue.snapshot().limit.remaining == 0 and queue.snapshot().waiting == 2:
+            queue.update(
+                limit(10, 10, 1e5, max_concurrency=2)
+            )  # it was interrupted before it began
+        assert wait(waiters, 5).not_done == set(), injector.where
+        waiters.clear()
+
+    points = run_interrupted_everywhere(
+        lambda: queue.update(limit(10, 10, 1e5, max_concurrency=2)), check, prepare
+    )
+    assert points > 10
+
+
+def test_an_interrupt_at_any_point_of_an_enqueue_loses_nothing(clock):
+    queue = LargeBotQueue(limit(1000, 1000, 0.0), clock=clock, period=1e9)
+    check, lost = tracks_what_is_lost(queue, clock)
+
+    def finish(future, injector):
+        check(None if future is None else future.result(5), injector)
+
+    assert run_interrupted_everywhere(lambda: queue.enqueue(0), finish) > 12
+    assert len(set(lost)) <= 3
+    assert {where.split(":")[0].split(".")[-1] for where in lost} <= HANDED_OVER | {"enqueue"}, lost
 
 
 def test_signals_at_random_points_lose_nothing():
@@ -312,19 +371,30 @@ def test_an_interrupted_sleeper_hands_the_front_on(clock, crew):
     assert second.now().shard_id == 1
 
 
-def test_interrupts_in_a_row_cannot_stop_the_leaving(clock, monkeypatch):
-    queue = LocalQueue(clock=clock)
-    queue.acquire(9)
-    leave, blows = queue._leave, [Interrupt, KeyboardInterrupt, Interrupt]
+class Striking:
+    """A clock whose readings raise, a few times, once it is armed: as interrupts in a row do."""
 
-    def struck(ticket):
-        if blows:
-            raise blows.pop(0)
-        leave(ticket)
+    def __init__(self, clock, blows):
+        self._clock, self.blows, self.armed = clock, blows, False
 
-    monkeypatch.setattr(queue, "_leave", struck)
+    def __getattr__(self, name):
+        return getattr(self._clock, name)
+
+    def now_us(self):
+        if self.armed and self.blows:
+            raise self.blows.pop(0)
+        return self._clock.now_us()
+
+
+def test_interrupts_in_a_row_cannot_stop_the_leaving(clock):
+    striking = Striking(clock, [Interrupt, KeyboardInterrupt, Interrupt])
+    queue = LargeBotQueue(limit(10, 10, 600.0), clock=striking, observer=lambda event: None)
+    permit = queue.acquire(9)
+    striking.armed = True
     with pytest.raises((Interrupt, KeyboardInterrupt)):
-        queue.acquire(0, timeout=0)
+        permit.rejected()  # reads the clock when it books
+    assert not striking.blows
+    assert permit.reported is Report.REJECTED
     assert is_whole(queue)
 
 

@@ -26,7 +26,7 @@ FAR = -(10**18)
 @dataclass
 class Waiter:
     shard_id: int
-    place: tuple[int, int]
+    position: tuple[int, int]
     deadline: int | None
     outcome: Future
     threaded: bool
@@ -61,7 +61,7 @@ class Model:
 
     def line(self, bucket):
         mine = [waiter for waiter in self.waiters if waiter.shard_id % self.count == bucket]
-        return sorted(mine, key=lambda waiter: waiter.place)
+        return sorted(mine, key=lambda waiter: waiter.position)
 
     def due(self, bucket):
         return self.last.get(bucket, FAR) + WINDOW
@@ -113,9 +113,7 @@ class Machine(RuleBasedStateMachine):
     def settle(self):
         """Let everybody make their move, and see that it is the model's."""
         granted, late = self.model.move()
-        threads = sum(waiter.threaded for waiter in self.model.waiters)
-        futures = len(self.model.waiters) - threads
-        self.clock.settle(threads + (1 if futures else 0))
+        self.clock.settle(sum(waiter.threaded for waiter in self.model.waiters))
         for waiter, bucket, before in granted:
             permit = waiter.outcome.result(20)
             assert (permit.shard_id, permit.bucket) == (waiter.shard_id, bucket)
@@ -132,8 +130,8 @@ class Machine(RuleBasedStateMachine):
         self.serial += 1
         now = self.model.now
         deadline = None if timeout is None else now + round(timeout * 1e6)
-        place = (now - round(priority * 1e6), self.serial)
-        self.model.waiters.append(Waiter(shard_id, place, deadline, outcome, threaded))
+        position = (now - round(priority * 1e6), self.serial)
+        self.model.waiters.append(Waiter(shard_id, position, deadline, outcome, threaded))
         self.settle()
 
     @rule(
@@ -248,8 +246,8 @@ class Machine(RuleBasedStateMachine):
         self.queue.close()
         for waiter in self.model.waiters:
             assert isinstance(waiter.outcome.exception(20), QueueClosed)
-        assert not self.queue._mutex._is_owned()
-        assert not self.queue._lines.by_bucket
+        self.clock.settle(0)
+        assert self.queue.snapshot().waiting == 0
 
 
 TestQueue = Machine.TestCase

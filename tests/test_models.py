@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import logging
 import math
 import pickle
 import threading
@@ -98,12 +100,27 @@ def test_a_reset_that_is_no_number_is_refused(wrong):
         (10**400, "must be finite, not inf"),
         (-(10**400), "must be finite, not -inf"),
         (1e300, "must be at most"),
+        (172_800.001, r"must be at most 48 hours \(172800 s\), not 172800"),
+        (
+            14_400_000,
+            "must be at most 48 hours .*; Discord counts in milliseconds, which from_payload",
+        ),
         (-0.001, "must not be negative, not -0.001"),
     ],
 )
 def test_a_reset_that_can_never_be_waited_for_is_refused(wrong, why):
     with pytest.raises(ValueError, match=f"^reset_after {why}"):
         SessionStartLimit(**GOOD | {"reset_after": wrong})
+
+
+def test_a_reset_may_be_48_hours_away():
+    assert SessionStartLimit(**GOOD | {"reset_after": 48 * 3600}).reset_after == 172_800.0
+
+
+def test_a_limit_has_at_most_100_000_buckets():
+    assert SessionStartLimit(**GOOD | {"max_concurrency": 100_000}).max_concurrency == 100_000
+    with pytest.raises(ValueError, match=r"^max_concurrency must be at most 100000, not 100001$"):
+        SessionStartLimit(**GOOD | {"max_concurrency": 100_001})
 
 
 def test_the_reset_becomes_a_float():
@@ -147,14 +164,20 @@ def test_fields_that_discord_may_add_are_ignored():
 
 @pytest.mark.parametrize(
     ("milliseconds", "in_seconds"),
-    [(0, 0.0), (1, 0.001), (1500.5, 1.5005), (86_400_000, 86_400.0), (2_592_000_000, 2_592_000.0)],
+    [(0, 0.0), (1, 0.001), (1500.5, 1.5005), (86_400_000, 86_400.0), (172_800_000, 172_800.0)],
 )
-def test_a_reset_may_be_due_now_or_in_a_month(milliseconds, in_seconds):
+def test_a_reset_may_be_due_now_or_in_48_hours(milliseconds, in_seconds):
     limit = SessionStartLimit.from_payload(PAYLOAD | {"reset_after": milliseconds})
     assert limit.reset_after == in_seconds
 
 
-@pytest.mark.parametrize("name", PAYLOAD)
+@pytest.mark.parametrize("milliseconds", [172_800_001, 2_592_000_000])
+def test_a_reset_in_more_than_48_hours_is_refused_as_seconds(milliseconds):
+    with pytest.raises(ValueError, match=r"^reset_after must be at most 48 hours"):
+        SessionStartLimit.from_payload(PAYLOAD | {"reset_after": milliseconds})
+
+
+@pytest.mark.parametrize("name", ["total", "remaining", "reset_after"])
 def test_a_field_that_is_missing_is_named(name):
     payload = {key: value for key, value in PAYLOAD.items() if key != name}
     with pytest.raises(ValueError, match=rf"^the payload lacks {name}$"):
@@ -163,9 +186,37 @@ def test_a_field_that_is_missing_is_named(name):
 
 def test_all_fields_that_are_missing_are_named_at_once():
     body = {"session_start_limit": {"total": 1000}}
-    everything = r"^session_start_limit lacks remaining, reset_after, max_concurrency$"
+    everything = r"^session_start_limit lacks remaining, reset_after$"
     with pytest.raises(ValueError, match=everything):
         SessionStartLimit.from_payload(body)
+
+
+def test_a_good_payload_is_read_without_a_warning(caplog):
+    SessionStartLimit.from_payload(PAYLOAD)
+    assert not caplog.records
+
+
+def test_a_missing_max_concurrency_counts_as_1_with_a_warning(caplog):
+    payload = {key: value for key, value in PAYLOAD.items() if key != "max_concurrency"}
+    limit = SessionStartLimit.from_payload({"session_start_limit": payload})
+    assert limit == SessionStartLimit(**GOOD | {"max_concurrency": 1})
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("gateway_queue_sync", logging.WARNING)
+    assert record.getMessage() == "session_start_limit lacks max_concurrency: 1 counts"
+
+
+def test_more_remaining_than_the_total_counts_as_the_total_with_a_warning(caplog):
+    limit = SessionStartLimit.from_payload(PAYLOAD | {"remaining": 1200})
+    assert limit == SessionStartLimit(**GOOD | {"remaining": 1000})
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("gateway_queue_sync", logging.WARNING)
+    assert record.getMessage() == "the payload says remaining=1200 of total=1000: 1000 counts"
+
+
+def test_both_faults_of_one_payload_are_told():
+    assert SessionStartLimit.from_payload(
+        {"total": 10, "remaining": 11, "reset_after": 0}
+    ) == SessionStartLimit(10, 10, 0.0, 1)
 
 
 @pytest.mark.parametrize("name", PAYLOAD)
@@ -225,18 +276,29 @@ def test_the_figures_are_discords():
 # --- permits --------------------------------------------------------------------------------------
 
 
-class Desk:
-    """Where permits are reported, as a queue does it."""
+class Reporter:
+    """What permits are reported to, as a queue does it."""
 
     def __init__(self):
         self.reports = []
 
-    def __call__(self, permit, report):
+    def report(self, permit, report):
         permit.reported = report
         self.reports.append((permit.shard_id, report))
 
     def permit(self, shard_id=3):
-        return Permit(shard_id, _reporter=self)
+        permit = Permit(shard_id)
+        permit.reporter = self
+        return permit
+
+
+def test_a_permits_signature_shows_what_users_may_pass():
+    assert list(inspect.signature(Permit).parameters) == [
+        "shard_id",
+        "bucket",
+        "waited",
+        "remaining",
+    ]
 
 
 def test_a_permit_can_be_made_from_its_shard_alone():
@@ -265,32 +327,32 @@ def test_a_with_lets_exceptions_pass():
 
 @pytest.mark.parametrize("report", Report)
 def test_a_report_tells_the_queue_which_permit_and_what(report):
-    desk = Desk()
-    getattr(desk.permit(3), report.value)()
-    assert desk.reports == [(3, report)]
+    reporter = Reporter()
+    getattr(reporter.permit(3), report.value)()
+    assert reporter.reports == [(3, report)]
 
 
 def test_leaving_the_with_reports_it_sent():
-    desk = Desk()
-    with desk.permit():
-        assert desk.reports == []
-    assert desk.reports == [(3, Report.SENT)]
+    reporter = Reporter()
+    with reporter.permit():
+        assert reporter.reports == []
+    assert reporter.reports == [(3, Report.SENT)]
 
 
 def test_leaving_the_with_by_an_exception_reports_it_sent():
     """The IDENTIFY may have gone out before the exception came."""
-    desk = Desk()
-    with pytest.raises(ConnectionError), desk.permit():
+    reporter = Reporter()
+    with pytest.raises(ConnectionError), reporter.permit():
         raise ConnectionError
-    assert desk.reports == [(3, Report.SENT)]
+    assert reporter.reports == [(3, Report.SENT)]
 
 
 @pytest.mark.parametrize("report", Report)
 def test_leaving_the_with_adds_nothing_to_an_earlier_report(report):
-    desk = Desk()
-    with desk.permit() as permit:
+    reporter = Reporter()
+    with reporter.permit() as permit:
         getattr(permit, report.value)()
-    assert desk.reports == [(3, report)]
+    assert reporter.reports == [(3, report)]
 
 
 def test_a_permit_shows_what_it_is_for():
@@ -303,7 +365,7 @@ def test_a_permit_shows_the_budget_that_was_left_even_if_nothing_was():
 
 
 def test_a_permit_shows_its_report():
-    permit = Desk().permit()
+    permit = Reporter().permit()
     permit.rejected()
     assert repr(permit) == "<Permit shard_id=3 bucket=0 waited=0.000 rejected>"
 

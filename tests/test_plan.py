@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections import defaultdict
 
@@ -16,10 +15,10 @@ from gateway_queue_sync import (
     ShardStart,
     forecast,
     plan_start,
-    rules,
+    token_bucket,
 )
-from gateway_queue_sync.rules import MICROSECOND, Account, to_us
 from gateway_queue_sync.testing import FakeClock
+from gateway_queue_sync.token_bucket import US_PER_SECOND, Account, to_us
 
 WINDOW = 5.25
 DAY = 86_400.0
@@ -53,14 +52,14 @@ def by_threads(shard_ids, limit, crew, **settings):
 
 
 def by_futures(shard_ids, limit, **settings):
-    """When the future for each shard was done by a real queue; its one thread makes that repeatable."""
+    """When the future for each shard was done by a real queue; its worker makes that repeatable."""
     clock = FakeClock()
     queue = LargeBotQueue(limit, clock=clock, **settings)
     futures = [queue.enqueue(shard_id) for shard_id in shard_ids]
     while not all(future.done() for future in futures):
-        with contextlib.suppress(AssertionError):  # their thread is gone with the last of them
-            clock.settle(1, timeout=0.02)
-            clock.advance(clock.next_in)
+        clock.settle(0)
+        etas = [bucket.shards[0].eta for bucket in queue.snapshot().buckets if bucket.shards]
+        clock.advance(min(etas, default=0.0))
     return [future.result() for future in futures], queue
 
 
@@ -163,16 +162,23 @@ def test_any_shards_in_any_order_do_where_the_budget_lasts(shard_ids, max_concur
 def test_it_agrees_with_the_forecast_that_snapshots_show(count, some, reserve):
     reserve = min(reserve, some.total - 1)
     account = Account(window_us=to_us(WINDOW), period_us=to_us(DAY))
-    rules.adopt(account, some, 0)
+    token_bucket.adopt(account, some, 0)
     buckets = range(some.max_concurrency)
-    budget = rules.budget(account, 0)
     outlook = forecast.Outlook(
-        account.window_us, account.period_us, reserve, dict.fromkeys(buckets, 0), budget
+        now_us=0,
+        window_us=account.window_us,
+        period_us=account.period_us,
+        reserve=reserve,
+        max_concurrency=some.max_concurrency,
+        ready_in_us={},
+        others_ready_in_us=0,
+        budget=token_bucket.budget(account, 0),
+        granted=0,
     )
     lines = {b: len(range(b, count, some.max_concurrency)) for b in buckets}
     plan = plan_start(range(count), some, reserve=reserve)
     assert [(start.at, start.bucket) for start in plan.starts] == [
-        (in_us / MICROSECOND, bucket) for in_us, bucket in forecast.starts(outlook, lines)
+        (in_us / US_PER_SECOND, bucket) for in_us, bucket in forecast.starts(outlook, lines)
     ]
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from xml.etree import ElementTree as ET
 
@@ -118,7 +118,7 @@ def test_it_fits_the_width(some, width):
 def test_every_step_is_seen_and_the_bar_ends_full(some):
     bars = [re.search("[█▒░]+", line) for line in lines(some)]
     bars = [bar[0] for bar in bars if bar]
-    assert 1 <= len(bars) <= timeline.MOST_ROWS + len(some.runs)
+    assert 1 <= len(bars) <= timeline.MAX_ROWS + len(some.runs)
     assert len({len(bar) for bar in bars}) == 1
     assert all("█" in bar for bar in bars)
     assert bars[-1][-1] == "█"
@@ -351,7 +351,11 @@ def test_it_needs_nothing_else_and_suits_dark_and_light(some):
 
 
 def test_words_are_escaped():
-    assert picture._text(1, 2, "<&>") == '<text x="1.0" y="2.0" class="note">&lt;&amp;&gt;</text>'
+    class Odd(Fleet):
+        title = "<&>"
+
+    odd = Odd(*(getattr(fleet(3), field.name) for field in fields(Fleet)))
+    assert texts(drawn(odd))[0].startswith("<&>: ")
 
 
 def test_the_picture_is_written_beside_the_summary(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
@@ -14,9 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+from clocks import Hooked
 from freezegun import freeze_time
 
-from gateway_queue_sync import LocalQueue, QueueClosed
+from gateway_queue_sync import AcquireTimeout, LocalQueue, QueueClosed
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,19 +84,25 @@ def test_a_signal_handler_may_close_the_queue_that_its_thread_waits_in(on_signal
     timer.join()
 
 
-def test_a_signal_handler_may_close_the_queue_even_in_the_midst_of_a_call():
-    queue = LocalQueue(interval=30)
-    with queue._mutex:
-        queue.close()
-        assert queue.closed
+@pytest.mark.parametrize("at", range(1, 6))
+def test_a_signal_handler_may_close_the_queue_even_in_the_midst_of_a_call(clock, at):
+    hooked = Hooked(clock)
+    queue = LocalQueue(clock=hooked)
+    hooked.call = queue.close
+    queue.acquire(0)
+    hooked.left = at  # the clock is read with the lock held, and without
+    with contextlib.suppress(AcquireTimeout, QueueClosed):
+        queue.acquire(1, timeout=0)
+    hooked.left = 0
+    queue.close()
+    assert queue.closed
     for thread in threading.enumerate():
         if thread.name == "gateway-queue-close":
             thread.join(10)
             assert not thread.is_alive()
 
 
-def test_a_finalizer_in_the_midst_of_a_call_is_refused(monkeypatch):
-    queue = LocalQueue()
+def test_a_finalizer_in_the_midst_of_a_call_is_refused(clock):
     errors = []
 
     class Careless:
@@ -104,16 +112,15 @@ def test_a_finalizer_in_the_midst_of_a_call_is_refused(monkeypatch):
             except RuntimeError as error:
                 errors.append(error)
 
-    take = queue._ledger.take
-
-    def collecting(*args):
+    def collect():
         garbage = Careless()
         garbage.itself = garbage
         del garbage
         gc.collect()
-        return take(*args)
 
-    monkeypatch.setattr(queue._ledger, "take", collecting)
+    hooked = Hooked(clock, collect)
+    queue = LocalQueue(clock=hooked)
+    hooked.left = 1  # with the lock held
     queue.acquire(0)
     assert len(errors) == 1
     assert queue.snapshot().granted == 1
@@ -129,11 +136,22 @@ def test_a_finalizer_in_the_midst_of_a_call_is_refused(monkeypatch):
         lambda queue, permit: permit.sent(),
     ],
 )
-def test_nothing_sees_a_half_done_state(call):
-    queue = LocalQueue()
+def test_nothing_sees_a_half_done_state(clock, call):
+    """A signal handler that comes while the clock is read with the lock held."""
+    errors = []
+
+    def handler():
+        with pytest.raises((RuntimeError, TypeError)) as caught:
+            call(queue, permit)
+        errors.append(caught.value)
+
+    hooked = Hooked(clock, handler)
+    queue = LocalQueue(clock=hooked)
     permit = queue.acquire(0)
-    with queue._mutex, pytest.raises((RuntimeError, TypeError)):
-        call(queue, permit)
+    clock.advance(5.25)
+    hooked.left = 1
+    queue.acquire(1)
+    assert len(errors) == 1
 
 
 # --- forks ----------------------------------------------------------------------------------------
@@ -149,11 +167,23 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on():
         import os, threading, warnings
         warnings.simplefilter("ignore", DeprecationWarning)
         from gateway_queue_sync import LocalQueue
-        queue = LocalQueue(interval=0.05, margin=0)
+        from gateway_queue_sync.clock import SystemClock
+        inside, go = threading.Event(), threading.Event()
+
+        class Clock(SystemClock):
+            def now_us(self):
+                if threading.current_thread().name == "inside":
+                    inside.set()
+                    go.wait()
+                return SystemClock.now_us()
+
+        queue = LocalQueue(interval=0.05, margin=0, clock=Clock())
         permit = queue.acquire(0)
         waiting = threading.Thread(target=queue.acquire, args=(1,))
         waiting.start()
-        queue._mutex.acquire()          # the worst moment: somebody is inside
+        holds = threading.Thread(target=queue.snapshot, name="inside")
+        holds.start()
+        inside.wait()                   # the worst moment: somebody holds the lock
         child = os.fork()
         if child == 0:
             permit.sent()               # harmless
@@ -171,13 +201,112 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on():
             fresh = LocalQueue()
             fresh.acquire(0)
             os._exit(7)
-        queue._mutex.release()
+        go.set()
+        holds.join()
         _, status = os.waitpid(child, 0)
         waiting.join()
         print(os.waitstatus_to_exitcode(status), queue.snapshot().granted)
         """
     )
     assert (outcome.stdout.strip(), outcome.stderr) == ("7 2", "")
+
+
+FORKS = """
+    import os, signal, threading, warnings
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from gateway_queue_sync import LargeBotQueue, SessionStartLimit, ShardGranted
+    from gateway_queue_sync.clock import SystemClock
+
+    class Clock(SystemClock):
+        left = 0
+
+        def now_us(self):
+            if self.left and threading.current_thread() is threading.main_thread():
+                self.left -= 1
+                if not self.left:
+                    fork()
+            return SystemClock.now_us()
+
+    def fork():
+        global child
+        child = os.fork()
+        if not child:
+            signal.alarm(10)  # kills a child that hangs
+
+    def outcome(call):
+        # What came of the call in the parent and in the child; nothing for a child there is not.
+        global child
+        parent, child = os.getpid(), None
+        ours, theirs = os.pipe()
+        try:
+            permit = call()
+            came = "permit" if permit is not None else "nothing"
+        except RuntimeError as error:
+            came = "refused" if "forked" in str(error) else repr(error)
+        except BaseException as error:
+            came = repr(error)
+        if os.getpid() != parent:
+            os.write(theirs, came.encode())
+            os._exit(0)
+        os.close(theirs)
+        if child is None:
+            return came, None
+        os.waitpid(child, 0)
+        return came, os.read(ours, 1000).decode()
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_child_that_an_observer_forks_inside_a_call_gets_no_permit(waits):
+    """It got the same one as its parent."""
+    outcome = python(
+        FORKS
+        + f"""
+    def observer(event):
+        if isinstance(event, ShardGranted) and event.shard_id == 1:
+            fork()
+
+    queue = LargeBotQueue(
+        SessionStartLimit(10, 10, 600.0, 1), interval=0.05, margin=0.5, observer=observer
+    )
+    if {waits}:
+        queue.acquire(0)
+    print(*outcome(lambda: queue.acquire(1)), queue.snapshot().limit.remaining)
+        """
+    )
+    assert (outcome.stdout, outcome.stderr) == (f"permit refused {9 - waits}\n", "")
+
+
+@needs_fork
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("call", ["acquire", "try_acquire", "enqueue"])
+def test_a_child_that_a_signal_handler_forks_inside_a_call_gets_no_permit(call, waits):
+    """Here it comes whenever the clock is read."""
+    if waits and call != "acquire":
+        pytest.skip("only acquire waits")
+    outcome = python(
+        FORKS
+        + f"""
+    outcomes = []
+    for at in range(1, 12):
+        clock = Clock()
+        queue = LargeBotQueue(
+            SessionStartLimit(10, 10, 600.0, 1), interval=0.05, margin=0.5, clock=clock
+        )
+        if {waits}:
+            queue.acquire(0)
+        clock.left = at
+        came, child_came = outcome(lambda: queue.{call}(1))
+        clock.left = 0
+        assert came == "permit", came
+        assert child_came in (None, "refused"), (at, child_came)
+        assert queue.snapshot().limit.remaining == 9 - {waits}
+        outcomes.append(child_came)
+    print(outcomes.count("refused") > 0)
+        """
+    )
+    assert (outcome.stdout, outcome.stderr) == ("True\n", "")
 
 
 # --- the end of the interpreter -------------------------------------------------------------------

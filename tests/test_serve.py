@@ -212,10 +212,10 @@ def test_each_setting_has_a_line_that_says_where_it_is_from(serving, tmp_path):
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this system has other limits")
 def test_more_connections_than_there_may_be_files_are_told_of(serving):
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    served = serving("--most-connections", str(most), *SHORT)
+    served = serving("--max-connections", str(most), *SHORT)
     assert f"{most - 64} connections at most, not {most}" in served.text
     assert resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)[0] == most
-    fewer = serving("--most-connections", "10", *SHORT)
+    fewer = serving("--max-connections", "10", *SHORT)
     assert "connections at most" not in fewer.text
 
 
@@ -279,7 +279,7 @@ def test_a_wrong_token_or_address_says_so_and_ends(serving, tmp_path, monkeypatc
      (["--max-concurrency", "10001"], "at most 10000"),
      (["--interval", "-1"], "interval"), (["--margin", "0"], "margin"), (["--reserve", "-1"], "reserve"),
      (["--reserve", "1000"], "reserve"), (["--redis", "nonsense"], "URL"), (["--name", "a b"], "name"),
-     (["--most-connections", "-1"], "most_connections"), (["--secret-file", "EMPTY"], "is empty")],
+     (["--max-connections", "-1"], "max_connections"), (["--secret-file", "EMPTY"], "is empty")],
 )  # fmt: skip
 def test_bad_settings_end_with_2_and_a_line(tmp_path, monkeypatch, capsys, arguments, says):
     monkeypatch.setattr(signal, "signal", lambda *_: None)

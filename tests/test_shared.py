@@ -6,17 +6,20 @@ in ``test_many_processes``.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import pickle
 import threading
 
 import pytest
+from accounts import ledger_of
 from redis_servers import until
 from test_waiting import in_line, limit, order
 
 from gateway_queue_sync import (
     AcquireTimeout,
-    BrokerError,
+    LedgerError,
     PermitReported,
     QueueClosed,
     Report,
@@ -25,6 +28,7 @@ from gateway_queue_sync import (
     ShardWaiting,
 )
 from gateway_queue_sync.clock import SYSTEM_CLOCK
+from gateway_queue_sync.queue import scheduler_of
 
 pytestmark = pytest.mark.accounts("sqlite", "redis")
 
@@ -41,9 +45,23 @@ def cut_off(queue, monkeypatch):
     """Take the ledger out of a queue's reach, as if its process were stopped or its network gone."""
 
     def carry(request, patience=0.0):
-        raise BrokerError("out of reach") from OSError("no route")
+        raise LedgerError("out of reach") from OSError("no route")
 
-    monkeypatch.setattr(queue._ledger, "carry", carry)
+    monkeypatch.setattr(ledger_of(queue), "carry", carry)
+
+
+def requests_of(queue, clock, monkeypatch, failure=None):
+    """Return the list to which what the queue asks of its ledger is added, each with its time."""
+    carry, asked = ledger_of(queue).carry, []
+
+    def noted(request, patience=0.0):
+        asked.append((clock.now_us() / 1e6, request))
+        if failure is not None:
+            raise failure from OSError("no route")
+        return carry(request, patience)
+
+    monkeypatch.setattr(ledger_of(queue), "carry", noted)
+    return asked
 
 
 @pytest.fixture
@@ -107,30 +125,35 @@ def test_nobody_barges_past_a_line_in_another_process(two, clock, crew):
     assert call.now().shard_id == 1
 
 
-class clock_stopped_for:  # noqa: N801 - it reads as a sentence
-    """Hold up the thread of a queue that is about to ask, as a busy machine does."""
+@contextlib.contextmanager
+def clock_stopped_for(queue):
+    """Hold up the worker of a queue when it is about to ask, as a busy machine does."""
+    ledger, go_on = scheduler_of(queue).ledger, threading.Event()
+    exchange = ledger.exchange
 
-    def __init__(self, queue):
-        self.queue = queue
+    def held_up(wants):
+        assert go_on.wait(20)
+        return exchange(wants)
 
-    def __enter__(self):
-        self.queue._mutex.acquire()
-
-    def __exit__(self, *error):
-        self.queue._mutex.release()
+    ledger.exchange = held_up
+    try:
+        yield
+    finally:
+        ledger.exchange = exchange
+        go_on.set()
 
 
 def test_futures_and_threads_of_all_processes_stand_in_one_line(two, clock, crew):
     one, other = two
     one.acquire(99)
     first = one.enqueue(1)
-    clock.settle(1)
+    clock.settle(0)
     clock.advance(0.01)
     (second,) = in_line(other, crew, clock, [2])
     clock.advance(0.01)
     third = one.enqueue(3)
-    clock.settle(2)
-    for outcome, parked in ((first, 2), (second, 1), (third, 0)):
+    clock.settle(1)
+    for outcome, parked in ((first, 1), (second, 0), (third, 0)):
         assert not outcome.done()
         clock.advance(WINDOW)
         assert outcome.result(10)
@@ -208,14 +231,17 @@ def test_who_is_not_heard_of_for_a_lease_is_no_longer_seen(account, clock, crew,
     gone.close()
 
 
-def test_those_who_wait_are_heard_of_three_times_in_a_lease(account, clock, crew):
+def test_those_who_wait_are_heard_of_three_times_in_a_lease(account, clock, crew, monkeypatch):
     queue, other = (account.queue(clock=clock, lease=LEASE, interval=100) for _ in range(2))
     queue.acquire(99)
     in_line(queue, crew, clock, [1, 2])
-    for _ in range(10):
-        assert clock.next_in == pytest.approx(LEASE / 3, abs=0.001)
-        clock.advance(clock.next_in)
+    heard = requests_of(queue, clock, monkeypatch)
+    for _ in range(10 * 51):
+        clock.advance(LEASE / 3 / 50)
         clock.settle(2)
+    assert len(heard) == 10
+    for earlier, later in itertools.pairwise(at for at, _ in heard):
+        assert later - earlier == pytest.approx(LEASE / 3, abs=LEASE / 3 / 50 + 0.001)
     assert other.snapshot().waiting == 2
     queue.close()
 
@@ -294,13 +320,14 @@ def test_closing_one_queue_leaves_the_others_alone(two, clock, crew):
     one.acquire(99)
     calls = in_line(one, crew, clock, [1, 3])
     future = one.enqueue(5)
-    clock.settle(3)
+    clock.settle(2)
     (stays,) = in_line(other, crew, clock, [2])
     one.close()
     for call in (*calls, future):
         assert isinstance(call.exception(10), QueueClosed)
     crew.threads[0].join(10)
     crew.threads[1].join(10)
+    clock.settle(1)  # its worker has told the ledger who has left
     assert order(other.snapshot()) == [2]
     clock.advance(WINDOW + GRACE)
     assert stays.now().shard_id == 2
@@ -319,14 +346,14 @@ def test_trying_leaves_nothing_behind(two, clock):
 
 def test_who_only_tries_inherits_no_place(two, crew, monkeypatch):
     one, other = two
-    carry = one._ledger.carry
+    carry = ledger_of(one).carry
 
     def passed_meanwhile(request, patience=0.0):
         monkeypatch.undo()
-        crew(one.acquire, 2, priority=9.0).now()
+        crew(other.acquire, 2).now()
         return carry(request)
 
-    monkeypatch.setattr(one._ledger, "carry", passed_meanwhile)
+    monkeypatch.setattr(ledger_of(one), "carry", passed_meanwhile)
     assert one.try_acquire(1) is None
     assert other.snapshot().waiting == 0
 
@@ -368,6 +395,7 @@ def test_each_process_keeps_its_own_reserve(account, clock):
     careful.acquire(0)
     with pytest.raises(SessionLimitExhausted):
         careful.acquire(1)
+    clock.settle(0)  # it has left the line of all
     clock.advance(WINDOW)
     assert other.acquire(2).remaining == 1
 
@@ -417,6 +445,7 @@ def test_one_process_reads_the_limit_for_all(account, clock, crew):
     queues = [account.queue(limit(10, 0, 100.0, 4), clock=clock, refresh=refresh) for _ in range(4)]
     calls = [call for n, q in enumerate(queues) for call in in_line(q, crew, clock, [n])]
     clock.advance(100)
+    until(lambda: asked, "the read")
     for _ in range(10):  # who waits for the answer looks each 0.1 s
         crew.settle(clock)
         clock.advance(0.1)
@@ -425,7 +454,7 @@ def test_one_process_reads_the_limit_for_all(account, clock, crew):
 
 
 def test_a_process_that_dies_while_it_reads_the_limit_is_waited_for_for_a_lease(
-    account, clock, crew
+    account, clock, crew, monkeypatch
 ):
     entered, leave = threading.Event(), threading.Event()
 
@@ -437,19 +466,49 @@ def test_a_process_that_dies_while_it_reads_the_limit_is_waited_for_for_a_lease(
     one = account.queue(limit(10, 0, 100.0), clock=clock, refresh=dies, lease=LEASE)
     other = account.queue(clock=clock, refresh=lambda: limit(10, 8, 600.0), lease=LEASE)
     clock.advance(100)
-    dead = crew(one.acquire, 1)
+    (dead,) = in_line(one, crew, clock, [1])
     assert entered.wait(20)
     (call,) = in_line(other, crew, clock, [2])
+    cut_off(one, monkeypatch)
     clock.advance(LEASE - GRACE)
-    clock.settle(1)
+    clock.settle(2)
     assert not call.done()
     for _ in range(3):
-        crew.settle(clock, elsewhere=1)
         clock.advance(GRACE)
+        crew.settle(clock)
     assert call.now().remaining == 7
     one.close()
     leave.set()
     assert isinstance(dead.exception(10), QueueClosed)
+
+
+def test_a_process_that_reads_the_limit_for_long_keeps_its_turn_and_then_counts_on_the_last_total(
+    account, clock, crew
+):
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow():
+        entered.set()
+        leave.wait(20)
+        raise OSError
+
+    one = account.queue(limit(10, 0, 100.0), clock=clock, refresh=slow, lease=1.0)
+    other = account.queue(clock=clock, refresh=slow, lease=1.0)
+    clock.advance(100)
+    (first,) = in_line(one, crew, clock, [1])
+    assert entered.wait(20)
+    (second,) = in_line(other, crew, clock, [2])
+    for _ in range(49):
+        clock.advance(0.1)
+        clock.settle(2)
+    for _ in range(5):
+        clock.advance(0.1)
+        crew.settle(clock)
+    assert first.now().remaining == 9
+    assert not second.done()
+    clock.advance(WINDOW)
+    assert second.now().remaining == 8
+    leave.set()
 
 
 # --- limits that processes begin with -------------------------------------------------------------
@@ -499,7 +558,7 @@ def test_a_crash_loop_cannot_burn_the_budget_unseen(account, clock):
         queue = account.queue(limit(20, 20, 86_400.0), clock=clock, reserve=5)
         clock.advance(WINDOW)
         granted += queue.try_acquire(0) is not None
-        queue._ledger.close()  # and not the queue: it crashes
+        ledger_of(queue).close()  # and not the queue: it crashes
     assert granted == 15
 
 
@@ -509,7 +568,7 @@ def test_a_crash_loop_whose_limit_says_that_its_reset_is_due_cannot_either(accou
         queue = account.queue(limit(20, 15, 0.0), clock=clock)
         clock.advance(WINDOW)
         granted += queue.try_acquire(0) is not None
-        queue._ledger.close()
+        ledger_of(queue).close()
     assert granted == 16  # one of a new period, and what was given
 
 
@@ -558,7 +617,7 @@ def test_the_larger_window_wins_with_a_warning_while_its_process_lives(account, 
         ({"when_exhausted": "stop"}, ValueError, "when_exhausted"),
         ({"reserve": -1}, ValueError, "reserve must be at least 0"),
         ({"observer": 5}, TypeError, "observer must be callable"),
-        ({"nmae": "x"}, TypeError, "^(Sqlite|Redis)Queue has no setting 'nmae'"),
+        ({"nmae": "x"}, TypeError, "unexpected keyword argument 'nmae'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(account, clock, settings, error, words):
@@ -573,8 +632,6 @@ def test_numbers_that_not_every_ledger_can_hold_are_refused(two):
         one.acquire(1 << 53)
     with pytest.raises(ValueError, match="total must be at most"):
         one.update(limit(1 << 60, 5))
-    with pytest.raises(ValueError, match="max_concurrency must be at most"):
-        one.update(limit(5, 5, 0.0, 1 << 60))
     assert one.acquire((1 << 53) - 1).waited == 0.0
 
 
@@ -593,7 +650,7 @@ def test_any_finite_head_start_will_do(two, clock, crew):
 
 def forget_all(queue):
     """Lose the ledger's state, as a server without a disk does, or whoever removes the file."""
-    account = queue._ledger
+    account = ledger_of(queue)
     if hasattr(account, "_path"):
         account._path.unlink()
     else:
@@ -670,14 +727,14 @@ def test_a_ledger_that_lost_grants_is_held_to_what_its_processes_saw(two, clock)
 
 
 def copy_of(queue):
-    account = queue._ledger
+    account = ledger_of(queue)
     if hasattr(account, "_path"):
         return account._path.read_bytes()
     return {key: account._client.dump(key) for key in account._keys}
 
 
 def put_back(queue, copy):
-    account = queue._ledger
+    account = ledger_of(queue)
     if hasattr(account, "_path"):
         account.close()  # else SQLite would lose its locks
         account._closed = False
@@ -694,20 +751,21 @@ def put_back(queue, copy):
 
 def test_a_permit_whose_reply_was_lost_is_granted_once(two, clock, monkeypatch, crew):
     one, _ = two
-    carry, lost = one._ledger.carry, []
+    carry, lost = ledger_of(one).carry, []
 
     def lose_the_reply(request, patience=0.0):
         reply = carry(request)
         if request.take is not None and len(lost) < 2:
             lost.append(reply)
-            raise BrokerError("the reply was lost") from OSError()
+            raise LedgerError("the reply was lost") from OSError()
         return reply
 
-    monkeypatch.setattr(one._ledger, "carry", lose_the_reply)
+    monkeypatch.setattr(ledger_of(one), "carry", lose_the_reply)
     call = crew(one.acquire, 0)
-    for _ in range(2):
-        clock.settle(1)
-        clock.advance(clock.next_in)
+    clock.settle(1)
+    clock.advance(0.05)  # the longest first pause
+    clock.settle(1)
+    clock.advance(0.1)
     permit = call.now()
     assert permit.remaining == 99
     assert one.snapshot().granted == 1
@@ -716,20 +774,20 @@ def test_a_permit_whose_reply_was_lost_is_granted_once(two, clock, monkeypatch, 
 def test_a_permit_whose_reply_came_too_late_is_given_back(two, clock, monkeypatch, crew):
     """Asked for again it would look new, but the ledger knows its age."""
     one, _ = two
-    carry, lost = one._ledger.carry, []
+    carry, lost = ledger_of(one).carry, []
 
     def lose_the_reply(request, patience=0.0):
         reply = carry(request)
         if request.take is not None and not lost:
             lost.append(reply)
             clock.advance(1)
-            raise BrokerError("the reply was lost") from OSError()
+            raise LedgerError("the reply was lost") from OSError()
         return reply
 
-    monkeypatch.setattr(one._ledger, "carry", lose_the_reply)
+    monkeypatch.setattr(ledger_of(one), "carry", lose_the_reply)
     call = crew(one.acquire, 0)
     clock.settle(1)
-    clock.advance(clock.next_in)
+    clock.advance(0.05)
     assert call.now().remaining == 99
     assert one.snapshot().buckets[0].ready_in == WINDOW
 
@@ -738,12 +796,11 @@ def test_a_deadline_in_an_outage_names_the_cause(two, clock, crew, monkeypatch, 
     one, _ = two
     cut_off(one, monkeypatch)
     call = crew(one.acquire, 7, timeout=30.0)
-    crew.settle(clock)
-    while clock.next_in is not None:
-        clock.advance(clock.next_in)
-        crew.settle(clock)
+    for _ in range(30):
+        clock.settle(1)
+        clock.advance(1)
     error = call.exception(10)
-    assert isinstance(error, BrokerError)
+    assert isinstance(error, LedgerError)
     assert isinstance(error.__cause__, OSError)
     assert "shard 7 got no permit within 30 s: out of reach" in str(error)
     (record,) = warnings_in(caplog)
@@ -753,30 +810,30 @@ def test_a_deadline_in_an_outage_names_the_cause(two, clock, crew, monkeypatch, 
 def test_trying_in_an_outage_says_so_at_once(two, monkeypatch):
     one, _ = two
     cut_off(one, monkeypatch)
-    with pytest.raises(BrokerError, match="out of reach"):
+    with pytest.raises(LedgerError, match="out of reach"):
         one.try_acquire(0)
-    with pytest.raises(BrokerError, match="out of reach"):
+    with pytest.raises(LedgerError, match="out of reach"):
         one.acquire(0, timeout=0)
     for call in (one.snapshot, lambda: one.update(limit())):
-        with pytest.raises(BrokerError):
+        with pytest.raises(LedgerError):
             call()
 
 
 def test_an_outage_is_waited_out_with_growing_pauses(two, clock, crew, monkeypatch, caplog):
     one, _ = two
     with monkeypatch.context() as patches:
-        cut_off(one, patches)
-        call, pauses = crew(one.acquire, 0), []
-        for _ in range(10):
+        asked = requests_of(one, clock, patches, LedgerError("out of reach"))
+        call = crew(one.acquire, 0)
+        while len(asked) < 10:
             clock.settle(1)
-            pauses.append(clock.next_in)
-            clock.advance(clock.next_in)
+            clock.advance(0.01)
         clock.settle(1)
-    for number, pause in enumerate(pauses):
+    for number, (earlier, later) in enumerate(itertools.pairwise(at for at, _ in asked)):
         longest = min(2.0, 0.05 * 2**number)
-        assert longest / 2 <= pause <= longest
-    clock.advance(clock.next_in)
+        assert longest / 2 <= later - earlier <= longest + 0.01
+    clock.advance(2)
     assert call.now().remaining == 99
+    clock.settle(0)
     assert [("answers again" in record.getMessage()) for record in warnings_in(caplog)] == [
         False,
         True,
@@ -788,25 +845,19 @@ def test_futures_wait_an_outage_out(two, clock, monkeypatch):
     with monkeypatch.context() as patches:
         cut_off(one, patches)
         future = one.enqueue(0)
-        clock.settle(1)
+        clock.settle(0)
     clock.advance(2)
     assert future.result(10).remaining == 99
 
 
 def test_in_the_pauses_of_an_outage_only_those_ask_who_just_try(account, clock, monkeypatch):
     one = account.queue(limit(100, 100, 6000.0, max_concurrency=9), clock=clock)
-    asked = []
-
-    def carry(request, patience=0.0):
-        asked.append(request)
-        raise BrokerError("out of reach") from OSError("no route")
-
     with monkeypatch.context() as patches:
-        patches.setattr(one._ledger, "carry", carry)
+        asked = requests_of(one, clock, patches, LedgerError("out of reach"))
         futures = [one.enqueue(shard_id) for shard_id in range(8)]
-        clock.settle(1)
+        clock.settle(0)
         assert len(asked) == 1
-        with pytest.raises(BrokerError):
+        with pytest.raises(LedgerError):
             one.try_acquire(8)
         assert len(asked) == 2
     clock.advance(2)
@@ -820,6 +871,7 @@ def test_a_look_that_gets_through_ends_an_outage(two, clock, monkeypatch):
     with monkeypatch.context() as patches:
         cut_off(one, patches)
         permit.unused()
+        clock.settle(0)
     one.snapshot()
     assert one.acquire(0).remaining == 99
 
@@ -832,9 +884,24 @@ def test_reports_made_in_an_outage_are_booked_after_it(two, clock, monkeypatch):
     with monkeypatch.context() as patches:
         cut_off(one, patches)
         permit.unused()
+        clock.settle(0)
     clock.advance(2)  # the longest pause
     assert one.acquire(0).remaining == 98
     assert other.snapshot().granted == 3
+
+
+def test_a_report_made_in_an_outage_is_booked_when_that_is_over_without_any_call(
+    two, clock, monkeypatch
+):
+    one, other = two
+    permit = one.acquire(0)
+    with monkeypatch.context() as patches:
+        cut_off(one, patches)
+        permit.unused()
+        clock.settle(0)
+    clock.advance(2)  # the longest pause
+    clock.settle(0)
+    assert other.snapshot().limit.remaining == 100
 
 
 def test_a_report_counts_from_when_it_was_made(two, clock, monkeypatch):
@@ -844,6 +911,7 @@ def test_a_report_counts_from_when_it_was_made(two, clock, monkeypatch):
     with monkeypatch.context() as patches:
         cut_off(one, patches)
         permit.sent()
+        clock.settle(0)
     clock.advance(2)
     one.snapshot()
     assert other.snapshot().buckets[0].ready_in == WINDOW - 2
@@ -855,10 +923,10 @@ def test_who_gives_up_in_an_outage_is_out_of_the_line_after_it(two, clock, crew,
     (call,) = in_line(one, crew, clock, [1], timeout=1.0)
     with monkeypatch.context() as patches:
         cut_off(one, patches)
-        one._let_know()
-        clock.settle(1)
+        with pytest.raises(LedgerError):
+            one.snapshot()  # so that it is known
         clock.advance(1)
-        assert isinstance(call.exception(10), BrokerError)
+        assert isinstance(call.exception(10), LedgerError)
     one.snapshot()
     assert other.snapshot().waiting == 0
 
@@ -871,31 +939,36 @@ def test_reports_change_the_window_for_all(two, clock):
     permit = one.acquire(0)
     clock.advance(2)
     permit.sent()
+    clock.settle(0)
     assert other.snapshot().buckets[0].ready_in == WINDOW
     permit.rejected()
+    clock.settle(0)
     assert other.snapshot().buckets[0].ready_in == 2 * WINDOW
     clock.advance(2 * WINDOW)
     other.acquire(0).rejected()
+    clock.settle(0)
     assert one.snapshot().buckets[0].ready_in == 4 * WINDOW
     clock.advance(4 * WINDOW)
     other.acquire(0).unused()
+    clock.settle(0)
     assert one.snapshot().buckets[0].ready_in == 0.0
     assert one.snapshot().limit.remaining == 98
 
 
 def test_hearing_a_report_twice_changes_nothing(two, clock, monkeypatch):
     one, other = two
-    carry = one._ledger.carry
+    carry = ledger_of(one).carry
 
     def lose_the_first_reply(request, patience=0.0):
         carry(request)
         monkeypatch.undo()
-        raise BrokerError("the reply was lost") from OSError()
+        raise LedgerError("the reply was lost") from OSError()
 
     for report, ready_in in (("unused", 0.0), ("rejected", 2 * WINDOW), ("sent", WINDOW)):
         permit = one.acquire(0)
-        monkeypatch.setattr(one._ledger, "carry", lose_the_first_reply)
+        monkeypatch.setattr(ledger_of(one), "carry", lose_the_first_reply)
         getattr(permit, report)()
+        clock.settle(0)
         one.snapshot()
         assert other.snapshot().buckets[0].ready_in == ready_in
         clock.advance(3 * WINDOW) if ready_in else None
@@ -903,32 +976,29 @@ def test_hearing_a_report_twice_changes_nothing(two, clock, monkeypatch):
 
 
 def test_a_permit_is_not_given_back_by_an_older_answer(account, clock, monkeypatch):
-    """Two threads ask for one ticket: who joins with it, and the futures', which was woken."""
     queue = account.queue(limit(100, 100, 6000.0, max_concurrency=2), clock=clock)
     queue.acquire(0)
     queue.acquire(1)
-    other = queue.enqueue(3)  # there is a futures' thread
-    take, asked, go_on = queue._ledger.take, threading.Event(), threading.Event()
+    other = queue.enqueue(3)
+    clock.settle(0)
+    carry, asked, go_on = ledger_of(queue).carry, threading.Event(), threading.Event()
 
-    def late(ticket, **settings):
+    def late(request, patience=0.0):
         monkeypatch.undo()
-        answer = take(ticket, **settings)
+        reply = carry(request)
         asked.set()
         assert go_on.wait(20)
-        return answer
+        return reply
 
-    monkeypatch.setattr(queue._ledger, "take", late)
-    futures = []
-    thread = threading.Thread(target=lambda: futures.append(queue.enqueue(2)))
-    thread.start()
+    monkeypatch.setattr(ledger_of(queue), "carry", late)
+    future = queue.enqueue(2)
     assert asked.wait(20)
     clock.advance(WINDOW)
-    queue._let_know()
-    until(lambda: queue.snapshot().granted == 4)
-    until(lambda: other.done() and not queue._lines.lengths())
+    assert not other.done()  # the worker asks for all, and has no answer yet
     go_on.set()
-    thread.join(20)
-    assert futures[0].result(20).remaining in (96, 97)
+    clock.settle(0)
+    clock.advance(WINDOW)  # on Redis a sleep begins with the answer
+    assert {future.result(20).remaining, other.result(20).remaining} == {96, 97}
     assert queue.snapshot().limit.remaining == 96
     queue.close()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import redis_servers
+from accounts import ledger_of, wait_for_workers
 
 from gateway_queue_sync import (
     BucketSnapshot,
@@ -121,9 +122,9 @@ def test_it_tells_of_turns_with_the_reserve_and_the_period_of_who_waits(
 def test_programs_get_the_fields_of_the_snapshot(file, capsys):
     with SqliteQueue(file, LIMIT) as queue:
         queue.enqueue(5)
+        seen = queue.snapshot()  # by then the file knows who waits
         assert cli.main(["status", "--json", "--sqlite", file]) == 0
         told = json.loads(capsys.readouterr().out)
-        seen = queue.snapshot()
     assert told.keys() == {"waiting", "granted", "buckets", "limit"}
     assert told["buckets"][1]["shards"][0]["shard_id"] == 5
     assert told["limit"]["remaining"] == seen.limit.remaining
@@ -229,8 +230,9 @@ def test_watching_shows_it_again_and_survives_what_goes_wrong(file):
             pass
         future.cancel()
         queue.close()
+        wait_for_workers()
         with contextlib.suppress(FileNotFoundError):
-            queue._ledger._path.unlink()
+            ledger_of(queue)._path.unlink()
         while "No such file" not in watch.stderr.readline():
             pass
         SqliteQueue(file, LIMIT).close()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import inspect
+import pydoc
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import gateway_queue_sync
+from gateway_queue_sync.queue import Settings
 
 PACKAGE = Path(gateway_queue_sync.__file__).parent
 ROOT = PACKAGE.parent
@@ -19,7 +23,7 @@ ROOT = PACKAGE.parent
 NAMES = """
 GatewayQueue HttpQueue LargeBotQueue LocalQueue NoOpQueue Queue RedisQueue SqliteQueue serve
 BucketSnapshot LimitSnapshot Permit QueueSnapshot Report SessionStartLimit WaitingShard
-AcquireTimeout BrokerError GatewayBotError GatewayQueueError QueueClosed SessionLimitExhausted
+AcquireTimeout LedgerError GatewayBotError GatewayQueueError QueueClosed SessionLimitExhausted
 BudgetExhausted Event LimitUpdated Observer PermitReported ShardGranted ShardLeft ShardWaiting
 ShardStart StartPlan plan_start
 DEFAULT_MARGIN IDENTIFY_INTERVAL SESSION_PERIOD
@@ -27,16 +31,16 @@ DEFAULT_MARGIN IDENTIFY_INTERVAL SESSION_PERIOD
 
 # What each module may import, from the ground up; a module imports only what stands before it.
 FLOORS = [
-    ["errors", "clock", "models", "wording"],
-    ["events", "rules", "lines", "gateway_bot"],
-    ["forecast", "ledgers", "messages", "plan", "journal"],
+    ["errors", "clock", "models", "format"],
+    ["events", "token_bucket", "gateway_bot"],
+    ["lines", "forecast", "messages", "plan", "limit_reader", "log"],
+    ["ledgers"],
     ["ledgers.memory", "ledgers.wire", "turns"],
-    ["ledgers.shared", "ledgers.tables"],
-    ["ledgers.file"],
+    ["ledgers.session", "ledgers.shared", "ledgers.tables"],
+    ["ledgers.file", "ledgers.adapter"],
     ["ledgers.sqlite", "ledgers.redis", "ledgers.http"],
-    ["waiting"],
+    ["scheduler"],
     ["queue"],
-    ["in_memory", "shared"],
     ["policies"],
     ["broker.address", "broker.metrics", "broker.places", "broker.throttle", "broker.wire"],
     ["broker.connection"],
@@ -54,8 +58,24 @@ FLOORS = [
     ["cli"],
     ["__main__"],
 ]
-LOADED_WHEN_NEEDED = ("gateway_bot", "ledgers.http", "ledgers.redis", "ledgers.sqlite")
 FLOOR_OF = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+CORE = [
+    "models",
+    "token_bucket",
+    "lines",
+    "ledgers",
+    "scheduler",
+    "queue",
+    "policies",
+    "broker",
+    "cli",
+]
+CORE_MODULES = (
+    *("errors", "clock", "models", "events", "token_bucket", "lines", "forecast", "limit_reader"),
+    *("log", "ledgers", "ledgers.memory", "ledgers.session", "scheduler", "queue", "policies"),
+)
+GONE = ("rules", "waiting", "in_memory", "shared", "journal", "wording")
+MEMBERS = "acquire close closed enqueue snapshot try_acquire update"
 
 
 def test_the_public_names_are_these():
@@ -70,27 +90,87 @@ def modules():
         yield name.removesuffix(".__init__") if "." in name else name, path
 
 
+class Imports(ast.NodeVisitor):
+    """What a module imports of this package when it runs, and at what level: not for types alone."""
+
+    def __init__(self):
+        self.found = []
+        self.for_types = []
+        self.target = self.found
+
+    def visit_If(self, node):
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            found, self.target = self.target, self.for_types
+            for statement in node.body:
+                self.visit(statement)
+            self.target = found
+            node.body = []
+        self.generic_visit(node)
+
+    def visit_ImportFrom(self, node):
+        if (node.module or "").split(".")[0] != "gateway_queue_sync":
+            return
+        module = node.module.removeprefix("gateway_queue_sync").lstrip(".")
+        for alias in node.names:
+            whole = f"{module}.{alias.name}".lstrip(".")
+            self.target.append(whole if whole in FLOOR_OF else module or "__init__")
+
+
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-            "gateway_queue_sync"
-        ):
-            module = node.module.removeprefix("gateway_queue_sync").lstrip(".")
-            for alias in node.names:
-                whole = f"{module}.{alias.name}".lstrip(".")
-                yield whole if whole in FLOOR_OF else module or "__init__"
+    """The modules of this package that a module imports, and those it imports for types alone."""
+    visitor = Imports()
+    visitor.visit(ast.parse(path.read_text()))
+    return visitor.found, visitor.for_types
+
+
+def test_every_module_has_its_floor():
+    assert sorted(FLOOR_OF) == sorted(name for name, _ in modules())
+
+
+def test_the_core_is_in_the_order_of_the_design():
+    floors = [FLOOR_OF[module] for module in CORE]
+    assert floors == sorted(set(floors))
 
 
 @pytest.mark.parametrize(("name", "path"), list(modules()))
 def test_imports_point_one_way(name, path):
-    for imported in imports(path):
-        if name == "policies" and imported in LOADED_WHEN_NEEDED:
+    for imported in imports(path)[0]:
+        assert FLOOR_OF[imported] < FLOOR_OF[name], f"{name} must not import {imported}"
+
+
+@pytest.mark.parametrize("name", [name for name in CORE_MODULES if name != "policies"])
+def test_the_core_imports_nothing_from_above_for_types_either(name):
+    for imported in imports(dict(modules())[name])[1]:
+        assert FLOOR_OF[imported] < FLOOR_OF[name], f"{name} must not import {imported}"
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_modules_of_the_first_edition_are_gone(name):
+    assert name not in dict(modules())
+
+
+def classes():
+    for name, _ in modules():
+        if name == "__main__":
             continue
-        if name == "broker.connection" and imported == "broker.desk":
-            continue  # for types alone
-        lower = FLOOR_OF[imported] < FLOOR_OF[name]
-        same = FLOOR_OF[imported] == FLOOR_OF[name] == 1 and imported == "rules"
-        assert lower or same, f"{name} must not import {imported}"
+        dotted = "gateway_queue_sync" if name == "__init__" else f"gateway_queue_sync.{name}"
+        module = importlib.import_module(dotted)
+        for thing in vars(module).values():
+            if inspect.isclass(thing) and thing.__module__ == dotted:
+                yield f"{name}.{thing.__name__}", thing
+
+
+@pytest.mark.parametrize(("name", "kind"), list(classes()))
+def test_no_class_has_more_than_two_of_the_package_above_it(name, kind):
+    above = [base for base in kind.__mro__[1:] if base.__module__.startswith("gateway_queue_sync")]
+    assert len(above) <= 2, above
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for name, kind in classes() if name.rpartition(".")[0] in CORE_MODULES]
+)
+def test_no_class_of_the_core_is_abstract(kind):
+    assert not inspect.isabstract(kind)
 
 
 def test_importing_the_package_loads_no_more_than_it_needs():
@@ -126,11 +206,63 @@ def test_it_depends_on_nothing_outside_the_standard_library():
             for root in roots:
                 top = root.split(".")[0]
                 ours = top == "gateway_queue_sync" or top in sys.stdlib_module_names
-                extra = top == "redis" and path.stem in (
-                    "redis",
-                    "policies",
-                )  # and here for types alone
+                extra = top == "redis" and path.stem in ("redis", "policies")
                 assert ours or extra, (path, root)
+
+
+def test_serve_shows_in_dir_and_in_pydoc():
+    """Though it is loaded only when it is used."""
+    assert "serve" in dir(gateway_queue_sync)
+    assert set(gateway_queue_sync.__all__) <= set(dir(gateway_queue_sync))
+    assert "serve(" in pydoc.plain(pydoc.render_doc(gateway_queue_sync))
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'server'"):
+        _ = gateway_queue_sync.server
+
+
+def test_a_queue_has_these_members():
+    public = {name for name in dir(gateway_queue_sync.GatewayQueue) if not name.startswith("_")}
+    assert public == set(MEMBERS.split())
+
+
+POLICIES = ["LocalQueue", "LargeBotQueue", "SqliteQueue", "RedisQueue", "HttpQueue"]
+
+
+def settings_of(kind):
+    taken = inspect.signature(kind).parameters.values()
+    assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in taken)
+    return {p.name: p.default for p in taken if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_help_shows_every_setting_by_name(name):
+    kind = getattr(gateway_queue_sync, name)
+    shown = pydoc.plain(pydoc.render_doc(kind))
+    head, explained = shown.split("Args:")[0], shown.split("Args:")[1]
+    for setting in settings_of(kind):
+        assert f"{setting}:" in head, f"help({name}) does not show {setting} in its signature"
+        assert f"{setting}:" in explained, f"help({name}) does not explain {setting}"
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_defaults_of_a_policy_are_those_of_the_settings(name):
+    declared = {field.name: field.default for field in dataclasses.fields(Settings)}
+    taken = settings_of(getattr(gateway_queue_sync, name))
+    assert {key: declared[key] for key in taken if key != "secret"} == {
+        key: default for key, default in taken.items() if key != "secret"
+    }
+
+
+def test_help_of_sqlite_queue_shows_all_settings_of_a_shared_queue():
+    shared = set(settings_of(gateway_queue_sync.LargeBotQueue)) - {"reread_after"}
+    assert set(settings_of(gateway_queue_sync.SqliteQueue)) == shared | {"name", "lease"}
+
+
+def test_every_setting_belongs_to_a_policy():
+    taken = set().union(*(settings_of(getattr(gateway_queue_sync, name)) for name in POLICIES))
+    assert {field.name for field in dataclasses.fields(Settings)} == taken - {"secret"}
 
 
 def public_things():

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from gateway_queue_sync import LocalQueue, SessionStartLimit
+from gateway_queue_sync import LargeBotQueue, LocalQueue, QueueClosed, SessionStartLimit
 from gateway_queue_sync.testing import FakeClock, Referee, Refusal
 
 S = 1_000_000
@@ -263,38 +263,182 @@ def test_settle_waits_for_the_moves_of_those_who_were_woken(clock, crew):
     call.now()
 
 
-class Doorbell(threading._RLock):
-    """A lock that tells when somebody is about to take it."""
-
-    def __init__(self):
-        super().__init__()
-        self.rung = threading.Event()
-
-    def __enter__(self):
-        self.rung.set()
-        return super().__enter__()
-
-
-def test_settle_counts_who_parks_while_it_looks(clock, sleepers, crew):
-    """A thread that still holds its lock has not made its move, though the count may be right."""
+def test_settle_waits_for_who_is_inside_a_queue_and_not_parked(clock, sleepers, crew):
+    """A thread that has not parked yet has not made its move, though the count may be right."""
     call = sleepers.sleep(1.0)
-    lock = Doorbell()
-    condition = clock.condition(lock)
-    inside = threading.Event()
+    condition = clock.condition(threading.RLock())
+    inside, park = threading.Event(), threading.Event()
 
     def hesitate():
-        with condition:
-            lock.rung.clear()
+        with clock.inside():
             inside.set()
-            lock.rung.wait(10)
-            condition.wait(1.0)
+            park.wait(10)
+            with condition:
+                condition.wait(1.0)
 
     other = crew(hesitate)
     inside.wait(10)
-    with pytest.raises(AssertionError, match=r"^2 threads are parked, not 1, after 0.05 s$"):
+    busy = r"^1 threads are parked, not 1, after 0.05 s; one is still inside its queue$"
+    with pytest.raises(AssertionError, match=busy):
         clock.settle(1, timeout=0.05)
+    park.set()
+    clock.settle(2)
     clock.advance(1)
     assert (call.now(), other.now()) == (1.0, None)
+    clock.settle(0)
+
+
+def test_settle_does_not_wait_for_the_thread_that_calls_it(clock):
+    with clock.inside():
+        clock.settle(0, timeout=0.01)
+        with clock.inside():
+            clock.settle(0, timeout=0.01)
+
+
+def test_a_thread_counts_as_inside_from_when_its_context_is_made(clock):
+    """So a thread that starts another one can say so before that runs."""
+    visit = clock.inside()
+    with pytest.raises(AssertionError, match="one is still inside its queue"):
+        clock.settle(0, timeout=0.01)
+    with visit:
+        pass
+    clock.settle(0)
+
+
+def test_a_thread_that_is_inside_two_queues_is_parked_when_it_waits_in_the_inner_one(clock, crew):
+    """An observer of one queue may ask another."""
+    condition = clock.condition(threading.RLock())
+
+    def wait():
+        with clock.inside(), clock.inside(), condition:
+            condition.wait(1.0)
+            condition.wait(1.0)
+
+    call = crew(wait)
+    clock.settle(1)
+    clock.advance(1)
+    clock.settle(1)
+    clock.advance(1)
+    call.now()
+    clock.settle(0)
+
+
+def test_a_visit_ends_with_an_exception_too(clock):
+    with pytest.raises(KeyError), clock.inside():
+        raise KeyError
+    clock.settle(0)
+
+
+# --- a queue's worker -----------------------------------------------------------------------------
+
+
+def wait_as_worker(clock, crew, *timeouts):
+    """Start a thread that waits as a queue's worker does, once for each timeout."""
+    condition = clock.condition(threading.RLock())
+    visit = clock.inside(worker=True)
+
+    def serve():
+        with visit, condition:
+            for timeout in timeouts:
+                condition.wait(timeout)
+
+    return crew(serve)
+
+
+def test_a_worker_is_not_counted(clock, sleepers, crew):
+    call = wait_as_worker(clock, crew, 2.0, 2.0)
+    clock.settle(0)
+    assert (clock.parked, clock.next_in) == (0, None)
+    sleepers.sleep(5.0)
+    assert (clock.parked, clock.next_in) == (1, 5.0)
+    clock.advance(2)
+    clock.settle(1)
+    assert not call.done()
+    clock.advance(3)
+    assert call.now() is None
+
+
+def test_settle_waits_until_the_worker_is_parked(clock, crew):
+    started, go_on = threading.Event(), threading.Event()
+
+    def observe(event):
+        if threading.current_thread() is not threading.main_thread():
+            started.set()
+            go_on.wait(10)
+
+    queue = LocalQueue(clock=clock, observer=observe)
+    queue.acquire(0)
+    future = queue.enqueue(1)
+    clock.settle(0)
+    clock.advance(5.25)
+    started.wait(10)
+    with pytest.raises(
+        AssertionError, match=r"^0 threads are parked, not 0, after .*inside its queue$"
+    ):
+        clock.settle(0, timeout=0.05)
+    go_on.set()
+    clock.settle(0)
+    assert future.done()
+    queue.close()
+
+
+def test_futures_are_driven_without_counting_the_worker(clock):
+    queue = LocalQueue(clock=clock)
+    futures = [queue.enqueue(shard_id) for shard_id in range(4)]
+    for number in range(1, 5):
+        clock.settle(0)
+        assert (clock.parked, clock.next_in) == (0, None)
+        assert sum(future.done() for future in futures) == number
+        clock.advance(5.25)
+    queue.close()
+    clock.settle(0)
+
+
+def test_a_worker_that_ends_is_waited_for(clock):
+    queue = LocalQueue(clock=clock)
+    queue.acquire(0)
+    future = queue.enqueue(1)
+    clock.settle(0)
+    queue.close()
+    clock.settle(0)
+    assert isinstance(future.exception(0), QueueClosed)
+
+
+# --- a machine that is suspended ------------------------------------------------------------------
+
+
+def test_a_suspended_machine_moves_both_clocks_and_shortens_no_wait(clock, sleepers):
+    call, never = sleepers.sleep(10.0), sleepers.sleep(None)
+    before = clock.now_us(), clock.wall_us()
+    clock.suspend(6 * 3600)
+    assert (clock.now_us() - before[0], clock.wall_us() - before[1]) == (6 * 3600 * S,) * 2
+    clock.settle(2)
+    assert clock.next_in == 10.0
+    clock.advance(9.999_999)
+    clock.settle(2)
+    clock.advance(0.000_001)
+    assert call.now() == 10.0
+    wake(never)
+
+
+@pytest.mark.parametrize("wrong", [-1, math.nan, math.inf])
+def test_no_machine_is_suspended_for_less_than_no_time(clock, wrong):
+    with pytest.raises(ValueError, match=r"^for_ must "):
+        clock.suspend(wrong)
+
+
+def test_a_limit_that_reset_while_the_machine_was_suspended_counts_within_a_minute(clock, crew):
+    queue = LargeBotQueue(SessionStartLimit(10, 0, 6 * 3600, 1), clock=clock)
+    call = crew(queue.acquire, 0)
+    clock.settle(1)
+    clock.suspend(6 * 3600)
+    clock.settle(1)
+    assert clock.next_in <= 60
+    clock.advance(60)
+    assert call.now().remaining == 9
+
+
+# --- a queue with a fake clock --------------------------------------------------------------------
 
 
 def test_a_queues_threads_are_driven_as_the_clock_describes(clock, crew):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from clocks import Watched
 
 from gateway_queue_sync import (
     AcquireTimeout,
@@ -13,15 +14,17 @@ from gateway_queue_sync import (
     Queue,
     QueueClosed,
     SessionStartLimit,
+    ShardGranted,
     forecast,
 )
-from gateway_queue_sync.lines import Line
+from gateway_queue_sync.lines import Line, Lines
 from gateway_queue_sync.testing import FakeClock
 
 WINDOW = 5.25
 
 
 memory = pytest.mark.accounts("memory")
+shared = pytest.mark.accounts("sqlite", "redis", "http")
 
 
 def limit(total=1000, remaining=1000, reset_after=0.0, max_concurrency=1):
@@ -129,7 +132,7 @@ def test_a_head_start_passes_those_who_came_later_than_it_counts_for(account, cl
     queue.close()
 
 
-def test_equal_places_go_by_who_asked_first(account, clock, crew):
+def test_equal_positions_go_by_who_asked_first(account, clock, crew):
     queue = account.local(clock=clock)
     queue.acquire(99)
     in_line(queue, crew, clock, [8, 7, 9], priority=10.0)
@@ -139,22 +142,38 @@ def test_equal_places_go_by_who_asked_first(account, clock, crew):
 
 @memory
 def test_nobody_barges_past_a_line(account, clock, crew):
-    queue = account.local(clock=clock)
+    watched, tried = Watched(clock), []
+    queue = account.local(clock=watched)
     queue.acquire(0)
     (first,) = in_line(queue, crew, clock, [1])
-    condition, seen = queue._lines.first(0).condition, []
-    wake = condition.notify
-
-    def notify():
-        wake()
-        seen.append(queue._has_line(2))  # it is woken, and has not moved yet
-
-    condition.notify = notify
     assert queue.try_acquire(2) is None
+    clock.settle(1)
+
+    def try_it():  # the clock holds the lock while it wakes the first: that one has not moved yet
+        watched.notified = lambda: None
+        tried.append(queue.try_acquire(2))
+
+    watched.notified = try_it
     clock.advance(WINDOW)
     assert first.now().shard_id == 1
-    assert seen
-    assert all(seen)
+    assert tried == [None]
+
+
+@memory
+def test_nobody_barges_past_a_head_that_is_told_of_its_permit(account, clock, crew):
+    tried = []
+
+    def observer(event):
+        if isinstance(event, ShardGranted) and event.shard_id == 1:
+            clock.advance(2 * WINDOW)
+            tried.append(crew(queue.try_acquire, 2).now())
+
+    queue = account.local(clock=clock, observer=observer)
+    queue.acquire(0)
+    (first,) = in_line(queue, crew, clock, [1])
+    clock.advance(WINDOW)
+    assert first.now().shard_id == 1
+    assert tried == [None]
 
 
 def test_try_acquire_stands_in_no_line(account, clock):
@@ -224,7 +243,6 @@ def test_the_first_in_line_timing_out_hands_the_front_on(account, clock, crew):
     assert clock.next_in == 1.0
     clock.advance(1)
     clock.settle(1)
-    assert clock.next_in == pytest.approx(WINDOW - 1)  # the new first sleeps until its token is due
     gone.exception(1)
     clock.advance(WINDOW - 1)
     stays.now()
@@ -275,50 +293,71 @@ def test_who_only_tries_is_told_no_eta_and_costs_those_in_line_nothing(account, 
     queue = account.large(limit(1000, 0, 100.0), clock=clock)
     for shard in range(3):
         queue.enqueue(shard)
-    held = []
+    free = []
     work_out = forecast.eta_us
-    monkeypatch.setattr(
-        forecast, "eta_us", lambda *seen: held.append(queue._inside()) or work_out(*seen)
-    )
+
+    def eta_us(*seen):
+        looks = threading.Thread(target=queue.snapshot)  # returns if nobody holds the lock
+        looks.start()
+        looks.join(0.5)
+        free.append(not looks.is_alive())
+        return work_out(*seen)
+
+    monkeypatch.setattr(forecast, "eta_us", eta_us)
     assert queue.try_acquire(0) is None
-    assert held == []
+    assert free == []
     with pytest.raises(AcquireTimeout) as caught:
         queue.acquire(0, timeout=0)
     assert caught.value.eta == 100 + 3 * WINDOW
-    assert held == [False]
+    assert free == [True]
     queue.close()
 
 
 @memory
-def test_a_time_out_costs_no_more_for_those_who_wait_elsewhere(account, clock):
-    """Its place and ETA are known without looking through the line."""
+def test_a_time_out_costs_no_more_for_those_who_wait_elsewhere(account, clock, monkeypatch):
+    """Its position and ETA are known without looking through the line."""
     queue = account.local(clock=clock)
     queue.acquire(0)
     futures = [queue.enqueue(shard) for shard in range(500)]
-    (line,) = queue._lines.by_bucket.values()
-    line.__class__ = type("Watched", (Line,), {"__slots__": (), "__iter__": None})
+    for lines, whole in ((Line, "entries"), (Lines, "waiters")):
+        monkeypatch.setattr(lines, whole, None)
     with pytest.raises(AcquireTimeout) as caught:
         queue.acquire(7, timeout=0)
     assert caught.value.eta == 501 * WINDOW
-    line.__class__ = Line
+    monkeypatch.undo()
     queue.close()
-    assert all(future.done() for future in futures)
+    for future in futures:
+        assert isinstance(future.exception(10), QueueClosed)
 
 
 # --- idle is free ---------------------------------------------------------------------------------
 
 
+@memory
 def test_only_the_first_of_each_line_sleeps_with_a_timeout(account, clock, crew):
-    queue = buckets(account, 2, clock)
+    watched = Watched(clock)
+    queue = buckets(account, 2, watched)
     queue.acquire(0)
     queue.acquire(1)
     in_line(queue, crew, clock, [0, 1, 2, 3, 4, 5])
-    deadlines = list(clock._parked.values())
-    assert len(deadlines) == 6
-    assert sum(deadline is not None for deadline in deadlines) == 2
+    timeouts = [watched.timeouts[thread] for thread in crew.threads]
+    assert timeouts == [WINDOW, WINDOW, None, None, None, None]
     queue.close()
 
 
+@shared
+def test_nobody_but_the_worker_sleeps_with_a_timeout(account, clock, crew):
+    queue = account.queue(limit(max_concurrency=2), clock=clock)
+    queue.acquire(0)
+    queue.acquire(1)
+    in_line(queue, crew, clock, [0, 1, 2])
+    assert clock.next_in is None
+    in_line(queue, crew, clock, [3], timeout=7.0)
+    assert clock.next_in == 7.0
+    queue.close()
+
+
+@memory
 def test_acquire_starts_no_thread(account, clock, crew):
     queue = account.local(clock=clock)
     queue.acquire(0)
@@ -345,6 +384,31 @@ def test_a_snapshot_shows_every_bucket_and_everybodys_eta(account, clock, crew):
     assert (first.shard_id, first.waited, first.eta) == (0, 1.0, WINDOW - 2)
     assert (second.shard_id, second.waited, second.eta) == (3, 1.0, 2 * WINDOW - 2)
     queue.close()
+
+
+@memory
+def test_a_snapshot_copies_only_the_buckets_that_are_in_use(account, clock, monkeypatch):
+    """Copying a million buckets under the lock held up those who acquire for seconds."""
+    queue = buckets(account, 100_000, clock)
+    queue.acquire(7)
+    clock.advance(WINDOW)
+    queue.acquire(99_999)
+    future = queue.enqueue(99_999)
+    work_out, copied = forecast.snapshot, []
+
+    def snapshot(outlook, lines):
+        takes = threading.Thread(target=queue.acquire, args=(8,), daemon=True)
+        takes.start()
+        takes.join(10)  # so nobody holds the lock
+        copied.append((dict(outlook.ready_in_us), list(lines), takes.is_alive()))
+        return work_out(outlook, lines)
+
+    monkeypatch.setattr(forecast, "snapshot", snapshot)
+    seen = queue.snapshot()
+    assert copied == [({99_999: 5_250_000}, [99_999], False)]
+    assert len(seen.buckets) == 100_000
+    assert [bucket.bucket for bucket in seen.buckets if bucket.shards] == [99_999]
+    assert future.cancel()
 
 
 @memory
@@ -420,22 +484,20 @@ def test_a_fleet_starts_in_the_least_time_there_is(account):
     """Every bucket's line moves on at exactly its window, for 1,024 shards in 16 buckets."""
     clock = FakeClock()
     queue = account.large(limit(2000, 2000, max_concurrency=16), clock=clock)
-    begun = clock.now_us()
     futures = [queue.enqueue(shard_id) for shard_id in range(1024)]
     for _ in range(1024 // 16 - 1):
-        clock.settle(1)
-        clock.advance(clock.next_in)
-    for future in futures:
-        future.result(10)
-    assert clock.now_us() - begun == (1024 // 16 - 1) * 5_250_000
+        clock.settle(0)
+        clock.advance(WINDOW)
+    waited = [future.result(10).waited for future in futures]
+    assert waited == [shard_id // 16 * WINDOW for shard_id in range(1024)]
 
 
-def test_buckets_that_changed_behind_the_lines_back_are_noticed(account, clock, crew):
-    """As another process's update does, or an update that was interrupted half-way."""
-    queue = account.large(limit(max_concurrency=1), clock=clock)
+@shared
+def test_buckets_that_another_process_has_changed_are_noticed(account, clock, crew):
+    queue, other = (account.queue(limit(max_concurrency=1), clock=clock) for _ in range(2))
     queue.acquire(0)
     calls = in_line(queue, crew, clock, [2, 1, 3])
-    queue._ledger.adopt(limit(max_concurrency=4))
+    other.update(limit(max_concurrency=4))
     assert queue.try_acquire(0) is None
     crew.settle(clock)
     clock.advance(WINDOW)

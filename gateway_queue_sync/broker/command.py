@@ -14,25 +14,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gateway_queue_sync import journal
 from gateway_queue_sync.broker.server import (
     DEFAULT_HOST,
     DEFAULT_PORT,
-    MOST_CONNECTIONS,
+    MAX_CONNECTIONS,
     SPARE_FILES,
     serve,
 )
-from gateway_queue_sync.broker.wire import MOST_BUCKETS
-from gateway_queue_sync.errors import BrokerError, GatewayBotError
+from gateway_queue_sync.broker.wire import MAX_BUCKETS
+from gateway_queue_sync.errors import GatewayBotError, LedgerError
 from gateway_queue_sync.gateway_bot import GatewayBot
+from gateway_queue_sync.limit_reader import Refresh
+from gateway_queue_sync.log import shards
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
     SessionStartLimit,
 )
 from gateway_queue_sync.policies import RedisQueue, SqliteQueue
-from gateway_queue_sync.shared import SharedQueue, account_name
-from gateway_queue_sync.waiting import Refresh
+from gateway_queue_sync.queue import GatewayQueue, Settings, scheduler_of
+from gateway_queue_sync.token_bucket import US_PER_SECOND
 
 if sys.platform != "win32":
     import resource
@@ -40,7 +41,7 @@ if sys.platform != "win32":
 log = logging.getLogger("gateway_queue_sync.broker")
 
 STATE_FILE = "broker.sqlite3"
-LONGEST_END = 0.9  # s for the last calls to a ledger, after a signal
+MAX_END = 0.9  # s for the last calls to a ledger, after a signal
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,15 +49,15 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
-    journal.shards.setLevel(logging.WARNING)  # a line for each of thousands: the page tells that
+    shards.setLevel(logging.WARNING)  # a line for each of thousands: the page tells that
     stop = _Stop()
     try:
         settings = _Settings.gathered(arguments, os.environ)
-        _raise_file_limit(arguments.most_connections)
+        _raise_file_limit(arguments.max_connections)
         queue = settings.queue()
     except (TypeError, ValueError, ImportError) as error:
         arguments.error(str(error))  # exits with 2
-    except (BrokerError, GatewayBotError, OSError) as error:
+    except (LedgerError, GatewayBotError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     with queue:
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
                 settings.port,
                 secret=settings.secret,
                 strict=arguments.strict,
-                most_connections=arguments.most_connections,
+                max_connections=arguments.max_connections,
             )
         except (TypeError, ValueError) as error:
             arguments.error(str(error))
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"cannot listen on {settings.host}:{settings.port}: {error}", file=sys.stderr)
             return 1
         with broker:
-            log.info("serving at %s; its state is at %r", broker.url, queue._ledger)
+            log.info("serving at %s; its state is at %r", broker.url, scheduler_of(queue).ledger)
             stop.wait()
             log.info("stopping")
     log.info("stopped")
@@ -94,7 +95,7 @@ class _Stop:
         if self._event.is_set():
             os._exit(128 + number)
         self._event.set()
-        timer = threading.Timer(LONGEST_END, os._exit, [0])
+        timer = threading.Timer(MAX_END, os._exit, [0])
         timer.daemon = True
         timer.start()
 
@@ -141,7 +142,7 @@ class _Settings:
             log.info("the state is in a Redis server (--redis)")
         concurrency = chosen("max_concurrency", "CONCURRENCY")
         settings = {
-            "name": account_name(arguments.name),
+            "name": Settings(name=arguments.name).name,
             "interval": chosen("interval", default=IDENTIFY_INTERVAL),
             "margin": chosen("margin", default=DEFAULT_MARGIN),
             "reserve": chosen("reserve", default=0),
@@ -160,7 +161,7 @@ class _Settings:
             queue_settings=settings,
         )
 
-    def queue(self) -> SharedQueue:
+    def queue(self) -> GatewayQueue:
         """Make the queue, with Discord's limit if there is a token, else with the stored one."""
         limit: SessionStartLimit | None = None
         if self.token is not None:
@@ -170,7 +171,7 @@ class _Settings:
         elif self.max_concurrency is not None:
             limit = self._with_concurrency(self._stored())
         queue = self.make(self.where, limit, **self.queue_settings)
-        left = queue._ledger.limit
+        left = _known_limit(queue)
         log.info(
             "%d of %d session starts are left, in %d bucket(s)%s",
             left.remaining,
@@ -199,7 +200,16 @@ class _Settings:
     def _stored(self) -> SessionStartLimit:
         """Return the stored limit, or Discord's default."""
         with self.make(self.where, **self.queue_settings) as queue:
-            return queue._ledger.limit
+            return _known_limit(queue)
+
+
+def _known_limit(queue: GatewayQueue) -> SessionStartLimit:
+    """Return the limit that the queue's ledger answered when it was opened."""
+    ledger = scheduler_of(queue).ledger
+    left = ledger.budget()
+    assert left is not None
+    reset_after = left.resets_in_us / US_PER_SECOND
+    return SessionStartLimit(left.total, left.remaining, reset_after, ledger.max_concurrency)
 
 
 def _default_state(environment: Mapping[str, str]) -> Path:
@@ -241,24 +251,24 @@ def _whole(name: str, written: str) -> int:
 
 def _buckets(written: str) -> int:
     number = _whole("max_concurrency", written)
-    if not 1 <= number <= MOST_BUCKETS:
+    if not 1 <= number <= MAX_BUCKETS:
         raise ValueError(
-            f"max_concurrency must be at least 1 and at most {MOST_BUCKETS}, not {number}"
+            f"max_concurrency must be at least 1 and at most {MAX_BUCKETS}, not {number}"
         )
     return number
 
 
-def _raise_file_limit(most_connections: int) -> None:
+def _raise_file_limit(max_connections: int) -> None:
     """Allow this process as many open files as connections may need, or warn."""
     if sys.platform == "win32":
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most_connections + SPARE_FILES
+    wanted = max_connections + SPARE_FILES
     if resource.RLIM_INFINITY != hard < wanted:
         log.warning(
             "%d connections at most, not %d: this process may open no more than %d files",
             max(1, hard - SPARE_FILES),
-            most_connections,
+            max_connections,
             hard,
         )
         wanted = hard
@@ -305,9 +315,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--strict", action="store_true", help="refuse requests without a valid shard"
     )
     parser.add_argument(
-        "--most-connections",
+        "--max-connections",
         type=int,
-        default=MOST_CONNECTIONS,
+        default=MAX_CONNECTIONS,
         metavar="N",
         help="(default: %(default)s)",
     )

@@ -22,7 +22,7 @@ HEAD_TIMEOUT = 10.0  # s for a head to come in whole
 IDLE_TIMEOUT = 75.0  # s between two requests
 SEND_TIMEOUT = 30.0  # s for a client to take what it is sent
 HOLD = (1.0, 10.0)  # s for which a refused client is held, which would take a status for a permit
-LARGEST_BODY = 1 << 20  # bytes that are read
+MAX_BODY = 1 << 20  # bytes that are read
 KEEPALIVE = {  # vanished hosts are noticed within a minute
     "TCP_KEEPIDLE": 30,
     "TCP_KEEPINTVL": 10,
@@ -100,7 +100,7 @@ class Connection(asyncio.Protocol):
         was_empty = not self._received
         self._received += data
         if self.head is not None:
-            if len(self._received) > (LARGEST_BODY if self._wants_body else wire.LARGEST_HEAD):
+            if len(self._received) > (MAX_BODY if self._wants_body else wire.MAX_HEAD):
                 self.close()  # it is told nothing, and talks on and on
             elif self._wants_body:
                 self._read_body()
@@ -139,7 +139,7 @@ class Connection(asyncio.Protocol):
     def _read_head(self) -> None:
         end = wire.end_of_head(self._received)
         if end is None:
-            if len(self._received) > wire.LARGEST_HEAD:
+            if len(self._received) > wire.MAX_HEAD:
                 self.desk.metrics.refused[431] += 1
                 self._doom()
             return
@@ -163,13 +163,13 @@ class Connection(asyncio.Protocol):
 
     def _refusal(self, size: int, head: wire.Head) -> wire.Refusal | None:
         """Return why a request is refused, before any of its body is read."""
-        if size > wire.LARGEST_HEAD:
+        if size > wire.MAX_HEAD:
             return 431, "the head of the request is too large"
         if head.refusal is not None:
             return 400, head.refusal
         refusal = self.desk.refusal(self, head)
         length = head.body_length
-        if refusal is None and head.path == PATH and (length is None or length > LARGEST_BODY):
+        if refusal is None and head.path == PATH and (length is None or length > MAX_BODY):
             return 413, "the body must have a Content-Length of 1 MiB at most"
         return refusal
 

@@ -23,21 +23,21 @@ from gateway_queue_sync.broker.connection import Connection
 from gateway_queue_sync.broker.metrics import Metrics
 from gateway_queue_sync.broker.places import Place, Places
 from gateway_queue_sync.broker.throttle import Throttle
-from gateway_queue_sync.errors import BrokerError, QueueClosed, SessionLimitExhausted
+from gateway_queue_sync.errors import LedgerError, QueueClosed, SessionLimitExhausted
 from gateway_queue_sync.ledgers.http import PATH
 from gateway_queue_sync.ledgers.shared import SHORT_PATIENCE, SharedLedger
 from gateway_queue_sync.ledgers.wire import reply_as_json, request_from_json
 from gateway_queue_sync.messages import OUTCOMES, Reply, Request
 from gateway_queue_sync.models import LimitSnapshot, Permit
-from gateway_queue_sync.queue import GatewayQueue
-from gateway_queue_sync.rules import MICROSECOND, Grant
+from gateway_queue_sync.queue import GatewayQueue, scheduler_of
+from gateway_queue_sync.token_bucket import US_PER_SECOND, check_limit
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
 TICK = 1.0  # s
 HEALTH_FOR = 1.0  # s for which it is known how the ledger does
-MOST_SURPLUS = 32  # connections over the most, which are told so; others are closed at once
-LONGEST_HOLD = 60.0  # s before the budget is looked at again for a client that is held
+MAX_SURPLUS = 32  # connections over the most, which are told so; others are closed at once
+MAX_HOLD = 60.0  # s before the budget is looked at again for a client that is held
 
 
 class Desk:
@@ -57,15 +57,17 @@ class Desk:
         served: str,
         secret: str | None,
         strict: bool,
-        most_connections: int,
+        max_connections: int,
     ) -> None:
         self._queue = queue
+        self._scheduler = scheduler_of(queue)
+        self._shared: SharedLedger | None = getattr(self._scheduler.ledger, "shared", None)
         self._loop = loop
         self._pool = pool
         self._served = served
         self._secret = None if secret is None else secret.encode()
         self._strict = strict
-        self._most_connections = most_connections
+        self._max_connections = max_connections
         self._places = Places()
         self._stopping = False
         self._looking = False
@@ -85,10 +87,10 @@ class Desk:
     def arrived(self, connection: Connection) -> None:
         """Take note of a new connection; one too many is refused."""
         self.connections.add(connection)
-        if len(self.connections) - len(self._surplus) <= self._most_connections:
+        if len(self.connections) - len(self._surplus) <= self._max_connections:
             return
         self._surplus.add(connection)
-        if len(self._surplus) > MOST_SURPLUS:
+        if len(self._surplus) > MAX_SURPLUS:
             self.metrics.refused[503] += 1
             connection.abort()
 
@@ -113,7 +115,7 @@ class Desk:
 
     def _tick(self) -> None:
         self._loop.call_later(TICK, self._tick)
-        self._places.sweep(self._queue._now_us())
+        self._places.sweep(self._scheduler.now_us())
         if any(
             one.future is not None and one.head and one.head.is_ours for one in self.connections
         ):
@@ -152,7 +154,7 @@ class Desk:
             return 405, f"{head.path} takes POST only", ("Allow", "POST")
         if not head.is_json:
             return 415, "the body must be of type application/json"
-        if not isinstance(self._queue._ledger, SharedLedger):
+        if self._shared is None:
             return 404, "this broker's queue keeps its account in memory: no HttpQueue can"
         return self._refusal_of_all()
 
@@ -202,15 +204,13 @@ class Desk:
         """
         ordered = None if request.order is None else request.order.limit
         if ordered is not None:
-            self._queue._check_limit(ordered)
+            check_limit(ordered, self._scheduler.reserve)
         for limit in (request.limit, ordered):
-            if limit is not None and limit.max_concurrency > wire.MOST_BUCKETS:
-                raise ValueError(
-                    f"max_concurrency must be at most {wire.MOST_BUCKETS} for a broker"
-                )
+            if limit is not None and limit.max_concurrency > wire.MAX_BUCKETS:
+                raise ValueError(f"max_concurrency must be at most {wire.MAX_BUCKETS} for a broker")
         if request.take is None:
             return request
-        reserve = max(request.take.reserve, self._queue._reserve)
+        reserve = max(request.take.reserve, self._scheduler.reserve)
         return request._replace(take=request.take._replace(reserve=reserve))
 
     def _is_meant(self, head: wire.Head) -> bool:
@@ -231,7 +231,7 @@ class Desk:
 
     def _stand_in_line(self, connection: Connection, ask: wire.Ask) -> None:
         """Let a client wait at the place that was kept for it, or at the end of the line."""
-        now_us = self._queue._now_us()
+        now_us = self._scheduler.now_us()
         place = Place(now_us, ask.priority_us)
         kept = None if ask.key is None else self._places.claim(ask.key, now_us)
         if kept is not None:
@@ -253,9 +253,7 @@ class Desk:
         assert connection.place is not None
         arrived_us, priority_us = connection.place
         try:
-            future = self._queue._enqueue_as_of(
-                arrived_us, connection.ask.shard_id, priority_us, self._pool.submit
-            )
+            future = self._scheduler.enqueue(connection.ask.shard_id, priority_us, arrived_us)
         except QueueClosed:
             connection.refuse(503, "the queue is closed")
             return
@@ -284,11 +282,11 @@ class Desk:
         elif failure is not None:
             connection.place = None
             connection.refuse(503, str(failure) or type(failure).__name__)
-        elif not self._queue._is_in_time(future.result()._grant):
+        elif not self._scheduler.is_in_time(future.result()):
             self._join(connection)  # at its place, before the permit is given back
             self._return(future)
         else:
-            permit, now_us = future.result(), self._queue._now_us()
+            permit, now_us = future.result(), self._scheduler.now_us()
             if connection.answer(wire.GRANTED):
                 connection.place = None
                 self.metrics.granted(now_us, permit.shard_id, permit.bucket, permit.waited)
@@ -300,7 +298,7 @@ class Desk:
         future, connection.future = connection.future, None
         place, connection.place = connection.place, None
         if place is not None and connection.ask.key is not None:
-            self._places.keep(connection.ask.key, place, self._queue._now_us())
+            self._places.keep(connection.ask.key, place, self._scheduler.now_us())
         if future is not None:
             self._return(future)
 
@@ -332,13 +330,13 @@ class Desk:
         left = None
         try:
             left = self._queue.snapshot().limit
-        except BrokerError:
+        except LedgerError:
             log.debug("the budget could not be read", exc_info=True)
         self._in_loop(self._judge_budget, left)
 
     def _judge_budget(self, left: LimitSnapshot | None) -> None:
         self._looking = False
-        if left is None or left.remaining > self._queue._reserve or not left.resets_in:
+        if left is None or left.remaining > self._scheduler.reserve or not left.resets_in:
             return
         for one in list(self.connections):
             if one.future is not None and one.head is not None and one.head.is_ours:
@@ -351,7 +349,7 @@ class Desk:
             again = ("Retry-After", str(math.ceil(resets_in)))
             connection.refuse(429, "the session start limit is used up", again)
         else:
-            hold = min(max(resets_in, TICK), LONGEST_HOLD)
+            hold = min(max(resets_in, TICK), MAX_HOLD)
             if connection.until is None or self._loop.time() + hold < connection.until:
                 connection.after(hold, partial(self._wait, connection))
 
@@ -366,7 +364,7 @@ class Desk:
     ) -> None:
         try:
             worked_out = answer()
-        except BrokerError as failure:
+        except LedgerError as failure:
             worked_out = wire.error(503, str(failure))
         except Exception as failure:
             log.exception("a request could not be answered")
@@ -379,15 +377,14 @@ class Desk:
 
     def _carry(self, body: bytes) -> wire.Answer:
         """Take to the ledger what a process of an ``HttpQueue`` says to it."""
-        ledger = self._queue._ledger
-        assert isinstance(ledger, SharedLedger)
+        assert self._shared is not None
         try:
             request = self._on_our_terms(request_from_json(json.loads(body)))
         except (ValueError, RecursionError) as failure:
             self._in_loop(self.metrics.refused.update, (400,))
             return wire.error(400, str(failure))
-        reply = ledger.carry(request, SHORT_PATIENCE)
-        if OUTCOMES[reply.outcome.kind] is Grant:
+        reply = self._shared.carry(request, SHORT_PATIENCE)
+        if OUTCOMES[reply.outcome.kind] is Permit:
             self._in_loop(self._count_grant, request, reply)
         return wire.as_json(reply_as_json(reply))
 
@@ -395,10 +392,10 @@ class Desk:
         assert request.take is not None
         waited_us = (request.at_us or 0) - request.take.at_us
         self.metrics.granted(
-            self._queue._now_us(),
+            self._scheduler.now_us(),
             request.take.shard_id,
             reply.outcome.bucket,
-            max(0, waited_us) / MICROSECOND,
+            max(0, waited_us) / US_PER_SECOND,
         )
 
     def _asked_health(self, connection: Connection) -> None:
@@ -413,9 +410,8 @@ class Desk:
                 self._pool.submit(self._work_out, self._tell_health, self._probe)
 
     def _probe(self) -> wire.Answer:
-        ledger = self._queue._ledger
-        if isinstance(ledger, SharedLedger):
-            ledger.look(patient=False)  # 503 if it is out of reach
+        if self._shared is not None:
+            self._queue.snapshot()  # 503 if it is out of reach
         return wire.as_json({"status": "ok"})
 
     def _tell_health(self, health: wire.Answer) -> None:
@@ -429,14 +425,14 @@ class Desk:
         return wire.Answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def _recent(self) -> dict[str, object]:
-        now_us = self._queue._now_us()
+        now_us = self._scheduler.now_us()
         return {
-            "window": self._queue._ledger.window_us / MICROSECOND,
+            "window": self._scheduler.ledger.window_us / US_PER_SECOND,
             "grants": [
                 {
                     "shard_id": shard_id,
                     "bucket": bucket,
-                    "ago": max(0, now_us - at_us) / MICROSECOND,
+                    "ago": max(0, now_us - at_us) / US_PER_SECOND,
                 }
                 for at_us, shard_id, bucket in self.metrics.recent
             ],

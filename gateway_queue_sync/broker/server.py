@@ -27,7 +27,7 @@ log = logging.getLogger("gateway_queue_sync.broker")
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8787
 BATCH = 64  # connections that are accepted at once, before others get their turn
 POOL = 8  # threads that talk with the ledger
-MOST_CONNECTIONS = 20_000
+MAX_CONNECTIONS = 20_000
 SPARE_FILES = 64
 LAST_WORDS = 0.2  # s for what was written to be sent
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -40,7 +40,7 @@ def serve(
     *,
     secret: str | None = None,
     strict: bool = False,
-    most_connections: int = MOST_CONNECTIONS,
+    max_connections: int = MAX_CONNECTIONS,
 ) -> Broker:
     """Let any process ask a queue over HTTP, from a thread in the background, until it is closed.
 
@@ -59,7 +59,7 @@ def serve(
         port: the port; 0 takes a free one.
         secret: what clients must send, as ``Authorization: Bearer ...``.
         strict: refuse requests without a shard, or with a bad one, rather than taking it for shard 0.
-        most_connections: how many there may be, at most; further clients are refused.
+        max_connections: how many there may be, at most; further clients are refused.
 
     Returns:
         The broker, which runs: a context manager, with its ``url``, ``port`` and ``close``.
@@ -75,7 +75,7 @@ def serve(
     port = whole_number("port", port)
     if port > 65_535:
         raise ValueError(f"port must be at most 65535, not {port}")
-    most_connections = whole_number("most_connections", most_connections)
+    max_connections = whole_number("max_connections", max_connections)
     if secret is not None:
         secret = checked_secret(secret)
     elif not is_loopback(host):
@@ -84,7 +84,7 @@ def serve(
             "starts, so it needs a secret"
         )
     settings: dict[str, Any] = {"secret": secret, "strict": bool(strict)}
-    return Broker(queue, host, port, most_connections=_affordable(most_connections), **settings)
+    return Broker(queue, host, port, max_connections=_affordable(max_connections), **settings)
 
 
 class Broker:

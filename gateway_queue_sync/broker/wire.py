@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from gateway_queue_sync.ledgers.http import OUR_HEADER, PATH
-from gateway_queue_sync.ledgers.wire import LARGEST_NUMBER
-from gateway_queue_sync.rules import to_us
+from gateway_queue_sync.ledgers.wire import MAX_NUMBER
+from gateway_queue_sync.token_bucket import to_us
 
 MESSAGE = b'{"message": "You\'re free to connect now! :)"}'
 # Those which tell nothing of the bot; the others follow.
 OPEN = ("/status", "/status/", "/healthz", "/favicon.ico", "/robots.txt")
 RESERVED = (*OPEN, "/status.json", "/recent.json", "/metrics", PATH)
-LARGEST_HEAD = 8_192  # bytes
-LONGEST_TICKET = 200  # characters
-MOST_BUCKETS = 10_000
-LONGEST_HEAD_START = 3_600.0  # s
-LEAST_TIMEOUT = 0.05  # s: what asking takes
+MAX_HEAD = 8_192  # bytes
+MAX_TICKET = 200  # characters
+MAX_BUCKETS = 10_000
+MAX_HEAD_START = 3_600.0  # s
+MIN_TIMEOUT = 0.05  # s: what asking takes
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 
 
@@ -141,24 +141,24 @@ def read_ask(query: str) -> tuple[Ask, list[str]]:
     shard_id = 0
     key: tuple[str, str | int] | None = None
     shard = fields.get("shard")
-    if shard is None or not re.fullmatch("[0-9]{1,16}", shard) or int(shard) > LARGEST_NUMBER:
+    if shard is None or not re.fullmatch("[0-9]{1,16}", shard) or int(shard) > MAX_NUMBER:
         wrong.append(
             "no shard" if shard is None else f"shard must be a shard id, not {shard!r:.50}"
         )
     else:
         shard_id = int(shard)
         key = ("ticket", fields["ticket"]) if "ticket" in fields else ("shard", shard_id)
-    if len(fields.get("ticket", "")) > LONGEST_TICKET:
-        wrong.append(f"ticket must be {LONGEST_TICKET} characters at most")
+    if len(fields.get("ticket", "")) > MAX_TICKET:
+        wrong.append(f"ticket must be {MAX_TICKET} characters at most")
         key = None
     priority = _number(fields, "priority", wrong) or 0.0
-    priority = max(-LONGEST_HEAD_START, min(priority, LONGEST_HEAD_START))
+    priority = max(-MAX_HEAD_START, min(priority, MAX_HEAD_START))
     timeout = _number(fields, "timeout", wrong)
     if timeout is not None and timeout < 0:
         wrong.append(f"timeout must not be negative, not {timeout:g}")
         timeout = None
     if timeout is not None:
-        timeout = max(timeout, LEAST_TIMEOUT)
+        timeout = max(timeout, MIN_TIMEOUT)
     return Ask(shard_id, to_us(priority), timeout, key), wrong
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gateway_queue_sync.queue import GatewayQueue
 
 FRAME = 0.1  # s between two looks at the shards
-MOST_SHARDS = 400  # each takes two threads and two open files; often a process may open 1024
+MAX_SHARDS = 400  # each takes two threads and two open files; often a process may open 1024
 SESSION_STARTS = 1000  # a day, as Discord has it
 
 
@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(shards: int, max_concurrency: int, interval: float, margin: float) -> None:
     whole_number("--shards", shards, least=1)
-    if shards > MOST_SHARDS:
-        raise ValueError(f"--shards must be at most {MOST_SHARDS}, not {shards}")
+    if shards > MAX_SHARDS:
+        raise ValueError(f"--shards must be at most {MAX_SHARDS}, not {shards}")
     whole_number("--max-concurrency", max_concurrency, least=1)
     seconds("--interval", interval, above=0)
     seconds("--margin", margin)
@@ -91,7 +91,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=int,
         default=16,
         metavar="N",
-        help=f"how many shards to start, at most {MOST_SHARDS} (default: %(default)s)",
+        help=f"how many shards to start, at most {MAX_SHARDS} (default: %(default)s)",
     )
     parser.add_argument(
         "--max-concurrency",

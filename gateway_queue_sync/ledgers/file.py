@@ -9,7 +9,7 @@ import sqlite3
 import stat
 from pathlib import Path
 
-from gateway_queue_sync.errors import BrokerError
+from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.ledgers.tables import APPLICATION_ID, SCHEMA_VERSION
 
 log = logging.getLogger("gateway_queue_sync")
@@ -34,7 +34,7 @@ class OpenFile:
 
     Raises:
         OSError, sqlite3.Error: it cannot be opened, or not yet.
-        BrokerError: it is not this library's, or not this version's.
+        LedgerError: it is not this library's, or not this version's.
     """
 
     def __init__(self, path: Path, *, create: bool) -> None:
@@ -62,7 +62,7 @@ class OpenFile:
         """Return whether the tables are there; false if there are none at all.
 
         Raises:
-            BrokerError: there are others, or those of another version.
+            LedgerError: there are others, or those of another version.
         """
         run = self.connection.execute
         # First: another process may make them all just now, in one transaction.
@@ -73,9 +73,9 @@ class OpenFile:
             return True
         where = f"SQLite file {str(self._path)!r}"
         if tables and application != APPLICATION_ID:
-            raise BrokerError(f"{where} belongs to another program") from ValueError(application)
+            raise LedgerError(f"{where} belongs to another program") from ValueError(application)
         if tables:
-            raise BrokerError(
+            raise LedgerError(
                 f"{where} holds schema {version}; this version reads {SCHEMA_VERSION}"
             ) from ValueError(version)
         return False

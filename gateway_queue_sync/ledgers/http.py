@@ -17,7 +17,7 @@ from collections import deque
 from typing import Any
 
 from gateway_queue_sync.clock import Clock
-from gateway_queue_sync.errors import BrokerError
+from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.ledgers import wire
 from gateway_queue_sync.ledgers.shared import SharedLedger, Terms
 from gateway_queue_sync.messages import Reply, Request
@@ -25,8 +25,8 @@ from gateway_queue_sync.messages import Reply, Request
 PATH = "/ledger"
 OUR_HEADER = "Gateway-Queue"  # who sends it knows what a status means
 SOCKET_TIMEOUT = 2.0  # s for a whole call: a deadline is kept that closely
-LONGEST_IDLE = 30.0  # s for which a connection is kept; the broker hangs up after 75
-LARGEST_ANSWER = 64 << 20  # bytes; a hundred thousand who wait are 5 MiB
+MAX_IDLE = 30.0  # s for which a connection is kept; the broker hangs up after 75
+MAX_ANSWER = 64 << 20  # bytes; a hundred thousand who wait are 5 MiB
 
 
 class HttpLedger(SharedLedger):
@@ -66,14 +66,14 @@ class HttpLedger(SharedLedger):
         try:
             status, answer = self._post(body)
             if status != http.client.OK:
-                raise BrokerError(f"{self!r} answered {status}: {_told(answer)}") from None
+                raise LedgerError(f"{self!r} answered {status}: {_told(answer)}") from None
             reply = wire.reply_from_json(json.loads(answer))
             if reply.number != request.number:
                 raise ValueError(f"an answer to request {reply.number}")
         except (OSError, http.client.HTTPException) as error:
-            raise BrokerError(f"{self!r}: {str(error) or type(error).__name__}") from error
+            raise LedgerError(f"{self!r}: {str(error) or type(error).__name__}") from error
         except (TypeError, ValueError, LookupError, RecursionError) as error:
-            raise BrokerError(f"{self!r} answered nonsense: {error}") from error
+            raise LedgerError(f"{self!r} answered nonsense: {error}") from error
         return reply
 
     def _post(self, body: str) -> tuple[int, bytes]:
@@ -85,7 +85,7 @@ class HttpLedger(SharedLedger):
         while self._idle:
             with contextlib.suppress(IndexError):  # somebody else took it
                 since, connection = self._idle.pop()
-                if time.monotonic() - since > LONGEST_IDLE:
+                if time.monotonic() - since > MAX_IDLE:
                     connection.close()
                     continue
                 try:
@@ -110,7 +110,7 @@ class HttpLedger(SharedLedger):
         return connection
 
     def _exchange(self, connection: http.client.HTTPConnection, body: str) -> tuple[int, bytes]:
-        whole = False
+        response, whole = None, False
         give_up = time.monotonic() + SOCKET_TIMEOUT
         try:
             if connection.sock is not None:
@@ -118,13 +118,15 @@ class HttpLedger(SharedLedger):
             connection.request("POST", self._url.path + PATH, body, self._headers)
             connection.sock.settimeout(max(0.001, give_up - time.monotonic()))
             response = connection.getresponse()
-            answer = response.read(LARGEST_ANSWER)
+            answer = response.read(MAX_ANSWER)
             whole = response.isclosed() and not response.will_close
         finally:  # an interrupt, too, may leave half an answer in it
             if whole and not self._closed:
                 self._idle.append((time.monotonic(), connection))
             else:
                 connection.close()
+                if response is not None:  # one without a length is not the connection's any more
+                    response.close()
         return response.status, answer
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
-from gateway_queue_sync.errors import BrokerError
+from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.ledgers import wire
 from gateway_queue_sync.ledgers.shared import SharedLedger, Terms
 from gateway_queue_sync.messages import Reply, Request
@@ -92,9 +92,9 @@ class RedisLedger(SharedLedger):
             if reply.number != request.number:
                 raise ValueError(f"an answer to request {reply.number}")
         except (redis.RedisError, OSError) as error:
-            raise BrokerError(f"{self!r}: {explained(error)}") from error
+            raise LedgerError(f"{self!r}: {explained(error)}") from error
         except (TypeError, ValueError, LookupError) as error:
-            raise BrokerError(f"{self!r} answered nonsense: {error}") from error
+            raise LedgerError(f"{self!r} answered nonsense: {error}") from error
         finally:
             if self._closed:
                 self._hang_up()

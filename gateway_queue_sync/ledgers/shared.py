@@ -13,28 +13,32 @@ import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from gateway_queue_sync.clock import Clock
-from gateway_queue_sync.errors import BrokerError, reentered
+from gateway_queue_sync.errors import LedgerError, reentered
 from gateway_queue_sync.messages import OUTCOMES, News, Next, Order, Reply, Request, Take
-from gateway_queue_sync.models import SESSION_PERIOD, Report, SessionStartLimit
-from gateway_queue_sync.rules import MICROSECOND, Denial, Grant, Reason, to_us
-from gateway_queue_sync.turns import SharedGrant
+from gateway_queue_sync.models import (
+    MAX_RESET_AFTER,
+    SESSION_PERIOD,
+    Permit,
+    Report,
+    SessionStartLimit,
+)
+from gateway_queue_sync.token_bucket import US_PER_SECOND, Denial, Reason, to_us
 
 log = logging.getLogger("gateway_queue_sync")
 
 DISCORDS_DEFAULT = SessionStartLimit(total=1000, remaining=1000, reset_after=0.0, max_concurrency=1)
-DEFAULT_LEASE = 5.0
-"""Seconds for which a process counts that was not heard of."""
 
 PATIENCE = 5.0  # s for a ledger that others hold, where nobody would try again
 SHORT_PATIENCE = 0.5  # s, where somebody only tries
-LEAST_PATIENCE = 0.2  # s, for those who ask again: others may be busy with it for as long
+MIN_PATIENCE = 0.2  # s, for those who ask again: others may be busy with it for as long
 
-LEAST_MARGIN = 0.02  # s; what any machine needs to bring a permit back
-MOST_NEWS = 1_000  # in one call
+MIN_MARGIN = 0.02  # s; what any machine needs to bring a permit back
+MAX_NEWS = 1_000  # in one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +56,16 @@ STRANGER = Terms(interval_us=1, margin_us=0, period_us=to_us(SESSION_PERIOD), le
 
 
 class Waits(Protocol):
-    """A ticket, as far as a ledger is told of it."""
+    """A waiter, as far as a ledger is told of it."""
 
+    number: int
     shard_id: int
     arrived_us: int
-    place: tuple[int, int]
+    position_us: int
 
-    @property
-    def number(self) -> int:
-        """What tells the ticket from all others of this process."""
+
+Connect = Callable[[str, Terms, Clock], "SharedLedger"]
+"""Makes a ledger: of which account, on what terms, by which clock."""
 
 
 class SharedLedger(ABC):
@@ -83,7 +88,7 @@ class SharedLedger(ABC):
         self.margin_us = terms.margin_us
         self.window_us = terms.interval_us + terms.margin_us
         self.limit = DISCORDS_DEFAULT
-        self.period = self.granted = 0
+        self.period = self.granted = self.learned_us = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -92,7 +97,7 @@ class SharedLedger(ABC):
         self._telling = threading.RLock()  # news arrives in its order: one call at a time has some
         self._numbers = itertools.count(1)
         self._void = 0  # no request up to this one is waited for any more
-        self._failure: BrokerError | None = None  # why the latest call failed, if it did
+        self._failure: LedgerError | None = None  # why the latest call failed, if it did
         self.forgotten = False
 
     def before_fork(self) -> None:  # noqa: B027 - most have nothing to do
@@ -125,7 +130,7 @@ class SharedLedger(ABC):
                 ticket.number,
                 ticket.shard_id,
                 at_us=ticket.arrived_us,
-                place_us=ticket.place[0],
+                place_us=ticket.position_us,
             )
         )
 
@@ -133,15 +138,13 @@ class SharedLedger(ABC):
         """Note that a ticket stands in no line, and that it wants no permit that it was given."""
         self._news.append(News("left", ticket.number, ticket.shard_id))
 
-    def report(self, grant: Grant, report: Report) -> None:
-        """Note what became of a permit."""
-        assert isinstance(grant, SharedGrant)
-        now_us = self._clock.now_us()
+    def report(self, permit: Permit, report: Report, at_us: int) -> None:
+        """Note what became of a permit, as its holder said at that time."""
         self._news.append(
-            News(report.value, grant.ticket, grant.shard_id, grant.serial, at_us=now_us)
+            News(report.value, permit.waiter, permit.shard_id, permit.serial, at_us=at_us)
         )
 
-    # --- calls: each may raise BrokerError --------------------------------------------------------
+    # --- calls: each may raise LedgerError --------------------------------------------------------
 
     def open(self, limit: SessionStartLimit | None) -> None:
         """Begin, with a limit if there is news of it; else the ledger's, or Discord's default."""
@@ -158,7 +161,7 @@ class SharedLedger(ABC):
         reserve: int,
         can_refresh: bool,
         heir: Waits | None = None,
-    ) -> tuple[SharedGrant | Denial, int]:
+    ) -> tuple[Permit | Denial, int]:
         """Ask for a ticket's permit; one that is denied and does not stay stands in no line.
 
         The second value is how long the heir, who is next in line here, may sleep if the permit was
@@ -168,15 +171,15 @@ class SharedLedger(ABC):
             ticket.number,
             ticket.shard_id,
             ticket.arrived_us,
-            ticket.place[0],
+            ticket.position_us,
             stays,
             reserve,
             can_refresh,
             None
             if heir is None
-            else Next(heir.number, heir.shard_id, heir.arrived_us, heir.place[0]),
+            else Next(heir.number, heir.shard_id, heir.arrived_us, heir.position_us),
         )
-        reply = self._call(LEAST_PATIENCE if stays else SHORT_PATIENCE, take=take)
+        reply = self._call(MIN_PATIENCE if stays else SHORT_PATIENCE, take=take)
         outcome = reply.outcome
         kind = OUTCOMES[outcome.kind]
         if isinstance(kind, Reason):
@@ -185,19 +188,13 @@ class SharedLedger(ABC):
             wait_us = self._left_us(outcome.us, reply)
             left = reply.remaining, reply.resets_in_us, reply.period, reply.granted
             return Denial(wait_us, kind, *left), 0
-        if kind is not Grant:
-            raise BrokerError(f"{self!r} answered nonsense") from ValueError(outcome)
+        if kind is not Permit:
+            raise LedgerError(f"{self!r} answered nonsense") from ValueError(outcome)
         seen_us = reply.now_us if self.shares_clock else reply.asked_us
-        grant = SharedGrant(
-            outcome.serial,
-            ticket.shard_id,
-            outcome.bucket,
-            seen_us - outcome.us,
-            outcome.left,
-            reply.period,
-        )
-        grant.ticket = ticket.number
-        return grant, self._left_us(outcome.next_us, reply) if outcome.next_us else 0
+        permit = Permit(ticket.shard_id, outcome.bucket, remaining=outcome.left)
+        permit.serial, permit.period, permit.waiter = outcome.serial, reply.period, ticket.number
+        permit.stamp_us = seen_us - outcome.us
+        return permit, self._left_us(outcome.next_us, reply) if outcome.next_us else 0
 
     def _left_us(self, sleep_us: int, reply: Reply) -> int:
         """Return what is left of a sleep that the ledger has told."""
@@ -208,7 +205,7 @@ class SharedLedger(ABC):
     def tell(self, *, patient: bool = False) -> None:
         """Tell the news, if there is any and this thread is not in the midst of that."""
         while self._news and not self._is_inside():
-            self._tell(LEAST_PATIENCE if patient else 0.0)
+            self._tell(MIN_PATIENCE if patient else 0.0)
 
     def adopt(self, limit: SessionStartLimit) -> None:
         """Take a limit as it is given."""
@@ -238,7 +235,7 @@ class SharedLedger(ABC):
         If others hold it, it may wait for so many seconds, where nobody would try again.
 
         Raises:
-            BrokerError: it is out of reach or answers nonsense; whether it has heard is not known.
+            LedgerError: it is out of reach or answers nonsense; whether it has heard is not known.
         """
 
     @abstractmethod
@@ -265,8 +262,8 @@ class SharedLedger(ABC):
         with self._telling:
             failure = self._failure
             if failure is not None and failure is not seen:
-                raise BrokerError(*failure.args) from failure.__cause__
-            news = tuple(self._news.copy())[:MOST_NEWS]
+                raise LedgerError(*failure.args) from failure.__cause__
+            news = tuple(self._news.copy())[:MAX_NEWS]
             if not news:
                 return None
             reply = self._send(news, patience, **what)
@@ -280,10 +277,10 @@ class SharedLedger(ABC):
         try:
             reply = self.carry(request, patience)
             if reply.void:
-                raise BrokerError(f"{self!r} heard too late") from TimeoutError()
+                raise LedgerError(f"{self!r} heard too late") from TimeoutError()
         except BaseException as error:
             self._void = max(self._void, request.number)
-            if isinstance(error, BrokerError):
+            if isinstance(error, LedgerError):
                 self._failure = error
             raise
         self._failure = None
@@ -313,13 +310,14 @@ class SharedLedger(ABC):
             limit = SessionStartLimit(
                 reply.total,
                 reply.remaining,
-                reply.resets_in_us / MICROSECOND,
+                min(reply.resets_in_us / US_PER_SECOND, MAX_RESET_AFTER),
                 reply.max_concurrency,
             )
         except (TypeError, ValueError) as error:
-            raise BrokerError(f"{self!r} answered nonsense: {error}") from error
+            raise LedgerError(f"{self!r} answered nonsense: {error}") from error
         if reply.granted >= self.granted:  # it was not overtaken by another one on its way
             self.limit, self.period, self.granted = limit, reply.period, reply.granted
+            self.learned_us = self._clock.now_us()
         self.forgotten = self.forgotten or not reply.known
         self._compare(reply)
         return reply
@@ -333,9 +331,9 @@ class SharedLedger(ABC):
             log.warning(
                 "%r: other processes want interval=%g, margin=%g, this one %g and %g; the larger count",
                 self,
-                reply.interval_us / MICROSECOND,
-                reply.margin_us / MICROSECOND,
-                terms.interval_us / MICROSECOND,
-                terms.margin_us / MICROSECOND,
+                reply.interval_us / US_PER_SECOND,
+                reply.margin_us / US_PER_SECOND,
+                terms.interval_us / US_PER_SECOND,
+                terms.margin_us / US_PER_SECOND,
             )
         self._disagrees = disagrees

@@ -18,17 +18,17 @@ import weakref
 from pathlib import Path
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
-from gateway_queue_sync.errors import BrokerError, reentered
+from gateway_queue_sync.errors import LedgerError, reentered
 from gateway_queue_sync.ledgers.file import OpenFile, remote_file_system
 from gateway_queue_sync.ledgers.shared import SharedLedger, Terms
 from gateway_queue_sync.ledgers.tables import CREATE, Kept, Tables
 from gateway_queue_sync.messages import Reply, Request
-from gateway_queue_sync.rules import MICROSECOND
+from gateway_queue_sync.token_bucket import US_PER_SECOND
 from gateway_queue_sync.turns import answer
 
 log = logging.getLogger("gateway_queue_sync")
 
-IN_USE_US = 60 * MICROSECOND  # for so long somebody who keeps another time counts as being there
+IN_USE_US = 60 * US_PER_SECOND  # for so long somebody who keeps another time counts as being there
 
 
 class SqliteLedger(SharedLedger):
@@ -78,10 +78,10 @@ class SqliteLedger(SharedLedger):
                     self._disconnect()
                     if not first:
                         continue  # what is wrong may be what the connection remembers
-                raise BrokerError(f"{self!r}: {_explained(error)}") from error
+                raise LedgerError(f"{self!r}: {_explained(error)}") from error
             except OSError as error:
                 self._disconnect()
-                raise BrokerError(f"{self!r}: {error.strerror or error}") from error
+                raise LedgerError(f"{self!r}: {error.strerror or error}") from error
 
     def _is_inside(self) -> bool:
         return super()._is_inside() or bool(self._io._is_owned())  # type: ignore[attr-defined]
@@ -109,7 +109,7 @@ class SqliteLedger(SharedLedger):
     def _answer(self, file: OpenFile, request: Request) -> Reply:
         if not file.holds_tables():
             if not request.owner:
-                raise BrokerError(f"{self!r} holds nothing") from LookupError()
+                raise LedgerError(f"{self!r} holds nothing") from LookupError()
             for statement in CREATE:
                 file.connection.execute(statement)
         now_us, wall_us = self._clock.now_us(), self._clock.wall_us()
@@ -120,7 +120,7 @@ class SqliteLedger(SharedLedger):
                 self._check_kept(tables, kept, now_us)
             return answer(tables, request, now_us, wall_us)
         except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-            raise BrokerError(f"{self!r} holds nonsense: {error!r}") from error
+            raise LedgerError(f"{self!r} holds nonsense: {error!r}") from error
 
     # --- what was kept, and how -------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ class SqliteLedger(SharedLedger):
         if not _is_same_clock(last.clock, mine.clock):
             same_boot = last.clock.split()[:1] == mine.clock.split()[:1]
             if same_boot and abs(mine.touched_us - last.touched_us) < IN_USE_US:
-                raise BrokerError(
+                raise LedgerError(
                     f"{self!r} is in use by processes of another time namespace, whose monotonic "
                     "clock cannot be compared with this one's; give each a file of its own"
                 ) from ValueError(last.clock)
@@ -160,6 +160,7 @@ class SqliteLedger(SharedLedger):
             file = OpenFile(self._path, create=create)
             self._opened_anew = True
             self._closer = weakref.finalize(self, file.close)
+            self._closer.atexit = False  # a worker may be in the midst of a statement then
             self._file = file
             file_system = remote_file_system(self._path)
             if file_system is not None:

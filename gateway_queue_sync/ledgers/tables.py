@@ -9,21 +9,22 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from gateway_queue_sync.messages import Waiter
-from gateway_queue_sync.rules import NEVER, Bucket
-from gateway_queue_sync.turns import Head, SharedAccount, SharedGrant
+from gateway_queue_sync.token_bucket import NEVER, TokenBucket
+from gateway_queue_sync.turns import Head, SharedAccount, StoredPermit
 
 APPLICATION_ID = 0x47515359  # "GQSY": the file is this library's
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-_BUCKET = [field.name for field in fields(Bucket)]
-_GRANT = [field.name for field in fields(SharedGrant)]
-_ACCOUNT = [f.name for f in fields(SharedAccount) if f.name not in ("buckets", "fresh")]
+_BUCKET = [field.name for field in fields(TokenBucket)]
+_GRANT = [field.name for field in fields(StoredPermit)]
+_NOT_STORED = ("buckets", "default_bucket", "recent", "other_reset")
+_ACCOUNT = [field.name for field in fields(SharedAccount) if field.name not in _NOT_STORED]
 _bucket_row, _grant_row, _account_row = (
     attrgetter(*columns) for columns in (_BUCKET, _GRANT, _ACCOUNT)
 )
 CREATE = (
-    f"""CREATE TABLE account (name PRIMARY KEY, {", ".join(_ACCOUNT)}, fresh_last_us,
-        fresh_closed_until_us, clock, inode, touched_us) WITHOUT ROWID""",
+    f"""CREATE TABLE account (name PRIMARY KEY, {", ".join(_ACCOUNT)}, default_last_us,
+        default_closed_until_us, clock, inode, touched_us) WITHOUT ROWID""",
     f"""CREATE TABLE bucket (name, number, {", ".join(_BUCKET)},
         PRIMARY KEY (name, number)) WITHOUT ROWID""",
     """CREATE TABLE process (name, owner, lease_until_us, void,
@@ -71,7 +72,7 @@ class Tables:
         self.begin_anew()
         self._run("DELETE FROM bucket WHERE name = ?", (self._name,))
         self._run(
-            "UPDATE account SET fresh_last_us = ?, fresh_closed_until_us = ?, opened_us = ?, "
+            "UPDATE account SET default_last_us = ?, default_closed_until_us = ?, opened_us = ?, "
             "interval_until_us = ?, margin_until_us = ?, refresh_until_us = ?, "
             "refresh_owed = 1 WHERE name = ?",
             (now_us, *[NEVER] * 5, self._name),
@@ -84,17 +85,17 @@ class Tables:
         values = dict(zip(_ACCOUNT, row[1:], strict=False))
         values["refresh_owed"] = bool(values["refresh_owed"])
         last_us, closed_until_us = row[len(_ACCOUNT) + 1 : len(_ACCOUNT) + 3]
-        fresh = Bucket(last_us=last_us, closed_until_us=closed_until_us)
-        return SharedAccount(fresh=fresh, **values)
+        default = TokenBucket(last_us=last_us, closed_until_us=closed_until_us)
+        return SharedAccount(default_bucket=default, **values)
 
-    def buckets(self, number: int | None = None) -> dict[int, Bucket]:
+    def buckets(self, number: int | None = None) -> dict[int, TokenBucket]:
         if number is None:
             found = self._run("SELECT * FROM bucket WHERE name = ?", (self._name,))
         else:
             found = self._run(
                 "SELECT * FROM bucket WHERE name = ? AND number = ?", (self._name, number)
             )
-        return {row[1]: Bucket(*row[2:]) for row in found}
+        return {row[1]: TokenBucket(*row[2:]) for row in found}
 
     def keep(self, account: SharedAccount, *, relaid: bool) -> None:
         if relaid:
@@ -102,11 +103,11 @@ class Tables:
         for number, bucket in account.buckets.items():
             row = (self._name, number, *_bucket_row(bucket))
             self._run(_insert("bucket", len(row)), row)
-        fresh = account.fresh
+        default = account.default_bucket
         row = (
             self._name,
             *_account_row(account),
-            *(fresh.last_us, fresh.closed_until_us, *self._kept),
+            *(default.last_us, default.closed_until_us, *self._kept),
         )
         self._run(_insert("account", len(row)), row)
 
@@ -160,7 +161,7 @@ class Tables:
     def drop_heads(self) -> None:
         self._run("DELETE FROM head WHERE name = ?", (self._name,))
 
-    def permit(self, owner: str, ticket: int) -> SharedGrant | None:
+    def permit(self, owner: str, ticket: int) -> StoredPermit | None:
         row = self._run(
             "SELECT * FROM permit WHERE name = ? AND owner = ? AND ticket = ?",
             (self._name, owner, ticket),
@@ -169,9 +170,9 @@ class Tables:
             return None
         values = dict(zip(_GRANT, row[2:], strict=True))
         values["returned"], values["refused"] = bool(values["returned"]), bool(values["refused"])
-        return SharedGrant(**values)
+        return StoredPermit(**values)
 
-    def put_permit(self, owner: str, grant: SharedGrant) -> None:
+    def put_permit(self, owner: str, grant: StoredPermit) -> None:
         row = (self._name, owner, *_grant_row(grant))
         self._run(_insert("permit", len(row)), row)
 

@@ -18,8 +18,9 @@
 
 local ACCOUNT, PROCESS, VOID, HEAD, PERMIT, WAITER = unpack(KEYS)
 local NEVER = -2 ^ 62
-local LONGEST_CLOSURE, SOONEST_REASK = 60e6, 1e6
-local LONGEST_GRACE, FORGOTTEN_AFTER, SETTLED_AFTER = 100e3, 60e6, 600e6
+local MAX_CLOSURE, MIN_REREAD = 60e6, 1e6
+local MANY_REJECTIONS, MAX_LONG_CLOSURE = 10, 900000000
+local MAX_GRACE, FORGOTTEN_AFTER, SETTLED_AFTER = 100e3, 60e6, 600e6
 local GRANT, WINDOW, BUDGET, RESET = 1, 2, 3, 4
 local NUMBERS = {
   'window_us', 'period_us', 'max_concurrency', 'total', 'remaining', 'resets_at_us', 'span_us', 'period',
@@ -233,12 +234,13 @@ local function bucket_of(shard_id)
   return bucket
 end
 
-local function longest_closure()
-  return math.max(LONGEST_CLOSURE, 2 * account.window_us)
+local function max_closure(rejections) -- nil: none
+  local max = (rejections or 0) >= MANY_REJECTIONS and MAX_LONG_CLOSURE or MAX_CLOSURE
+  return math.max(max, 2 * account.window_us)
 end
 
 local function closed_for(bucket)
-  local closed_until = math.min(bucket.closed_until, now + longest_closure())
+  local closed_until = math.min(bucket.closed_until, now + max_closure(bucket.row))
   return math.max(math.min(bucket.last, now) + account.window_us, closed_until) - now
 end
 
@@ -259,13 +261,16 @@ local function take(shard_id, reserve, can_refresh, not_before)
   local wait = bucket.last + account.window_us - now
   if wait > 0 or bucket.closed_until > now or not_before > now then
     bucket.last = math.min(bucket.last, now)
-    bucket.closed_until = math.min(bucket.closed_until, now + longest_closure())
+    bucket.closed_until = math.min(bucket.closed_until, now + max_closure(bucket.row))
     wait = math.max(closed_for(bucket), not_before - now)
   end
   local due = is_due()
   if (due and account.total or account.remaining) <= reserve then
     local in_us = resets_in()
-    in_us = in_us > 0 and in_us or account.period_us
+    if in_us <= 0 then
+      in_us = account.period_us
+      account.span_us = in_us
+    end
     account.resets_at_us = wall + in_us
     return nil, BUDGET, in_us
   end
@@ -315,10 +320,13 @@ end
 local function rejected(permit, at)
   local bucket = bucket_of(permit.shard_id)
   local last = bucket.rejected_serial
+  if last == permit.serial then
+    return -- repeated
+  end
   local goes_on = last == bucket.serial or last == bucket.before_serial
   bucket.row = goes_on and math.min(bucket.row + 1, 32) or 1
   bucket.rejected_serial = math.max(bucket.rejected_serial, permit.serial)
-  local closed = math.min(account.window_us * 2 ^ bucket.row, longest_closure())
+  local closed = math.min(account.window_us * 2 ^ bucket.row, max_closure(bucket.row))
   bucket.closed_until = math.max(bucket.closed_until, at + closed)
 end
 
@@ -348,7 +356,7 @@ local function renew(limit, period, granted)
   end
   limit.remaining = math.max(0, limit.remaining - math.max(0, account.granted - granted))
   if limit.remaining < limit.total then
-    limit.reset_after_us = math.max(limit.reset_after_us, SOONEST_REASK)
+    limit.reset_after_us = math.max(limit.reset_after_us, MIN_REREAD)
   end
   adopt(limit)
   return true
@@ -529,7 +537,7 @@ local function obey(order)
 end
 
 local function grace()
-  return math.min(LONGEST_GRACE, math.floor(account.window_us / 5))
+  return math.min(MAX_GRACE, math.floor(account.window_us / 5))
 end
 
 local function opens(bucket)
@@ -550,7 +558,7 @@ end
 local function claim_refresh()
   local left = math.min(account.refresh_until_us - now, request.lease_us)
   if account.refresher ~= '' and account.refresher ~= owner and left > 0 then
-    return math.min(left, LONGEST_GRACE)
+    return math.min(left, MAX_GRACE)
   end
   account.refresher, account.refresh_until_us = owner, now + request.lease_us
   return 0

@@ -19,10 +19,10 @@ from gateway_queue_sync.messages import (
     in_order,
 )
 from gateway_queue_sync.models import SessionStartLimit
-from gateway_queue_sync.rules import MICROSECOND, to_us
+from gateway_queue_sync.token_bucket import US_PER_SECOND, to_us
 
-LARGEST_NUMBER = (1 << 53) - 1  # that all ledgers hold exactly
-LONGEST_OWNER = 64  # characters
+MAX_NUMBER = (1 << 53) - 1  # that all ledgers hold exactly
+MAX_OWNER = 64  # characters
 
 
 def request_as_json(request: Request) -> dict[str, Any]:
@@ -78,8 +78,8 @@ def _named(kind: type, written: object, what: str, **left_out: None) -> Any:
         raise ValueError(f"{what}: {error}") from None
 
 
-def _number(value: object, name: str, least: int = -LARGEST_NUMBER) -> int:
-    if type(value) is not int or not least <= value <= LARGEST_NUMBER:
+def _number(value: object, name: str, least: int = -MAX_NUMBER) -> int:
+    if type(value) is not int or not least <= value <= MAX_NUMBER:
         raise ValueError(f"{name} must be a whole number from {least} on, not {value!r:.100}")
     return value
 
@@ -92,9 +92,7 @@ def _flag(value: object, name: str) -> bool:
 
 def _owner(value: object, name: str) -> str:
     stranger = value == ""  # who only looks
-    if not (
-        isinstance(value, str) and len(value) <= LONGEST_OWNER and (stranger or value.isalnum())
-    ):
+    if not (isinstance(value, str) and len(value) <= MAX_OWNER and (stranger or value.isalnum())):
         raise ValueError(f"{name} must be letters and digits, not {value!r:.100}")
     return value
 
@@ -115,7 +113,7 @@ def _limit(value: object, name: str) -> SessionStartLimit:
         raise ValueError(f"{name} must be an object, not {value!r:.100}")
     fields = {key: _number(number, f"{name}.{key}", 0) for key, number in value.items()}
     try:
-        reset_after = fields.pop("reset_after_us") / MICROSECOND
+        reset_after = fields.pop("reset_after_us") / US_PER_SECOND
         return SessionStartLimit(reset_after=reset_after, **fields)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{name}: {error}") from None

@@ -27,7 +27,7 @@ from gateway_queue_sync.planner.fleet import Fleet
 from gateway_queue_sync.planner.picture import draw
 from gateway_queue_sync.planner.timeline import describe
 
-MOST_SHARDS = 1_000_000  # a few seconds' work
+MAX_SHARDS = 1_000_000  # a few seconds' work
 SESSION_STARTS = 1000  # a day, as Discord has it
 
 
@@ -78,8 +78,8 @@ def _limit(arguments: argparse.Namespace) -> SessionStartLimit:
 
 def _fleet(arguments: argparse.Namespace, limit: SessionStartLimit) -> Fleet:
     count = whole_number("--shards", arguments.shards, least=1)
-    if count > MOST_SHARDS:
-        raise ValueError(f"--shards must be at most {MOST_SHARDS}, not {count}")
+    if count > MAX_SHARDS:
+        raise ValueError(f"--shards must be at most {MAX_SHARDS}, not {count}")
     first = whole_number("--first-shard", arguments.first_shard)
     interval, margin, reserve = arguments.interval, arguments.margin, arguments.reserve
     plan = plan_start(

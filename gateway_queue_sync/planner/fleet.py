@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+from gateway_queue_sync.format import format_count
 from gateway_queue_sync.models import SessionStartLimit
 from gateway_queue_sync.plan import ShardStart, StartPlan
-from gateway_queue_sync.wording import counted
 
 Instant = list[ShardStart]
 """Those that start at one time."""
@@ -58,7 +58,9 @@ class Fleet:
     @property
     def title(self) -> str:
         """What is started, in one line."""
-        return f"{counted(self.shards, 'shard')} in {counted(len(self.buckets), 'bucket')}"
+        return (
+            f"{format_count(self.shards, 'shard')} in {format_count(len(self.buckets), 'bucket')}"
+        )
 
     @property
     def verdict(self) -> str:
@@ -68,5 +70,5 @@ class Fleet:
             ends = f"lasts; {self.plan.remaining} left after the last start"
         else:
             late = sum(s.at > (s.wave + 0.001) * self.window for s in self.plan.starts)
-            ends = f"does not last; {counted(late, 'shard')} must wait for a reset"
+            ends = f"does not last; {format_count(late, 'shard')} must wait for a reset"
         return f"{self.limit.remaining} of {self.limit.total} left now{held}: {ends}"

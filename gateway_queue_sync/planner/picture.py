@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from html import escape
 from itertools import chain
 
+from gateway_queue_sync.format import format_count, format_duration, format_ranges
 from gateway_queue_sync.plan import ShardStart
 from gateway_queue_sync.planner.fleet import Fleet
-from gateway_queue_sync.wording import counted, lasting, ranges
 
 WIDTH = 1000.0
 LEFT, RIGHT = 76.0, 24.0
@@ -18,7 +18,7 @@ GRID_TOP = 112.0
 HIGHEST_ROW, HIGHEST_GRID = 24.0, 640.0
 BUDGET_HEIGHT = 90.0
 BREAK = 44.0  # how wide a wait for a reset is drawn, however long it is
-MOST_BREAKS = 6  # with more, time is drawn as it is
+MAX_BREAKS = 6  # with more, time is drawn as it is
 RAMP = (
     (96, 140, 255),
     (38, 186, 190),
@@ -52,7 +52,7 @@ def draw(fleet: Fleet) -> str:
     budget = _Area(grid.bottom + 34, BUDGET_HEIGHT)
     height = budget.bottom + 52
     time = _Axis(fleet)
-    title = f"{fleet.title}: the last starts in {lasting(fleet.plan.last_at)}"
+    title = f"{fleet.title}: the last starts in {format_duration(fleet.plan.last_at)}"
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {height:g}"',
@@ -91,7 +91,7 @@ class _Axis:
 
     def __init__(self, fleet: Fleet) -> None:
         runs = fleet.runs
-        if len(runs) > MOST_BREAKS:
+        if len(runs) > MAX_BREAKS:
             runs = [list(chain.from_iterable(runs))]
         self.spans = [(run[0][0].at, run[-1][0].at + fleet.window) for run in runs]
         if self.spans[0][0] > 0:
@@ -147,7 +147,7 @@ def _legend(fleet: Fleet) -> Iterator[str]:
         x += 9.5
     order = ", first to last" if fleet.waves > 1 else ""
     what = "each bar begins with a start, and is as long as its bucket then rests"
-    yield _text(x + 8, 83, f"{counted(fleet.waves, 'wave')}{order}; {what}")
+    yield _text(x + 8, 83, f"{format_count(fleet.waves, 'wave')}{order}; {what}")
 
 
 def _breaks(time: _Axis, grid: _Area, budget: _Area) -> Iterator[str]:
@@ -160,7 +160,7 @@ def _breaks(time: _Axis, grid: _Area, budget: _Area) -> Iterator[str]:
         for edge in (x + 4, x + BREAK - 4):
             yield _line(edge, grid.top, edge, budget.bottom, "cut")
         middle = min(max(x + BREAK / 2, LEFT + 60), WIDTH - RIGHT - 60)
-        yield _text(middle, grid.top - 12, f"{lasting(left_out)} later", "note middle")
+        yield _text(middle, grid.top - 12, f"{format_duration(left_out)} later", "note middle")
 
 
 def _bars(fleet: Fleet, time: _Axis, grid: _Area, row_height: float) -> Iterator[str]:
@@ -176,8 +176,8 @@ def _bars(fleet: Fleet, time: _Axis, grid: _Area, row_height: float) -> Iterator
     for wave, starts in sorted(waves.items()):
         at = [(time.x(s.at), grid.top + rows[s.bucket] * row_height, s) for s in starts]
         path = "".join(f"M{x:.1f} {y:.1f}h{width:.1f}v{height:.1f}h-{width:.1f}z" for x, y, _ in at)
-        ids = ranges(sorted(start.shard_id for start in starts))
-        first = lasting(min(start.at for start in starts))
+        ids = format_ranges(sorted(start.shard_id for start in starts))
+        first = format_duration(min(start.at for start in starts))
         yield f"<g><title>wave {wave + 1}, from {first} on: shard {escape(ids)}</title>"
         yield f'<path fill="{_colour(wave, fleet.waves)}" d="{path}"/>'
         if numbered:

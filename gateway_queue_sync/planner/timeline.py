@@ -7,12 +7,12 @@ from datetime import datetime
 from itertools import chain, pairwise
 from textwrap import wrap
 
+from gateway_queue_sync.format import format_clock, format_duration, format_ranges, format_time
 from gateway_queue_sync.planner.fleet import Fleet, Instant
-from gateway_queue_sync.wording import lasting, ranges, to_the_second, when
 
-MOST_ROWS = 20
+MAX_ROWS = 20
 LABEL = TIME_WIDTH = 13  # columns
-LONGEST_BAR, SHORTEST_BAR = 40, 6
+MAX_BAR, MIN_BAR = 40, 6
 BLOCKS, ASCII_BLOCKS = (
     ("█", "▒", "░"),
     ("#", "=", "."),
@@ -30,11 +30,11 @@ def _summary(fleet: Fleet, now: datetime) -> Iterator[str]:
     plan = fleet.plan
     yield f"{fleet.title}, {fleet.window:g} s between two starts of a bucket"
     yield ""
-    yield f"first start  {when(now, plan.starts[0].at)}"
-    yield f"last start   {when(now, plan.last_at)}"
+    yield f"first start  {format_time(now, plan.starts[0].at)}"
+    yield f"last start   {format_time(now, plan.last_at)}"
     yield f"budget       {fleet.verdict}"
     for resets_in in plan.resets[:3]:
-        yield f"resets       {when(now, resets_in)}"
+        yield f"resets       {format_time(now, resets_in)}"
     if plan.resets[3:]:
         yield f"resets       and {len(plan.resets) - 3} more times"
     yield ""
@@ -42,18 +42,18 @@ def _summary(fleet: Fleet, now: datetime) -> Iterator[str]:
 
 def _timeline(fleet: Fleet, width: int, encoding: str) -> Iterator[str]:
     runs = fleet.runs
-    if len(runs) > MOST_ROWS // 2:
+    if len(runs) > MAX_ROWS // 2:
         runs = [list(chain.from_iterable(runs))]
-    per_row = -(-sum(len(run) for run in runs) // MOST_ROWS)
+    per_row = -(-sum(len(run) for run in runs) // MAX_ROWS)
     rows = [[run[at : at + per_row] for at in range(0, len(run), per_row)] for run in runs]
     times = [row[0][0].at for row in chain.from_iterable(rows)]
-    alike = any(lasting(a) == lasting(b) for a, b in pairwise(times))
-    show = _Row(fleet, width, encoding, to_the_second if alike else lasting).show
+    alike = any(format_duration(a) == format_duration(b) for a, b in pairwise(times))
+    show = _Row(fleet, width, encoding, format_clock if alike else format_duration).show
     ends_at = 0.0
     for run, its_rows in zip(runs, rows, strict=True):
         waits = run[0][0].at - ends_at
         if waits > fleet.window:
-            yield f"{'...':>{TIME_WIDTH}}  {lasting(waits)} until the limit resets"[:width]
+            yield f"{'...':>{TIME_WIDTH}}  {format_duration(waits)} until the limit resets"[:width]
         yield from map(show, its_rows)
         ends_at = run[-1][0].at
 
@@ -71,7 +71,7 @@ class _Row:
         self._digits = len(str(fleet.shards))
         self._left_digits = len(str(fleet.limit.total))
         figures = TIME_WIDTH + 2 * self._digits + self._left_digits + 12
-        self._bar = max(SHORTEST_BAR, min(LONGEST_BAR, (width - figures) * 2 // 3))
+        self._bar = max(MIN_BAR, min(MAX_BAR, (width - figures) * 2 // 3))
         try:
             "".join(BLOCKS).encode(encoding)
             blocks = BLOCKS
@@ -91,7 +91,7 @@ class _Row:
             f"  {self._started:{self._digits}}/{self._shards}"
             f"  {starts[-1].remaining:{self._left_digits}} left"
         )
-        ids = ranges(sorted(start.shard_id for start in starts))
+        ids = format_ranges(sorted(start.shard_id for start in starts))
         room = self._width - len(row) - 2
         if len(ids) > room:
             ids = f"{ids[: max(0, room - 3)]}..." if room > 8 else ""

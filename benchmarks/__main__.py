@@ -18,6 +18,7 @@ from benchmarks import (
     free_path,
     lines,
     machine,
+    path,
     peers,
     plots,
     report,
@@ -27,7 +28,8 @@ from benchmarks import (
 from benchmarks.figures import Result
 
 BENCHMARKS: dict[str, ModuleType] = {
-    module.NAME: module for module in (wake, free_path, lines, fleet, fairness, shared, broker)
+    module.NAME: module
+    for module in (wake, free_path, lines, fleet, fairness, shared, broker, path)
 }
 
 

@@ -116,6 +116,10 @@ class OwnedLock:
     def _is_owned(self) -> bool:
         return bool(self._lock._is_owned())
 
+    def locked(self) -> bool:
+        """Return whether a thread holds it; from 3.14 on a Condition wants it."""
+        return self.owner != 0
+
     def __enter__(self) -> None:
         self.acquire()
 

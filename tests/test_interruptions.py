@@ -126,7 +126,7 @@ def test_an_interrupt_at_any_point_of_a_free_acquire(clock):
     queue = LargeBotQueue(limit(1000, 1000, 0.0), clock=clock, period=1e9)
     check, lost = tracks_what_is_lost(queue, clock)
     points = run_interrupted_everywhere(lambda: queue.acquire(0), check)
-    assert points > 8
+    assert points > 5
     assert len(set(lost)) <= 3
     assert {where.split(":")[0].split(".")[-1] for where in lost} <= HANDED_OVER, lost
 

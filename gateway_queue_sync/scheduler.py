@@ -1027,7 +1027,7 @@ class Scheduler:
         """Return how long the worker may sleep, ``None`` to end; with the lock held."""
         if not self._is_worker():
             return None
-        if self._pending_events:
+        if self._pending_events or (self.closed and self._futures):
             return 0
         now_us, due, session = self.now_us(), self._due, self._session
         while due and not self._is_due_for(due[0][3], due[0][0]):

@@ -132,7 +132,7 @@ class Scheduler:
 
     Args:
         ledger: grants the permits.
-        clock: what emits the time.
+        clock: what tells the time.
         observer: called with each event.
         reserve: session starts never to use up.
         raises: whether to raise when the limit is used up, instead of waiting.
@@ -545,7 +545,7 @@ class Scheduler:
         if self._session is not None:
             self._session.joined(waiter)
             self._ensure_worker()
-            self._work.notify()  # which emits the ledger of those behind the head, too
+            self._work.notify()  # the ledger learns of those behind the head, too
         if self._lines.is_head(waiter):
             self._notify_head(waiter)
 

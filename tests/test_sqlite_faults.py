@@ -735,7 +735,7 @@ def as_nobody(path, code):
     return run(
         """
         import encodings.ascii, os, sys     # whatever is loaded later may be out of its reach
-        import gateway_queue_sync.ledgers.sqlite
+        import gateway_queue_sync.ledgers.adapter, gateway_queue_sync.ledgers.sqlite
         from gateway_queue_sync import LedgerError, SqliteQueue
         path = sys.argv[1]
         folder = os.path.dirname(path)
@@ -813,6 +813,7 @@ def test_a_folder_that_becomes_read_only_grants_nothing_until_it_is_not(nobodys)
         """
         queue = opened()
         queue.acquire(0).unused()
+        queue.snapshot()   # the ledger has heard of that
         os.unlink(path + "-journal")
         os.chmod(folder, 0o500)
         print(failure(queue.try_acquire, 0))

@@ -18,8 +18,8 @@ from benchmarks.figures import OURS, Result, Table, Target
 from benchmarks.peers import SUBJECTS
 from benchmarks.rounds import Case, Measured, Say, interleaved
 from gateway_queue_sync import LargeBotQueue, SessionStartLimit
+from gateway_queue_sync.models import to_us
 from gateway_queue_sync.testing import FakeClock
-from gateway_queue_sync.token_bucket import to_us
 
 NAME = "fleet"
 TITLE = "Fleet start"

@@ -265,7 +265,7 @@ def work(kind: str, where: str, ready: str, processes: int, threads: int, times:
 
 def _count_trips(queue: Any, trips: Iterator[int]) -> None:
     """Have each request that is carried to the ledger counted."""
-    ledger = scheduler_of(queue).ledger.shared  # type: ignore[union-attr]
+    ledger = scheduler_of(queue).ledger.ledger.shared  # type: ignore[union-attr]
     carry = ledger.carry
 
     def counted(*args: Any) -> Any:

@@ -1,6 +1,6 @@
-"""The clock of a queue: it tells the time, and makes the conditions that wait for it.
+"""The clock of a queue: it tells the time, and makes the conditions that wait for it, over its lock.
 
-Both belong together: a clock that can only be read cannot wake a thread (see ``testing.FakeClock``).
+They belong together: a clock that can only be read cannot wake a thread (see ``testing.FakeClock``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
+
+FOREVER_US = 1 << 62
+"""A time that never comes."""
 
 
 class Lock(Protocol):
@@ -27,6 +30,50 @@ class Lock(Protocol):
 
     def __exit__(self, *exc_info: object) -> None:
         """Release it."""
+
+
+class OwnedLock:
+    """A reentrant lock that knows which thread holds it, also while a condition waits on it.
+
+    Reentrant, because Ctrl-C while a Condition over a plain Lock takes it again leaves ``wait`` without
+    it and breaks exclusion (CPython #118433).
+
+    Attributes:
+        owner: the thread that holds it, 0 if none does; set by the thread that takes it.
+    """
+
+    def __init__(self) -> None:
+        self._get_ident = threading.get_ident  # looked up now: gevent may have patched it by now
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Be free, whoever held it: for a forked child, in which that thread may not exist."""
+        self._lock: Any = threading.RLock()
+        self.acquire, self.release = self._lock.acquire, self._lock.release
+        self.owner = 0
+
+    # What a Condition calls, right after it has noted who waits:
+
+    def _release_save(self) -> object:
+        self.owner = 0
+        return self._lock._release_save()
+
+    def _acquire_restore(self, state: object) -> None:
+        self._lock._acquire_restore(state)
+        self.owner = self._get_ident()
+
+    def _is_owned(self) -> bool:
+        return bool(self._lock._is_owned())
+
+    def locked(self) -> bool:
+        """Return whether a thread holds it; a Condition of CPython 3.14 asks."""
+        return self.owner != 0
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
 
 
 class Clock(Protocol):
@@ -80,7 +127,7 @@ class PromptCondition(threading.Condition):
 
     def __init__(self, lock: Lock) -> None:
         super().__init__(lock)  # type: ignore[arg-type]
-        make_small(self)
+        self._waiters: list[Any] = []  # as in ``make_small``
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait as any condition does, but end a timed wait ``EARLY``."""

@@ -111,3 +111,16 @@ def reentered() -> RuntimeError:
         "the queue was called in a thread that is inside another call to it (by a signal handler, a "
         "finalizer or an observer); set a flag there instead, or use another thread"
     )
+
+
+def worker_blocked() -> RuntimeError:
+    """Return the error for whoever would wait for a queue in its worker."""
+    return RuntimeError("a future's callback must not block on the queue that serves it")
+
+
+def forked(owner: str) -> RuntimeError:
+    """Return the error for a process that was forked from the one that made the queue."""
+    return RuntimeError(
+        f"this {owner} was made before the process forked, or the process was forked inside this call: "
+        "the permit belongs to the parent; to share a queue over processes use SqliteQueue"
+    )

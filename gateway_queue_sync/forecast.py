@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
 
-from gateway_queue_sync.models import BucketSnapshot, LimitSnapshot, QueueSnapshot, WaitingShard
-from gateway_queue_sync.token_bucket import US_PER_SECOND, Budget
+from gateway_queue_sync.limits import Budget, budget
+from gateway_queue_sync.models import (
+    US_PER_SECOND,
+    BucketSnapshot,
+    LimitSnapshot,
+    QueueSnapshot,
+    WaitingShard,
+)
+from gateway_queue_sync.token_bucket import Account, closed_for_us
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,32 @@ class Outlook:
     def ready(self, number: int) -> int:
         """Return in how many microseconds a bucket opens."""
         return self.ready_in_us.get(number, self.others_ready_in_us)
+
+
+def outlook(account: Account, now_us: int, number: int | None = None) -> Outlook:
+    """Return the outlook of an account with one clock: of all buckets, or of that one.
+
+    Only the buckets that are closed are copied: this is done with the scheduler's lock held.
+    """
+    closed_since_us, buckets = now_us - account.window_us, account.buckets
+    if number is not None:
+        buckets = {number: buckets[number]} if number in buckets else {}
+    ready_in_us = {
+        number: max(0, closed_for_us(account, bucket, now_us))
+        for number, bucket in buckets.items()
+        if bucket.last_us > closed_since_us or bucket.closed_until_us > now_us
+    }
+    return Outlook(
+        now_us=now_us,
+        window_us=account.window_us,
+        period_us=account.period_us,
+        reserve=account.reserve,
+        max_concurrency=account.max_concurrency,
+        ready_in_us=ready_in_us,
+        others_ready_in_us=max(0, closed_for_us(account, account.default_bucket, now_us)),
+        budget=budget(account, now_us),
+        granted=account.granted,
+    )
 
 
 def starts(outlook: Outlook, lines: Mapping[int, int]) -> Iterator[tuple[int, int]]:
@@ -67,26 +100,7 @@ def starts(outlook: Outlook, lines: Mapping[int, int]) -> Iterator[tuple[int, in
             heapq.heappop(ready)
 
 
-def eta_us(outlook: Outlook, number: int, before: int, lines: Mapping[int, int]) -> int | None:
-    """Return when the place with ``before`` others in front of it in bucket ``number`` gets its permit.
-
-    ``lines`` includes that place. Where the budget lasts for all that wait this is a product; else
-    the starts are counted up to it. ``None`` if no permit will ever come.
-    """
-    kept = outlook.budget
-    if kept is None or sum(lines.values()) <= kept.remaining - outlook.reserve:
-        return outlook.ready(number) + before * outlook.window_us
-    for at_us, bucket in starts(outlook, lines):
-        if bucket == number:
-            if before == 0:
-                return at_us
-            before -= 1
-    return None
-
-
-def rough_eta_us(
-    outlook: Outlook, number: int, before: int, lines: int, waiting: int
-) -> int | None:
+def eta_us(outlook: Outlook, number: int, before: int, lines: int, waiting: int) -> int | None:
     """Return about when a place gets its permit, in one step for any number of those who wait.
 
     There are so many ``lines``, in which so many are ``waiting``. Where the budget does not last for

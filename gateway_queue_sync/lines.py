@@ -5,10 +5,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
-from gateway_queue_sync.clock import make_small
+from gateway_queue_sync.future import PermitFuture
 from gateway_queue_sync.models import Permit
 
 waiter_numbers = itertools.count(1)
@@ -16,73 +16,35 @@ waiter_numbers = itertools.count(1)
 Entry = tuple[int, int, "Waiter"]
 
 
-class PermitFuture(Future[Permit]):
-    """A future that leaves its line as soon as it is cancelled."""
-
-    on_cancel: Callable[[], None] | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        make_small(self._condition)
-
-    def cancel(self) -> bool:
-        """Cancel as any future does, and leave the line."""
-        cancelled = super().cancel()
-        on_cancel = self.on_cancel
-        if cancelled and on_cancel is not None:
-            on_cancel()
-        return cancelled
-
-
+@dataclass(slots=True, eq=False)
 class Waiter:
     """A thread or a future that waits for a permit.
 
     Attributes:
-        number: tells it from all other waiters of the process.
         shard_id: the shard.
         arrived_us: when it arrived.
         position_us: what its line is sorted by: its arrival less its priority, then its number.
         future: completed with the permit; ``None`` for a thread.
-        condition: wakes the thread; made when it first sleeps.
         once: it asks once and then leaves.
+        number: tells it from all other waiters of the process.
+        condition: wakes the thread; made when it first sleeps.
         ask_at_us: when it may ask the ledger, if it is the head of its line.
         permit: granted to it, and not handed over yet.
         error: what to raise in place of a permit.
         entry: its entry in a line, ``None`` while it is in none.
     """
 
-    __slots__ = (
-        "arrived_us",
-        "ask_at_us",
-        "condition",
-        "entry",
-        "error",
-        "future",
-        "number",
-        "once",
-        "permit",
-        "position_us",
-        "shard_id",
-    )
-
-    def __init__(
-        self,
-        shard_id: int,
-        arrived_us: int,
-        priority_us: int = 0,
-        future: PermitFuture | None = None,
-    ) -> None:
-        self.number = next(waiter_numbers)
-        self.shard_id = shard_id
-        self.arrived_us = arrived_us
-        self.position_us = arrived_us - priority_us
-        self.future = future
-        self.condition: threading.Condition | None = None
-        self.once = False
-        self.ask_at_us = 0
-        self.permit: Permit | None = None
-        self.error: Exception | None = None
-        self.entry: Entry | None = None
+    shard_id: int
+    arrived_us: int
+    position_us: int
+    future: PermitFuture | None = None
+    once: bool = False
+    number: int = field(default_factory=waiter_numbers.__next__)
+    condition: threading.Condition | None = None
+    ask_at_us: int = 0
+    permit: Permit | None = None
+    error: Exception | None = None
+    entry: Entry | None = None
 
 
 class Line:
@@ -138,15 +100,11 @@ class Line:
         if key >= self._last:
             return len(self) - (waiter.entry is not None)
         before, unseen = 0, [0]
-        while unseen and (
-            at_most is None or before < at_most
-        ):  # down the heap, while entries are less
+        while unseen and before != at_most:  # down the heap, while entries are less
             at = unseen.pop()
-            if at < len(self._heap):
-                entry = self._heap[at]
-                if entry[:2] < key:
-                    before += entry[2].entry is entry
-                    unseen += (2 * at + 1, 2 * at + 2)
+            if at < len(self._heap) and self._heap[at][:2] < key:
+                before += self._heap[at][2].entry is self._heap[at]
+                unseen += (2 * at + 1, 2 * at + 2)
         return before
 
     def __len__(self) -> int:
@@ -164,10 +122,6 @@ class Lines:
         self.by_bucket: dict[int, Line] = {}
         for waiter in waiters:
             self.join(waiter)
-
-    def line(self, waiter: Waiter) -> Line | None:
-        """Return the line that a waiter belongs in, if somebody waits there."""
-        return self.by_bucket.get(waiter.shard_id % self.max_concurrency)
 
     def join(self, waiter: Waiter) -> None:
         """Stand in the line of the waiter's bucket."""
@@ -190,9 +144,14 @@ class Lines:
             del self.by_bucket[number]
         return head
 
+    def head(self, shard_id: int) -> Waiter | None:
+        """Return the head of the line of a shard's bucket, ``None`` if nobody waits there."""
+        line = self.by_bucket.get(shard_id % self.max_concurrency)
+        return None if line is None else line.head
+
     def is_head(self, waiter: Waiter) -> bool:
-        """Return whether the waiter is the head of its line."""
-        line = self.line(waiter)
+        """Return whether a waiter is the head of its line."""
+        line = self.by_bucket.get(waiter.shard_id % self.max_concurrency)
         return line is not None and line.head is waiter
 
     def heads(self) -> list[Waiter]:
@@ -205,9 +164,21 @@ class Lines:
         entries = (entry for line in self.by_bucket.values() for entry in line.entries())
         return [entry[2] for entry in sorted(entries)]
 
-    def lengths(self) -> dict[int, int]:
-        """Return how many wait, of each bucket that has a line."""
-        return {number: len(line) for number, line in self.by_bucket.items()}
+    def copy(self) -> dict[int, list[Entry]]:
+        """Return the entries of each bucket, in no order, without the heads that have a permit."""
+        return {
+            number: [entry for entry in line.entries() if entry[2].permit is None]
+            for number, line in self.by_bucket.items()
+        }
+
+    def position(self, waiter: Waiter, at_most: int | None = None) -> int:
+        """Return how many come before a waiter; a head that has its permit does not count."""
+        line = self.by_bucket.get(waiter.shard_id % self.max_concurrency)
+        if line is None:
+            return 0
+        head = line.head
+        has_permit = head is not None and head is not waiter and head.permit is not None
+        return line.position(waiter, at_most) - has_permit
 
     def __len__(self) -> int:
         """Return how many wait."""

@@ -19,8 +19,9 @@ from gateway_queue_sync.events import (
     ShardWaiting,
 )
 from gateway_queue_sync.format import format_duration, format_time
-from gateway_queue_sync.models import Permit
-from gateway_queue_sync.token_bucket import NEVER, US_PER_SECOND, Budget
+from gateway_queue_sync.limits import Budget
+from gateway_queue_sync.models import US_PER_SECOND
+from gateway_queue_sync.token_bucket import NEVER
 
 MIN_WAIT = 30.0
 """Seconds; only waits that take longer are logged."""
@@ -74,9 +75,7 @@ class Log:
         self._reserve = reserve
         self._begun, self._ended = LineFilter(), LineFilter()
         self._logged: set[int] = set()  # waiters of whose wait a line was logged
-        self._low_from = -1
-        self._warned_low = False
-        self.grants_up_to = -1
+        self._low_from = self.grants_up_to = -1
         self.limit_changed()
 
     def limit_changed(self) -> None:
@@ -85,58 +84,46 @@ class Log:
         if left is not None:
             share = (left.total - self._reserve) // 10
             self._low_from = self._reserve + share if share > 0 else -1
-            self.grants_up_to = ALL if self._warned_low else self._low_from
-
-    def follows_waits(self, left_us: int) -> bool:
-        """Return whether one who waits for so long at most may be worth a line."""
-        return left_us > MIN_WAIT * US_PER_SECOND and shards.isEnabledFor(logging.INFO)
-
-    def wants_wait(self, eta: float | None) -> bool:
-        """Return whether to pass on the event of a wait that begins and will take so many seconds."""
-        return eta is not None and eta > MIN_WAIT and shards.isEnabledFor(logging.INFO)
-
-    def wants_grant(self, permit: Permit) -> bool:
-        """Return whether to pass on the event of a permit, where INFO is logged."""
-        few = permit.remaining is not None and permit.remaining <= self.grants_up_to
-        return few or permit.waited > MIN_WAIT or permit.waiter in self._logged
+            if self.grants_up_to != ALL:  # it was not warned of yet
+                self.grants_up_to = self._low_from
 
     def __call__(self, event: Event) -> None:
         """Log an event, if it is worth a line."""
         match event:
             case ShardWaiting():
-                self._waiting(event)
+                if event.eta is not None and event.eta > MIN_WAIT:
+                    self._log_waiting(event, event.eta)
             case ShardGranted():
-                self._granted(event)
+                self._log_granted(event)
+                if event.remaining is not None and event.remaining <= self.grants_up_to:
+                    self._warn_if_low(event.remaining)
             case ShardLeft():
-                self._left(event)
+                self._log_left(event)
             case BudgetExhausted():
                 limits.warning(
                     "the session start limit is used up (%d left, reserve %d): no shard may identify "
                     "until it resets, %s",
                     event.remaining,
                     self._reserve,
-                    format_time(_now(), event.resets_in),
+                    _when(event.resets_in),
                 )
             case LimitUpdated():
                 self.limit_changed()
 
-    def _waiting(self, event: ShardWaiting) -> None:
-        if not self.wants_wait(event.eta):
-            return
-        skipped = self._begun.count(self._now_us())
-        if skipped is None or event.eta is None:
-            return
-        self._logged.add(event.waiter)
-        shards.info(
-            "shard %d waits in bucket %d: %d before it, its permit is due %s%s",
-            event.shard_id,
-            event.bucket,
-            event.position,
-            format_time(_now(), event.eta),
-            f"; {skipped} more wait long" if skipped else "",
-        )
+    def _log_waiting(self, event: ShardWaiting, eta: float) -> None:
+        skipped = self._begun.count(self._now_us()) if shards.isEnabledFor(logging.INFO) else None
+        if skipped is not None:
+            self._logged.add(event.waiter)
+            shards.info(
+                "shard %d waits in bucket %d: %d before it, its permit is due %s%s",
+                event.shard_id,
+                event.bucket,
+                event.position,
+                _when(eta),
+                f"; {skipped} more wait long" if skipped else "",
+            )
 
-    def _granted(self, event: ShardGranted) -> None:
+    def _log_granted(self, event: ShardGranted) -> None:
         long = event.waited > MIN_WAIT and shards.isEnabledFor(logging.INFO)
         skipped = self._ended.count(self._now_us()) if long else None
         if event.waiter in self._logged or skipped is not None:
@@ -147,14 +134,11 @@ class Log:
             shards.info(
                 "shard %d has its permit, after %s%s%s", event.shard_id, duration, left, more
             )
-        if event.remaining is not None and event.remaining <= self.grants_up_to:
-            self._warn_if_low(event.remaining)
 
-    def _left(self, event: ShardLeft) -> None:
-        if event.waiter not in self._logged:
-            return
+    def _log_left(self, event: ShardLeft) -> None:
+        logged = event.waiter in self._logged
         self._logged.discard(event.waiter)
-        if event.waited > MIN_WAIT and event.reason != "closed":
+        if logged and event.waited > MIN_WAIT and event.reason != "closed":
             shards.info(
                 "shard %d waits no more, without a permit, after %s (%s)",
                 event.shard_id,
@@ -164,18 +148,18 @@ class Log:
 
     def _warn_if_low(self, remaining: int) -> None:
         """Warn once that few are left, until that has well recovered."""
-        if self._warned_low and remaining > 2 * self._low_from - self._reserve:
-            self._warned_low, self.grants_up_to = False, self._low_from
-        elif not self._warned_low and remaining <= self._low_from:
-            self._warned_low, self.grants_up_to = True, ALL
-            left = self._budget()
+        warned = self.grants_up_to == ALL
+        if warned and remaining > 2 * self._low_from - self._reserve:
+            self.grants_up_to = self._low_from
+        elif not warned and remaining <= self._low_from:
+            self.grants_up_to, left = ALL, self._budget()
             if left is not None and remaining > self._reserve:
                 limits.warning(
                     "the session start limit runs low: %d of %d left, reserve %d; it resets %s",
                     remaining,
                     left.total,
                     self._reserve,
-                    format_time(_now(), left.resets_in_us / US_PER_SECOND),
+                    _when(left.resets_in_us / US_PER_SECOND),
                 )
 
 
@@ -190,5 +174,5 @@ def rejected_often(rejections: int, shard_id: int, bucket: int) -> None:
     )
 
 
-def _now() -> datetime:
-    return datetime.now().astimezone()
+def _when(in_seconds: float) -> str:
+    return format_time(datetime.now().astimezone(), in_seconds)

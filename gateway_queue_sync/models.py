@@ -13,6 +13,8 @@ from typing import Any, Protocol, Self
 
 log = logging.getLogger("gateway_queue_sync")
 
+US_PER_SECOND = 1_000_000
+
 IDENTIFY_INTERVAL = 5.0
 """Seconds between two IDENTIFYs of one bucket: Discord's rule."""
 
@@ -27,6 +29,10 @@ MAX_RESET_AFTER = 172_800.0
 
 MAX_BUCKETS = 100_000
 """The largest ``max_concurrency`` that is accepted; Discord's largest bots have a few hundred."""
+
+
+MAX_PRIORITY_US = 1 << 51
+"""71 years: more makes no difference, and not every ledger could hold it."""
 
 
 def whole_number(name: str, value: object, *, least: int = 0) -> int:
@@ -69,6 +75,28 @@ def seconds(name: str, value: object, *, above: float | None = None) -> float:
     if number < 0:
         raise ValueError(f"{name} must not be negative, not {number:g}")
     return number
+
+
+def to_us(duration: float) -> int:
+    """Return seconds as whole microseconds; exact where a product of floats would overflow."""
+    whole = int(duration)
+    return whole * US_PER_SECOND + round((duration - whole) * US_PER_SECOND)
+
+
+def timeout_seconds(timeout: object) -> float | None:
+    """Return a timeout in seconds, ``None`` for one that never ends."""
+    number = real_number("timeout", timeout)
+    if number < 0:
+        raise ValueError(f"timeout must not be negative, not {number:g}")
+    return number if number <= threading.TIMEOUT_MAX else None
+
+
+def to_priority_us(priority: object) -> int:
+    """Return a priority in seconds as whole microseconds."""
+    number = real_number("priority", priority)
+    if math.isinf(number):
+        raise ValueError(f"priority must be finite, not {number}")
+    return max(-MAX_PRIORITY_US, min(to_us(number), MAX_PRIORITY_US))
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +180,15 @@ class SessionStartLimit:
         )
 
 
+def check_limit(limit: object, reserve: int) -> SessionStartLimit:
+    """Return a limit that a queue with this reserve can keep, or raise an error that says why not."""
+    if not isinstance(limit, SessionStartLimit):
+        raise TypeError(f"a limit must be a SessionStartLimit, not {type(limit).__name__}")
+    if limit.total <= reserve:
+        raise ValueError(f"total ({limit.total}) must be more than the reserve ({reserve})")
+    return limit
+
+
 class Report(enum.Enum):
     """What became of a permit, in the words of its holder."""
 
@@ -186,22 +223,15 @@ class Permit:
         reported: what its holder said became of it, ``None`` if nothing yet.
     """
 
+    bucket: int = 0
+    waited: float = 0.0
+    remaining: int | None = None
+    reported: Report | None = None
     # Besides what users see: the number and time of the grant, the period it was charged to, the number
     # of the call that it was granted to, whether it was given back, and who books reports.
-    __slots__ = (
-        "__weakref__",
-        "bucket",
-        "period",
-        "remaining",
-        "reported",
-        "reporter",
-        "returned",
-        "serial",
-        "shard_id",
-        "stamp_us",
-        "waited",
-        "waiter",
-    )
+    serial = stamp_us = period = waiter = 0
+    returned = False
+    reporter: Reporter | None = None
 
     def __init__(
         self,
@@ -214,10 +244,6 @@ class Permit:
         self.bucket = bucket
         self.waited = waited
         self.remaining = remaining
-        self.reported: Report | None = None
-        self.serial = self.stamp_us = self.period = self.waiter = 0
-        self.returned = False
-        self.reporter: Reporter | None = None
 
     def sent(self) -> None:
         """Report that the IDENTIFY went out just now: the bucket's window starts now.

@@ -10,15 +10,18 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gateway_queue_sync import token_bucket
+from gateway_queue_sync import limits, token_bucket
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
     SESSION_PERIOD,
+    US_PER_SECOND,
     SessionStartLimit,
+    check_limit,
     whole_number,
 )
-from gateway_queue_sync.token_bucket import US_PER_SECOND, Account, Denial
+from gateway_queue_sync.settings import Settings
+from gateway_queue_sync.token_bucket import Account, Denial
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +97,11 @@ def plan_start(
             that is not less than the limit's total.
     """
     reserve = whole_number("reserve", reserve)
-    token_bucket.check_limit(limit, reserve)
-    interval_us, margin_us, period_us = token_bucket.timings_us(interval, margin, period)
-    account = Account(window_us=interval_us + margin_us, period_us=period_us)
-    token_bucket.adopt(account, limit, 0)
+    check_limit(limit, reserve)
+    settings = Settings(reserve=reserve, interval=interval, margin=margin, period=period)
+    interval_us, margin_us, period_us = settings.timings_us
+    account = Account(interval_us + margin_us, period_us, settings.reserve)
+    limits.adopt(account, limit, 0)
     lines: dict[int, deque[int]] = {}
     for shard_id in shard_ids:
         shard_id = whole_number("shard_id", shard_id)  # noqa: PLW2901 - the same, as an int
@@ -111,7 +115,7 @@ def plan_start(
     while queue:
         at_us, place, line = queue[0]
         period_before, resets_at_us = account.period, account.resets_at_us
-        answer = token_bucket.take(account, line[0], at_us, at_us, reserve)
+        answer = token_bucket.take(account, line[0], at_us)
         if isinstance(answer, Denial):
             heapq.heapreplace(queue, (at_us + answer.wait_us, place, line))
             continue
@@ -127,7 +131,7 @@ def plan_start(
         if not line:
             heapq.heappop(queue)
 
-    left = token_bucket.budget(account, 0)
+    left = limits.budget(account, 0)
     assert left is not None
     return StartPlan(
         starts=tuple(starts),

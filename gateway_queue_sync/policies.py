@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any, Self
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.events import Observer
-from gateway_queue_sync.ledgers import RemoteLedger
-from gateway_queue_sync.ledgers.memory import MemoryLedger
-from gateway_queue_sync.limit_reader import Refresh
+from gateway_queue_sync.ledgers.memory import MemoryLedger, NoLedger
+from gateway_queue_sync.ledgers.remote import RemoteLedger
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
     SESSION_PERIOD,
     SessionStartLimit,
+    check_limit,
 )
-from gateway_queue_sync.queue import (
+from gateway_queue_sync.queue import GatewayQueue
+from gateway_queue_sync.settings import (
     DEFAULT_LEASE,
     REREAD_AFTER,
-    GatewayQueue,
+    Refresh,
     Settings,
     WhenExhausted,
 )
-from gateway_queue_sync.token_bucket import check_limit
 
 if TYPE_CHECKING:
     from gateway_queue_sync.ledgers.redis import Client
@@ -37,15 +37,7 @@ READ_JITTER = 1.0
 
 
 def _in_memory(settings: Settings, limit: SessionStartLimit | None = None) -> MemoryLedger:
-    interval_us, margin_us, period_us = settings.timings_us
-    ledger = MemoryLedger(
-        interval_us=interval_us,
-        margin_us=margin_us,
-        period_us=period_us,
-        reserve=settings.reserve,
-        reads=settings.refresh is not None,
-        clock=settings.clock,
-    )
+    ledger = MemoryLedger(settings)
     if limit is not None:
         ledger.adopt(check_limit(limit, settings.reserve))
     return ledger
@@ -89,16 +81,10 @@ class NoOpQueue(GatewayQueue):
     """
 
     def __init__(self) -> None:
-        super().__init__(lambda _: _no_account(), Settings(margin=0))
+        super().__init__(NoLedger, Settings(margin=0))
 
     def update(self, limit: SessionStartLimit) -> None:
         """Ignore the limit."""
-
-
-def _no_account() -> MemoryLedger:
-    return MemoryLedger(
-        interval_us=0, margin_us=0, period_us=0, reserve=0, reads=False, clock=SYSTEM_CLOCK
-    )
 
 
 class LocalQueue(GatewayQueue):

@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import re
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Literal, Protocol, Self, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
-from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.errors import AcquireTimeout
-from gateway_queue_sync.events import Observer
-from gateway_queue_sync.ledgers import Ledger
-from gateway_queue_sync.limit_reader import LimitReader, Refresh
+from gateway_queue_sync.ledgers.remote import Ledger
 from gateway_queue_sync.models import (
-    DEFAULT_MARGIN,
-    IDENTIFY_INTERVAL,
-    SESSION_PERIOD,
     Permit,
     QueueSnapshot,
     SessionStartLimit,
-    real_number,
-    seconds,
+    check_limit,
+    timeout_seconds,
+    to_priority_us,
     whole_number,
 )
 from gateway_queue_sync.scheduler import Scheduler
-from gateway_queue_sync.token_bucket import check_limit, to_us
-
-WhenExhausted = Literal["wait", "raise"]
+from gateway_queue_sync.settings import Settings
+from gateway_queue_sync.worker import enqueue
 
 NO_PRIORITY = 0.0
-REREAD_AFTER = 600.0
-"""Seconds after which a limit is read again when the queue is used: others may start sessions, too."""
-
-MAX_PRIORITY_US = 1 << 51
-"""71 years: more makes no difference, and not every ledger could hold it."""
-
-DEFAULT_LEASE = 5.0
-"""Seconds for which a process counts that was not heard of."""
 
 
 @runtime_checkable
@@ -53,55 +35,6 @@ class Queue(Protocol):
             shard_id: the shard that wants to IDENTIFY, from 0 on.
             timeout: the longest wait in seconds; ``None`` waits for ever.
         """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The settings of a queue, checked. Each is a keyword argument of the policies that have it.
-
-    Raises:
-        TypeError, ValueError: a setting is of the wrong kind or out of range.
-    """
-
-    name: str = "default"
-    refresh: Refresh | None = None
-    reread_after: float | None = REREAD_AFTER
-    reserve: int = 0
-    when_exhausted: WhenExhausted = "wait"
-    period: float = SESSION_PERIOD
-    interval: float = IDENTIFY_INTERVAL
-    margin: float = DEFAULT_MARGIN
-    lease: float = DEFAULT_LEASE
-    clock: Clock = SYSTEM_CLOCK
-    observer: Observer | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise TypeError(f"name must be a str, not {type(self.name).__name__}")
-        if not re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", self.name):
-            raise ValueError(
-                f"name must be 1 to 64 letters, digits, or any of _ . : -, not {self.name!r}"
-            )
-        for name, callback in (("observer", self.observer), ("refresh", self.refresh)):
-            if callback is not None and not callable(callback):
-                raise TypeError(f"{name} must be callable, not {type(callback).__name__}")
-        if self.when_exhausted not in ("wait", "raise"):
-            raise ValueError(
-                f'when_exhausted must be "wait" or "raise", not {self.when_exhausted!r}'
-            )
-        if self.reread_after is not None:
-            seconds("reread_after", self.reread_after, above=0)
-        object.__setattr__(self, "reserve", whole_number("reserve", self.reserve))
-        seconds("interval", self.interval, above=0)
-        seconds("margin", self.margin)
-        seconds("period", self.period, above=0)
-        seconds("lease", self.lease, above=0.1)
-
-    @property
-    def timings_us(self) -> tuple[int, int, int]:
-        """The interval, the margin and the period in microseconds."""
-        interval_us, period_us = to_us(self.interval), to_us(self.period)
-        return max(1, interval_us), to_us(self.margin), max(1, period_us)
 
 
 class GatewayQueue:
@@ -122,19 +55,7 @@ class GatewayQueue:
 
     def __init__(self, make_ledger: Callable[[Settings], Ledger], settings: Settings) -> None:
         self._settings = settings
-        reader = None
-        if settings.refresh is not None:
-            now_us = settings.clock.now_us()
-            reader = LimitReader(settings.refresh, settings.reread_after, now_us)
-        self._scheduler = Scheduler(
-            make_ledger(settings),
-            clock=settings.clock,
-            observer=settings.observer,
-            reserve=settings.reserve,
-            raises=settings.when_exhausted == "raise",
-            reader=reader,
-            owner=type(self).__name__,
-        )
+        self._scheduler = Scheduler(make_ledger(settings), settings, owner=type(self).__name__)
 
     # --- permits ----------------------------------------------------------------------------------
 
@@ -164,16 +85,13 @@ class GatewayQueue:
         if type(shard_id) is not int or shard_id < 0:
             shard_id = whole_number("shard_id", shard_id)
         if timeout is not None:
-            timeout = _timeout(timeout)
-        priority_us = 0 if priority is NO_PRIORITY else _priority_us(priority)
+            timeout = timeout_seconds(timeout)
+        priority_us = 0 if priority is NO_PRIORITY else to_priority_us(priority)
         scheduler = self._scheduler
-        permit = scheduler.try_free(shard_id)
+        forks, permit = scheduler.forks, scheduler.try_free(shard_id)
         if permit is None or permit.reporter is None:
-            forks = scheduler.forks
             permit = scheduler.wait(shard_id, timeout, priority_us, permit)
-            if scheduler.forks != forks:  # a signal handler forked in here, and this is the child
-                raise scheduler.forked()
-        elif scheduler.forks:
+        if scheduler.forks != forks:  # a signal handler forked in here, and this is the child
             raise scheduler.forked()
         return permit
 
@@ -190,17 +108,10 @@ class GatewayQueue:
             RuntimeError: as ``acquire`` does.
         """
         shard_id = whole_number("shard_id", shard_id)
-        scheduler = self._scheduler
-        forks = scheduler.forks
-        permit = scheduler.try_free(shard_id)
-        if permit is None or permit.reporter is None:
-            try:
-                permit = scheduler.wait(shard_id, 0.0, 0, permit, explain=False)
-            except AcquireTimeout:
-                return None
-        if scheduler.forks != forks:
-            raise scheduler.forked()
-        return permit
+        try:
+            return self.acquire(shard_id, 0.0)
+        except AcquireTimeout:
+            return None
 
     def enqueue(self, shard_id: int, *, priority: float = 0.0) -> Future[Permit]:
         """Join the line without a thread, and return the future of the permit. Never blocks.
@@ -224,7 +135,11 @@ class GatewayQueue:
             RuntimeError: as ``acquire`` does.
         """
         shard_id = whole_number("shard_id", shard_id)
-        return self._scheduler.enqueue(shard_id, _priority_us(priority))
+        scheduler = self._scheduler
+        forks, future = scheduler.forks, enqueue(scheduler, shard_id, to_priority_us(priority))
+        if scheduler.forks != forks:
+            raise scheduler.forked()
+        return future
 
     # --- the queue --------------------------------------------------------------------------------
 
@@ -273,7 +188,12 @@ class GatewayQueue:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._scheduler.describe()}>"
+        scheduler = self._scheduler
+        left = scheduler.ledger.budget()
+        limit = "" if left is None else f" remaining={left.remaining}/{left.total}"
+        state = " closed" if scheduler.closed else ""
+        waiting, granted = len(scheduler.lines), scheduler.ledger.granted
+        return f"<{type(self).__name__} waiting={waiting} granted={granted}{limit}{state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError(
@@ -285,18 +205,3 @@ class GatewayQueue:
 def scheduler_of(queue: GatewayQueue) -> Scheduler:
     """Return what a queue is made of, for this package's own use: the broker, status, tests."""
     return queue._scheduler
-
-
-def _timeout(timeout: object) -> float | None:
-    """Return a timeout in seconds, ``None`` for one that never ends."""
-    number = real_number("timeout", timeout)
-    if number < 0:
-        raise ValueError(f"timeout must not be negative, not {number:g}")
-    return number if number <= threading.TIMEOUT_MAX else None
-
-
-def _priority_us(priority: object) -> int:
-    number = real_number("priority", priority)
-    if math.isinf(number):
-        raise ValueError(f"priority must be finite, not {number}")
-    return max(-MAX_PRIORITY_US, min(to_us(number), MAX_PRIORITY_US))

@@ -20,7 +20,7 @@ from gateway_queue_sync.ledgers.adapter import snapshot
 from gateway_queue_sync.ledgers.shared import STRANGER, SharedLedger
 from gateway_queue_sync.models import BucketSnapshot, QueueSnapshot, seconds
 from gateway_queue_sync.policies import redis_ledger, sqlite_ledger
-from gateway_queue_sync.queue import Settings
+from gateway_queue_sync.settings import Settings
 
 FIRST_SHOWN = 5  # of those who wait in a bucket
 CLEAR = "\x1b[H\x1b[2J"

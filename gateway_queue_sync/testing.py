@@ -12,11 +12,12 @@ from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.models import (
     IDENTIFY_INTERVAL,
     SESSION_PERIOD,
+    US_PER_SECOND,
     SessionStartLimit,
     seconds,
+    to_us,
     whole_number,
 )
-from gateway_queue_sync.token_bucket import US_PER_SECOND, to_us
 
 if TYPE_CHECKING:
     from gateway_queue_sync.clock import Lock

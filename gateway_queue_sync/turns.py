@@ -22,9 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
-from gateway_queue_sync import token_bucket
+from gateway_queue_sync import limits, token_bucket
 from gateway_queue_sync.messages import (
     OUTCOMES,
     News,
@@ -36,7 +36,7 @@ from gateway_queue_sync.messages import (
     Waiter,
     in_order,
 )
-from gateway_queue_sync.models import Permit, SessionStartLimit
+from gateway_queue_sync.models import US_PER_SECOND, Permit, SessionStartLimit
 from gateway_queue_sync.token_bucket import NEVER, Account, Denial, Reason, TokenBucket
 
 MAX_GRACE_US = 100_000
@@ -54,8 +54,9 @@ class SharedAccount(Account):
         opened_us: from when on graces count at least, where there is a budget or a window again:
             after a reset, or when the first have woken that could not know of a surprise.
         refresher, refresh_until_us: which process reads the limit anew, and until when others let it.
-        reserve: that of whoever asked for a permit last, and ``period_us`` that of whoever asked for
-            anything: for those who look.
+
+    ``reserve`` is that of whoever asked for a permit last, and ``period_us`` that of whoever asked for
+    anything: for those who look.
     """
 
     interval_us: int = 0
@@ -65,7 +66,6 @@ class SharedAccount(Account):
     opened_us: int = NEVER
     refresher: str = ""
     refresh_until_us: int = NEVER
-    reserve: int = 0
 
 
 @dataclass(slots=True)
@@ -188,7 +188,7 @@ class _Turn:
         order = request.order
         given = order is not None and order.kind in ("open", "renew")
         limit = order.limit if given and order is not None and order.limit else request.limit
-        token_bucket.adopt(account, limit, self.wall_us)
+        limits.adopt(account, limit, self.wall_us)
         account.refresh_owed = not given
         return account
 
@@ -238,7 +238,7 @@ class _Turn:
 
     def _reply(self, *, known: bool, booked: bool, void: bool = False) -> Reply:
         account = self.account
-        left = token_bucket.budget(account, self.wall_us)
+        left = limits.budget(account, self.wall_us)
         assert left is not None
         ready_in_us: tuple[tuple[int, int], ...] = ()
         others_us = 0
@@ -246,7 +246,7 @@ class _Turn:
         if self.request.look:
             self._load_all()
             ready_in_us = tuple(
-                (number, token_bucket.ready_in_us(account, bucket, self.now_us))
+                (number, max(0, token_bucket.closed_for_us(account, bucket, self.now_us)))
                 for number, bucket in sorted(account.buckets.items())
             )
             others_us = max(
@@ -324,7 +324,7 @@ class _Turn:
         if permit is None:
             return
         self._bucket(permit.shard_id)
-        token_bucket.unused(self.account, permit)
+        token_bucket.unused(self.account, cast(Permit, permit))
         self._open_by_surprise()
         self.store.put_permit(self.request.owner, permit)
 
@@ -333,10 +333,10 @@ class _Turn:
             return
         self._bucket(permit.shard_id)
         if news.kind == "sent":
-            token_bucket.sent(self.account, permit, at_us)
+            token_bucket.sent(self.account, cast(Permit, permit), at_us)
         else:
             permit.refused = True
-            token_bucket.rejected(self.account, permit, at_us)
+            token_bucket.rejected(self.account, cast(Permit, permit), at_us)
             if permit.period >= 0:
                 self.store.put_permit(self.request.owner, permit)
 
@@ -348,7 +348,7 @@ class _Turn:
         if account.refresher == self.request.owner:
             account.refresher = ""
         if order.kind == "trust":
-            return token_bucket.trust(account, order.period)
+            return self._trust(order.period)
         if order.limit is None or (self.new and order.kind in ("open", "renew")):
             return True  # there is nothing new in it
         other_buckets = order.limit.max_concurrency != account.max_concurrency
@@ -356,19 +356,24 @@ class _Turn:
             self._load_all()
             self.relaid = True
         if order.kind == "renew":
-            limit = token_bucket.renew(
-                account, order.limit, order.period, order.granted, self.wall_us
-            )
-            if limit is None:
-                return False
+            if account.period != order.period:
+                return False  # an update came before it
+            limit = limits.less_starts(order.limit, account.granted - order.granted)
+            limits.adopt(account, limit, self.wall_us)
         elif order.kind == "open":
             self._open_with(order.limit)
         else:
-            token_bucket.adopt(account, order.limit, self.wall_us)
+            limits.adopt(account, order.limit, self.wall_us)
         self.account.default_bucket.rejections = 0  # which the ledgers do not store
         if other_buckets or order.kind != "open":  # which gives nobody more than there was
             self._open_by_surprise()
         return True
+
+    def _trust(self, period: int) -> bool:
+        """Let the last known total count at the reset of ``period``; false if that is outdated."""
+        account = self.account
+        account.refresh_owed = account.refresh_owed or account.period == period
+        return account.period == period
 
     def _open_by_surprise(self) -> None:
         self.account.opened_us = self.now_us + self._longest_sleep_us()
@@ -382,17 +387,17 @@ class _Turn:
         period, owed, left = (
             account.period,
             account.refresh_owed,
-            token_bucket.budget(account, self.wall_us),
+            limits.budget(account, self.wall_us),
         )
         runs = left is not None and left.resets_in_us > 0
         if runs and left is not None:
-            resets_in = left.resets_in_us / token_bucket.US_PER_SECOND
+            resets_in = left.resets_in_us / US_PER_SECOND
             if limit.remaining >= left.remaining:
                 remaining, reset_after = min(left.remaining, limit.total), resets_in
             else:
                 remaining, reset_after = limit.remaining, max(limit.reset_after, resets_in)
             limit = replace(limit, remaining=remaining, reset_after=reset_after)
-        token_bucket.adopt(account, limit, self.wall_us)
+        limits.adopt(account, limit, self.wall_us)
         if runs:
             account.period, account.refresh_owed = period, owed
 
@@ -430,7 +435,6 @@ class _Turn:
             take.shard_id,
             now_us,
             self.wall_us,
-            take.reserve,
             take.can_refresh,
             turn_us,
         )

@@ -33,7 +33,7 @@ _serials = itertools.count()
 
 def ledger_of(queue: GatewayQueue) -> SharedLedger:
     """Return what a queue's worker asks for permits."""
-    shared = scheduler_of(queue).ledger.shared  # type: ignore[union-attr]
+    shared = scheduler_of(queue).ledger.ledger.shared  # type: ignore[union-attr]
     assert isinstance(shared, SharedLedger)
     return shared
 

@@ -644,6 +644,21 @@ def test_what_is_left_is_never_more_than_the_total_less_the_own_permits(account,
 
 @memory
 @pytest.mark.accounts("memory")
+def test_a_higher_number_that_is_not_used_is_warned_of_once(account, clock, crew, caplog):
+    answers = [limit(100, 100, DAY - 600), limit(100, 100, DAY - 1200), limit(100, 90, DAY - 1800)]
+    queue, _ = reread(account, clock, crew, limit(100, 50, DAY), *answers)
+    (warning,) = [text for text in caplog.messages if "update()" in text]
+    assert "100 session starts are left" in warning
+    assert "goes by 1 fewer" in warning  # the other one is so new that Discord may not know it
+    for _ in range(2):
+        clock.advance(600)
+        queue.acquire(0)
+        rest(crew, clock)
+    assert len([text for text in caplog.messages if "update()" in text]) == 1
+
+
+@memory
+@pytest.mark.accounts("memory")
 def test_each_permit_counts_once_whether_discord_has_seen_it_or_not(account, clock, crew):
     refresh = Answers(limit(100, 97, DAY - 600), limit(100, 94, DAY - 1200))
     queue = account.large(limit(100, 100, DAY, max_concurrency=16), refresh=refresh, clock=clock)

@@ -19,7 +19,8 @@ from gateway_queue_sync import (
     ShardLeft,
     ShardWaiting,
 )
-from gateway_queue_sync.lines import PermitFuture, Waiter
+from gateway_queue_sync.future import PermitFuture
+from gateway_queue_sync.lines import Waiter
 
 WINDOW = 5.25
 

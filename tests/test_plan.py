@@ -15,10 +15,11 @@ from gateway_queue_sync import (
     ShardStart,
     forecast,
     plan_start,
-    token_bucket,
 )
+from gateway_queue_sync.limits import adopt, budget
+from gateway_queue_sync.models import US_PER_SECOND, to_us
 from gateway_queue_sync.testing import FakeClock
-from gateway_queue_sync.token_bucket import US_PER_SECOND, Account, to_us
+from gateway_queue_sync.token_bucket import Account
 
 WINDOW = 5.25
 DAY = 86_400.0
@@ -162,7 +163,7 @@ def test_any_shards_in_any_order_do_where_the_budget_lasts(shard_ids, max_concur
 def test_it_agrees_with_the_forecast_that_snapshots_show(count, some, reserve):
     reserve = min(reserve, some.total - 1)
     account = Account(window_us=to_us(WINDOW), period_us=to_us(DAY))
-    token_bucket.adopt(account, some, 0)
+    adopt(account, some, 0)
     buckets = range(some.max_concurrency)
     outlook = forecast.Outlook(
         now_us=0,
@@ -172,7 +173,7 @@ def test_it_agrees_with_the_forecast_that_snapshots_show(count, some, reserve):
         max_concurrency=some.max_concurrency,
         ready_in_us={},
         others_ready_in_us=0,
-        budget=token_bucket.budget(account, 0),
+        budget=budget(account, 0),
         granted=0,
     )
     lines = {b: len(range(b, count, some.max_concurrency)) for b in buckets}

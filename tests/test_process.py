@@ -309,6 +309,44 @@ def test_a_child_that_a_signal_handler_forks_inside_a_call_gets_no_permit(call, 
     assert (outcome.stdout, outcome.stderr) == ("True\n", "")
 
 
+@needs_fork
+@pytest.mark.parametrize("is_head", [False, True])
+def test_a_child_that_a_signal_handler_forks_while_its_thread_sleeps_is_refused(is_head):
+    """It slept for ever: whoever would have woken it is in the parent."""
+    outcome = python(
+        f"""
+    import contextlib, os, signal, threading, warnings
+    from gateway_queue_sync import LocalQueue, QueueClosed
+    warnings.simplefilter("ignore")  # from 3.12 on: this process has several threads
+    queue = LocalQueue(interval=3600)
+    queue.acquire(0)
+    def wait():
+        with contextlib.suppress(QueueClosed):
+            queue.acquire(1)
+    if not {is_head}:
+        threading.Thread(target=wait, daemon=True).start()
+        while queue.snapshot().waiting < 1:
+            pass
+    child = None
+    def fork(*_):
+        global child
+        child = os.fork()
+        if child:
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            queue.close()
+    signal.signal(signal.SIGALRM, fork)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        queue.acquire(2)
+    except QueueClosed:
+        print("closed")
+    except RuntimeError as error:
+        os._exit(7 if child == 0 and "before the process forked" in str(error) else 1)
+        """
+    )
+    assert (outcome.stdout, outcome.stderr) == ("7\nclosed\n", "")
+
+
 # --- the end of the interpreter -------------------------------------------------------------------
 
 

@@ -128,7 +128,7 @@ def test_nobody_barges_past_a_line_in_another_process(two, clock, crew):
 @contextlib.contextmanager
 def clock_stopped_for(queue):
     """Hold up the worker of a queue when it is about to ask, as a busy machine does."""
-    ledger, go_on = scheduler_of(queue).ledger, threading.Event()
+    ledger, go_on = scheduler_of(queue).ledger.ledger, threading.Event()
     exchange = ledger.exchange
 
     def held_up(wants):

@@ -35,7 +35,7 @@ from gateway_queue_sync import (
     SqliteQueue,
 )
 from gateway_queue_sync.clock import SystemClock
-from gateway_queue_sync.ledgers import session
+from gateway_queue_sync.ledgers import remote
 from gateway_queue_sync.ledgers import shared as ledgers
 from gateway_queue_sync.ledgers.tables import SCHEMA_VERSION
 from gateway_queue_sync.testing import Referee
@@ -301,7 +301,7 @@ def test_ctrl_c_ends_a_wait_for_a_locked_file(path, queue, hold):
     from gateway_queue_sync import LedgerError, SqliteQueue
     from gateway_queue_sync.queue import scheduler_of
     queue = SqliteQueue(sys.argv[1], interval=0.05, margin=0.05)
-    ledger, failed = scheduler_of(queue).ledger.shared, threading.Event()
+    ledger, failed = scheduler_of(queue).ledger.ledger.shared, threading.Event()
     carry = ledger.carry
     def noted(*args):
         try:
@@ -378,7 +378,7 @@ def test_a_future_outlasts_a_locked_file(queue, hold, monkeypatch):
 
 
 def test_each_outage_is_warned_of_once(queue, hold, crew, caplog, monkeypatch):
-    monkeypatch.setattr(session, "MAX_PAUSE_US", 100_000)
+    monkeypatch.setattr(remote, "MAX_PAUSE_US", 100_000)
     queue.update(limit(max_concurrency=2))
     failures = failures_of(queue, monkeypatch)
     for outage in (1, 2):
@@ -1169,7 +1169,7 @@ from gateway_queue_sync import QueueClosed, SqliteQueue
 from gateway_queue_sync.queue import scheduler_of
 path = sys.argv[1]
 queue = SqliteQueue(path, interval=0.05, margin=0.05)
-ledger = scheduler_of(queue).ledger.shared
+ledger = scheduler_of(queue).ledger.ledger.shared
 queue.acquire(0)
 
 def transaction_in_a_thread():
@@ -1866,7 +1866,7 @@ from gateway_queue_sync.queue import scheduler_of
 faulthandler.dump_traceback_later(8, exit=True)     # it is stuck
 queue = SqliteQueue(sys.argv[1], interval=0.05, margin=0.05)
 permit = queue.acquire(0)
-ledger = scheduler_of(queue).ledger.shared
+ledger = scheduler_of(queue).ledger.ledger.shared
 answer = ledger._answer
 
 def another_reports_meanwhile(*args):

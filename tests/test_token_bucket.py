@@ -8,14 +8,17 @@ import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway_queue_sync import forecast, models, token_bucket
+from gateway_queue_sync import forecast, limits, models, token_bucket
 from gateway_queue_sync.forecast import Outlook
+from gateway_queue_sync.limits import Budget
 from gateway_queue_sync.models import Permit, SessionStartLimit
+from gateway_queue_sync.settings import Settings
 from gateway_queue_sync.token_bucket import MANY_REJECTIONS, Account, Denial, Reason
 
 S = 1_000_000
@@ -29,38 +32,37 @@ def limit(total=1000, remaining=None, reset_after=0.0, max_concurrency=1):
     return SessionStartLimit(total, remaining, reset_after, max_concurrency)
 
 
-def account(window_us=W, max_concurrency=1):
+def account(window_us=W, **fields):
     """An account that keeps no budget."""
-    return Account(window_us=window_us, period_us=DAY, max_concurrency=max_concurrency)
+    return Account(window_us=window_us, period_us=DAY, **fields)
 
 
-def with_budget(total=1000, remaining=None, reset_after=0.0, max_concurrency=1, at=0):
-    kept = account()
-    token_bucket.adopt(kept, limit(total, remaining, reset_after, max_concurrency), at)
+def with_budget(total=1000, remaining=None, reset_after=0.0, max_concurrency=1, at=0, **fields):
+    kept = account(**fields)
+    limits.adopt(kept, limit(total, remaining, reset_after, max_concurrency), at)
     return kept
 
 
-def take(kept, now_us, shard_id=0, *, wall_us=None, **settings):
-    """Ask at an instant that both clocks show, unless the wall clock has its own."""
-    return token_bucket.take(
-        kept, shard_id, now_us, now_us if wall_us is None else wall_us, **settings
-    )
+def take(kept, now_us, shard_id=0, **asked):
+    """Ask at an instant that both clocks show, unless the wall clock has its own (``wall_us``)."""
+    return token_bucket.take(kept, shard_id, now_us, **asked)
 
 
-def granted(kept, now_us, shard_id=0, **settings):
-    permit = take(kept, now_us, shard_id, **settings)
+def granted(kept, now_us, shard_id=0, **asked):
+    permit = take(kept, now_us, shard_id, **asked)
     assert isinstance(permit, Permit), permit
     return permit
 
 
 def ready_in_us(kept, number, now_us):
     """Return how long the window of a bucket still lasts, which may never have granted."""
-    return token_bucket.ready_in_us(kept, kept.buckets.get(number, kept.default_bucket), now_us)
+    bucket = kept.buckets.get(number, kept.default_bucket)
+    return max(0, token_bucket.closed_for_us(kept, bucket, now_us))
 
 
-def wait(kept, now_us, shard_id=0, **settings):
+def wait(kept, now_us, shard_id=0, **asked):
     """How long the account lets a shard wait, 0 if it grants; the account is left alone."""
-    answer = take(copy.deepcopy(kept), now_us, shard_id, **settings)
+    answer = take(copy.deepcopy(kept), now_us, shard_id, **asked)
     return 0 if isinstance(answer, Permit) else answer.wait_us
 
 
@@ -80,12 +82,23 @@ def wait(kept, now_us, shard_id=0, **settings):
     ],
 )
 def test_seconds_become_whole_microseconds(in_seconds, in_us):
-    assert token_bucket.to_us(in_seconds) == in_us
+    assert models.to_us(in_seconds) == in_us
 
 
 @given(st.integers(0, 10**12))
 def test_microseconds_survive_being_seconds(in_us):
-    assert token_bucket.to_us(in_us / S) == in_us
+    assert models.to_us(in_us / S) == in_us
+
+
+@pytest.mark.parametrize(
+    ("interval", "margin", "period", "in_us"),
+    [
+        (5.0, 0.25, 60.0, (5 * S, S // 4, MINUTE)),
+        (1e-9, 0.0, 1e-9, (1, 0, 1)),  # neither can be nothing
+    ],
+)
+def test_the_timings_of_the_settings_are_whole_microseconds(interval, margin, period, in_us):
+    assert Settings(interval=interval, margin=margin, period=period).timings_us == in_us
 
 
 # --- windows --------------------------------------------------------------------------------------
@@ -167,6 +180,15 @@ def test_without_a_window_every_call_grants():
     assert [granted(kept, 0).serial for _ in range(3)] == [1, 2, 3]
 
 
+def test_whose_turn_comes_later_than_the_window_ends_waits_for_that():
+    kept = account()
+    granted(kept, 0)
+    assert take(kept, S, not_before_us=W - 1) == Denial(W - S, Reason.WINDOW)
+    assert take(kept, S, not_before_us=W + S) == Denial(W, Reason.WINDOW)
+    assert take(kept, W, not_before_us=W + S) == Denial(S, Reason.WINDOW)
+    granted(kept, W + S, not_before_us=W + S)
+
+
 # --- the budget -----------------------------------------------------------------------------------
 
 
@@ -175,14 +197,14 @@ def test_a_permit_is_charged_when_it_is_granted_and_a_denial_never():
     assert granted(kept, 0).remaining == 2
     for now_us in (0, 1, W - 1):
         take(kept, now_us)
-        assert token_bucket.budget(kept, now_us).remaining == 2
+        assert limits.budget(kept, now_us).remaining == 2
     assert granted(kept, W).remaining == 1
 
 
 def test_without_a_limit_no_budget_is_kept():
     kept = account()
     assert granted(kept, 0).remaining is None
-    assert token_bucket.budget(kept, 0) is None
+    assert limits.budget(kept, 0) is None
 
 
 def test_a_spent_budget_denies_until_the_reset():
@@ -209,8 +231,8 @@ def test_a_denial_for_the_budget_counts_in_a_window_that_lasts_longer():
 
 @pytest.mark.parametrize(("reserve", "grants"), [(0, 5), (1, 4), (4, 1), (5, 0), (99, 0)])
 def test_the_reserve_is_never_touched(reserve, grants):
-    kept = with_budget(remaining=5, reset_after=DAY / S)
-    answers = [take(kept, number * W, reserve=reserve) for number in range(8)]
+    kept = with_budget(remaining=5, reset_after=DAY / S, reserve=reserve)
+    answers = [take(kept, number * W) for number in range(8)]
     assert [isinstance(answer, Permit) for answer in answers] == [True] * grants + [False] * (
         8 - grants
     )
@@ -220,8 +242,8 @@ def test_the_reserve_is_never_touched(reserve, grants):
 def test_a_period_starts_at_the_first_permit_after_a_reset():
     kept = with_budget(total=2, remaining=0, reset_after=10.0)
     assert granted(kept, 50 * S).remaining == 1
-    assert token_bucket.budget(kept, 50 * S).resets_in_us == DAY
-    assert token_bucket.budget(kept, 51 * S).resets_in_us == DAY - S
+    assert limits.budget(kept, 50 * S).resets_in_us == DAY
+    assert limits.budget(kept, 51 * S).resets_in_us == DAY - S
 
 
 @pytest.mark.parametrize(("now_us", "remaining"), [(100 * S - 1, 498), (100 * S, 999)])
@@ -236,14 +258,14 @@ def test_a_reset_renews_even_a_budget_that_is_not_spent(now_us, remaining):
 )
 def test_a_reset_that_is_due_shows_as_done(now_us, remaining, resets_in_us):
     kept = with_budget(total=9, remaining=3, reset_after=100.0)
-    assert token_bucket.budget(kept, now_us) == token_bucket.Budget(9, remaining, resets_in_us)
+    assert limits.budget(kept, now_us) == Budget(9, remaining, resets_in_us)
 
 
 def test_a_reset_shows_as_done_until_the_next_permit():
     kept = with_budget(total=9, remaining=3, reset_after=100.0)
-    assert token_bucket.budget(kept, 10 * DAY) == token_bucket.Budget(9, 9, 0)
+    assert limits.budget(kept, 10 * DAY) == Budget(9, 9, 0)
     granted(kept, 10 * DAY)
-    assert token_bucket.budget(kept, 10 * DAY) == token_bucket.Budget(9, 8, DAY)
+    assert limits.budget(kept, 10 * DAY) == Budget(9, 8, DAY)
 
 
 def test_the_budget_runs_on_the_wall_clock_and_windows_do_not():
@@ -253,19 +275,25 @@ def test_the_budget_runs_on_the_wall_clock_and_windows_do_not():
     assert take(kept, W, wall_us=DAY + 99 * S).wait_us == S
 
 
+def test_a_ledger_with_one_clock_shows_it_once():
+    kept, alike = with_budget(remaining=1, reset_after=100.0), with_budget(1000, 1, 100.0)
+    for now_us in (0, W, 100 * S, 100 * S + W):
+        assert shown(take(kept, now_us)) == shown(take(alike, now_us, wall_us=now_us))
+
+
 # --- limits that reset at once --------------------------------------------------------------------
 
 
 def test_an_untouched_limit_that_resets_at_once_has_not_begun_its_period():
     kept = with_budget(total=5, reset_after=0.0)
-    assert token_bucket.budget(kept, 0) == token_bucket.Budget(5, 5, 0)
+    assert limits.budget(kept, 0) == Budget(5, 5, 0)
     assert not isinstance(take(kept, 7 * S, can_refresh=True), Denial)
-    assert token_bucket.budget(kept, 7 * S) == token_bucket.Budget(5, 4, DAY)
+    assert limits.budget(kept, 7 * S) == Budget(5, 4, DAY)
 
 
 def test_a_spent_limit_that_resets_at_once_is_due():
     kept = with_budget(total=5, remaining=0, reset_after=0.0)
-    assert token_bucket.budget(kept, 0) == token_bucket.Budget(5, 5, 0)
+    assert limits.budget(kept, 0) == Budget(5, 5, 0)
     assert take(kept, 0, can_refresh=True) == Denial(0, Reason.RESET, period=1)
     assert granted(kept, 0).remaining == 4
 
@@ -273,7 +301,7 @@ def test_a_spent_limit_that_resets_at_once_is_due():
 def test_an_untouched_limit_keeps_the_reset_that_it_comes_with():
     kept = with_budget(total=5, reset_after=100.0)
     granted(kept, 0)
-    assert token_bucket.budget(kept, 0) == token_bucket.Budget(5, 4, 100 * S)
+    assert limits.budget(kept, 0) == Budget(5, 4, 100 * S)
 
 
 # --- reading the limit anew -----------------------------------------------------------------------
@@ -319,8 +347,62 @@ def test_a_reading_that_is_owed_is_asked_for_at_the_next_permit_and_after_its_wi
 def test_a_limit_that_was_read_is_owed_no_more():
     kept = with_budget(total=9, remaining=0, reset_after=100.0)
     kept.refresh_owed = True
-    token_bucket.adopt(kept, limit(total=9, remaining=9), 100 * S)
+    limits.adopt(kept, limit(total=9, remaining=9), 100 * S)
     assert granted(kept, 100 * S, can_refresh=True).remaining == 8
+
+
+# --- a reset that waits for the limit to be read --------------------------------------------------
+
+
+@pytest.mark.parametrize(("later", "left_us"), [(0, 5 * S), (1, 5 * S - 1), (5 * S - 1, 1)])
+def test_a_reset_that_is_due_waits_for_the_limit_for_as_long_as_its_patience(later, left_us):
+    kept = with_budget(total=9, remaining=5, reset_after=100.0, patience_us=5 * S)
+    granted(kept, 0)
+    before = copy.deepcopy(kept)
+    told = Denial(left_us, Reason.RESET, period=1, granted=1)
+    assert take(kept, 100 * S + later) == told
+    assert take(kept, 100 * S + later, can_refresh=True) == told
+    assert kept == before
+
+
+@pytest.mark.parametrize("later", [5 * S, 5 * S + 1, DAY])
+def test_when_the_patience_is_over_the_last_known_total_counts(later):
+    kept = with_budget(total=9, remaining=0, reset_after=100.0, patience_us=5 * S)
+    told = Denial(0, Reason.RESET, period=1)
+    assert take(copy.deepcopy(kept), 100 * S + later, can_refresh=True) == told
+    assert granted(kept, 100 * S + later).remaining == 8
+    assert limits.budget(kept, 100 * S + later).resets_in_us == DAY
+
+
+def test_the_patience_ends_as_soon_as_the_limit_is_there():
+    kept = with_budget(total=9, remaining=0, reset_after=100.0, patience_us=5 * S, recent={})
+    assert take(kept, 100 * S).reason is Reason.RESET
+    assert limits.read(kept, limit(9, 9, DAY / S), 100 * S, 101 * S) is True
+    assert granted(kept, 101 * S).remaining == 8
+
+
+def test_the_patience_runs_while_the_window_does():
+    """So nobody waits for a limit who could not go on without it."""
+    kept = with_budget(total=9, remaining=5, reset_after=1.0, patience_us=5 * S)
+    granted(kept, 0)
+    assert take(kept, 2 * S) == Denial(W - 2 * S, Reason.WINDOW)
+    assert take(kept, W) == Denial(6 * S - W, Reason.RESET, period=1, granted=1)
+    granted(kept, 6 * S)
+
+
+def test_there_is_no_patience_before_the_reset_nor_without_one():
+    kept = with_budget(total=9, remaining=2, reset_after=100.0, patience_us=5 * S)
+    assert granted(kept, 0).remaining == 1
+    assert granted(kept, 100 * S - 1).remaining == 0
+    assert granted(with_budget(total=9, patience_us=5 * S), 0).remaining == 8
+    assert granted(account(patience_us=5 * S), 0).remaining is None
+
+
+def test_a_reading_that_is_owed_puts_nobody_off_who_cannot_read():
+    kept = with_budget(total=9, remaining=0, reset_after=100.0, patience_us=5 * S, recent={})
+    granted(kept, 105 * S)
+    assert kept.refresh_owed
+    assert granted(kept, 105 * S + W).remaining == 7
 
 
 # --- limits that are read again and again ---------------------------------------------------------
@@ -338,11 +420,11 @@ def with_reads(total=1000, remaining=None, reset_after=3600.0, max_concurrency=1
 def read(kept, now_us, remaining=1000, resets_at_us=HOUR, *, sent_us=None, **figures):
     """Take in an answer that shows this reset; it was asked for at the same instant, if not before."""
     found = limit(figures.pop("total", 1000), remaining, (resets_at_us - now_us) / S, **figures)
-    return token_bucket.read(kept, found, now_us if sent_us is None else sent_us, now_us)
+    return limits.read(kept, found, now_us if sent_us is None else sent_us, now_us)
 
 
 def left(kept, now_us):
-    return token_bucket.budget(kept, now_us).remaining
+    return limits.budget(kept, now_us).remaining
 
 
 @pytest.mark.parametrize(
@@ -451,7 +533,7 @@ def test_resets_that_differ_by_up_to_5_minutes_are_one(off_us):
     kept = with_reads()
     assert read(kept, MINUTE, 800, HOUR + off_us) is True
     assert left(kept, MINUTE) == 800
-    assert token_bucket.budget(kept, MINUTE).resets_in_us == HOUR - MINUTE
+    assert limits.budget(kept, MINUTE).resets_in_us == HOUR - MINUTE
     assert kept.other_reset is None
 
 
@@ -459,9 +541,7 @@ def test_another_total_counts_at_once_if_the_reset_is_the_same():
     kept = with_reads()
     granted(kept, 0)
     read(kept, 2 * MINUTE, 1999, total=2000)
-    assert token_bucket.budget(kept, 2 * MINUTE) == token_bucket.Budget(
-        2000, 1999, HOUR - 2 * MINUTE
-    )
+    assert limits.budget(kept, 2 * MINUTE) == Budget(2000, 1999, HOUR - 2 * MINUTE)
 
 
 def test_another_max_concurrency_lays_out_other_buckets():
@@ -478,7 +558,7 @@ def test_another_reset_does_not_count_before_it_is_confirmed(off_us):
     granted(kept, 0)
     assert read(kept, 2 * MINUTE, 1000, HOUR + off_us) is False
     assert left(kept, 2 * MINUTE) == 99
-    assert token_bucket.budget(kept, 2 * MINUTE).resets_in_us == HOUR - 2 * MINUTE
+    assert limits.budget(kept, 2 * MINUTE).resets_in_us == HOUR - 2 * MINUTE
     assert kept.period == 1
 
 
@@ -486,10 +566,10 @@ def test_until_another_reset_is_confirmed_the_smaller_numbers_count():
     kept = with_reads()
     granted(kept, 0)
     read(kept, 2 * MINUTE, 400, 10 * HOUR, total=500)
-    assert token_bucket.budget(kept, 2 * MINUTE) == token_bucket.Budget(500, 400, HOUR - 2 * MINUTE)
+    assert limits.budget(kept, 2 * MINUTE) == Budget(500, 400, HOUR - 2 * MINUTE)
     read(kept, 2 * MINUTE + S, 900, 10 * HOUR, total=2000)
-    assert token_bucket.budget(kept, 2 * MINUTE).remaining == 400
-    assert token_bucket.budget(kept, 2 * MINUTE).total == 500
+    assert limits.budget(kept, 2 * MINUTE).remaining == 400
+    assert limits.budget(kept, 2 * MINUTE).total == 500
 
 
 def test_a_second_read_after_a_minute_confirms_another_reset():
@@ -499,7 +579,7 @@ def test_a_second_read_after_a_minute_confirms_another_reset():
     assert read(kept, 3 * MINUTE - 1, 1000, 10 * HOUR) is False
     assert read(kept, 3 * MINUTE, 1000, 10 * HOUR + S) is True
     assert left(kept, 3 * MINUTE) == 1000
-    assert token_bucket.budget(kept, 3 * MINUTE).resets_in_us == 10 * HOUR + S - 3 * MINUTE
+    assert limits.budget(kept, 3 * MINUTE).resets_in_us == 10 * HOUR + S - 3 * MINUTE
     assert kept.period == 2
 
 
@@ -553,7 +633,7 @@ def test_a_read_at_a_reset_begins_a_period():
     kept = with_reads(remaining=3)
     granted(kept, 0)
     assert read(kept, HOUR, 990, 25 * HOUR) is True
-    assert token_bucket.budget(kept, HOUR) == token_bucket.Budget(1000, 990, DAY)
+    assert limits.budget(kept, HOUR) == Budget(1000, 990, DAY)
     assert kept.period == 2
 
 
@@ -568,9 +648,9 @@ def test_a_read_at_a_reset_takes_off_what_discord_may_not_have_seen():
 def test_a_read_at_a_reset_whose_period_has_not_begun():
     kept = with_reads(remaining=3)
     read(kept, HOUR, 1000, HOUR)
-    assert token_bucket.budget(kept, HOUR) == token_bucket.Budget(1000, 1000, 0)
+    assert limits.budget(kept, HOUR) == Budget(1000, 1000, 0)
     granted(kept, 2 * HOUR)
-    assert token_bucket.budget(kept, 2 * HOUR) == token_bucket.Budget(1000, 999, DAY)
+    assert limits.budget(kept, 2 * HOUR) == Budget(1000, 999, DAY)
 
 
 def test_a_reset_that_was_taken_on_trust_keeps_the_permits_since():
@@ -593,9 +673,9 @@ def test_after_a_reset_that_was_taken_on_trust_other_programs_count():
 def test_after_a_reset_that_was_taken_on_trust_the_next_read_needs_no_confirmation():
     kept = with_reads(remaining=0)
     granted(kept, HOUR)
-    assert token_bucket.budget(kept, HOUR).resets_in_us == DAY
+    assert limits.budget(kept, HOUR).resets_in_us == DAY
     assert read(kept, 2 * HOUR, 999, 20 * HOUR) is True
-    assert token_bucket.budget(kept, 2 * HOUR).resets_in_us == 18 * HOUR
+    assert limits.budget(kept, 2 * HOUR).resets_in_us == 18 * HOUR
 
 
 def test_a_read_is_owed_after_a_reset_that_was_taken_on_trust_only_where_the_limit_is_read():
@@ -617,7 +697,7 @@ def test_a_limit_that_is_given_ends_every_doubt():
     kept = with_reads(remaining=100)
     granted(kept, 0)
     read(kept, 2 * MINUTE, 1000, 10 * HOUR)
-    token_bucket.adopt(kept, limit(remaining=77, reset_after=60.0), 2 * MINUTE)
+    limits.adopt(kept, limit(remaining=77, reset_after=60.0), 2 * MINUTE)
     assert (kept.other_reset, kept.used, left(kept, 2 * MINUTE)) == (None, 0, 77)
 
 
@@ -667,14 +747,14 @@ class Bot:
 
     def __init__(self, total, max_concurrency):
         self.account = Account(window_us=W, period_us=PERIOD, recent={})
-        token_bucket.adopt(self.account, limit(total, max_concurrency=max_concurrency), 0)
+        limits.adopt(self.account, limit(total, max_concurrency=max_concurrency), 0)
         self.discord = Discord(total, PERIOD)
         self.now_us = 0
 
     def read(self, lag):
         found = self.discord.answer(self.now_us, lag * S)
         found = replace(found, max_concurrency=self.account.max_concurrency)
-        return token_bucket.read(self.account, found, self.now_us, self.now_us)
+        return limits.read(self.account, found, self.now_us, self.now_us)
 
     def take(self, shard_id, lag=None):
         """Take a permit as a queue does: at a reset it reads the limit, or trusts 5 s later."""
@@ -726,7 +806,7 @@ def test_an_answer_that_does_not_show_a_reset_taken_on_trust_is_not_believed():
         granted(kept, HOUR + number * W)
     now_us = HOUR + 20 * S
     assert read(kept, now_us, 3, now_us, total=3) is False
-    assert token_bucket.budget(kept, now_us) == token_bucket.Budget(3, 0, DAY - 20 * S)
+    assert limits.budget(kept, now_us) == Budget(3, 0, DAY - 20 * S)
     assert take(kept, now_us + MINUTE).reason is Reason.BUDGET
 
 
@@ -744,7 +824,7 @@ def test_an_unused_limit_that_may_not_show_recent_permits_is_taken_less_these():
     assert read(kept, HOUR, 1000, HOUR, max_concurrency=4) is False
     assert left(kept, HOUR) == 999
     assert granted(kept, HOUR, 1).remaining == 998
-    assert token_bucket.budget(kept, HOUR).resets_in_us == DAY
+    assert limits.budget(kept, HOUR).resets_in_us == DAY
 
 
 def test_a_reset_after_a_day_of_failed_reads_forgets_the_day_before():
@@ -775,7 +855,7 @@ def test_no_remaining_that_is_read_grants_more_than_the_total_until_the_reset(to
             now_us += W
             permits += isinstance(take(kept, now_us), Permit)
         else:
-            token_bucket.read(
+            limits.read(
                 kept,
                 limit(total, min(figure, total), (HOUR + off * S - now_us) / S),
                 now_us,
@@ -801,14 +881,14 @@ def test_no_remaining_that_is_read_grants_more_than_the_total_until_the_reset(to
 def test_no_answers_within_a_minute_grant_more_than_was_known_to_be_left(remaining, steps):
     """Whatever they say: another reset needs a second read a minute later."""
     kept = Account(window_us=0, period_us=DAY, recent={})
-    token_bucket.adopt(kept, limit(12, remaining, 3 * 3600.0), 0)
+    limits.adopt(kept, limit(12, remaining, 3 * 3600.0), 0)
     now_us, permits = 0, 0
     for step, figure, hours, pause_us in steps:
         now_us += pause_us
         if step == "take":
             permits += isinstance(take(kept, now_us), Permit)
         elif hours != 3:
-            token_bucket.read(kept, limit(12, figure, hours * 3600.0), now_us, now_us)
+            limits.read(kept, limit(12, figure, hours * 3600.0), now_us, now_us)
         assert permits + left(kept, now_us) <= remaining
 
 
@@ -818,7 +898,7 @@ def test_no_answers_within_a_minute_grant_more_than_was_known_to_be_left(remaini
 def test_a_permit_that_is_given_back_frees_its_window_and_refunds_its_budget():
     kept = with_budget(total=5)
     token_bucket.unused(kept, granted(kept, 0))
-    assert token_bucket.budget(kept, 0).remaining == 5
+    assert limits.budget(kept, 0).remaining == 5
     assert granted(kept, 0).remaining == 4
 
 
@@ -836,7 +916,7 @@ def test_a_permit_is_refunded_once():
     granted(kept, 0, shard_id=1)
     token_bucket.unused(kept, first)
     token_bucket.unused(kept, first)
-    assert token_bucket.budget(kept, 0).remaining == 4
+    assert limits.budget(kept, 0).remaining == 4
 
 
 def test_a_permit_given_back_late_refunds_its_budget_but_not_a_later_window():
@@ -844,7 +924,7 @@ def test_a_permit_given_back_late_refunds_its_budget_but_not_a_later_window():
     first = granted(kept, 0)
     granted(kept, W)
     token_bucket.unused(kept, first)
-    assert token_bucket.budget(kept, W).remaining == 4
+    assert limits.budget(kept, W).remaining == 4
     assert wait(kept, W) == W
 
 
@@ -862,23 +942,23 @@ def test_a_permit_of_another_period_is_not_refunded():
     old = granted(kept, 0)
     assert granted(kept, 100 * S).remaining == 4
     token_bucket.unused(kept, old)
-    assert token_bucket.budget(kept, 100 * S).remaining == 4
+    assert limits.budget(kept, 100 * S).remaining == 4
 
 
 def test_a_permit_of_another_limit_is_not_refunded():
     kept = with_budget(total=5)
     old = granted(kept, 0)
-    token_bucket.adopt(kept, limit(total=5, remaining=2, reset_after=100.0), S)
+    limits.adopt(kept, limit(total=5, remaining=2, reset_after=100.0), S)
     token_bucket.unused(kept, old)
-    assert token_bucket.budget(kept, S).remaining == 2
+    assert limits.budget(kept, S).remaining == 2
 
 
 def test_a_permit_from_before_there_was_a_budget_is_not_refunded():
     kept = account()
     old = granted(kept, 0)
-    token_bucket.adopt(kept, limit(total=5, remaining=2, reset_after=100.0), S)
+    limits.adopt(kept, limit(total=5, remaining=2, reset_after=100.0), S)
     token_bucket.unused(kept, old)
-    assert token_bucket.budget(kept, S).remaining == 2
+    assert limits.budget(kept, S).remaining == 2
 
 
 def test_a_refund_never_exceeds_the_total():
@@ -886,7 +966,7 @@ def test_a_refund_never_exceeds_the_total():
     permit = granted(kept, 0)
     kept.remaining = 5
     token_bucket.unused(kept, permit)
-    assert token_bucket.budget(kept, 0).remaining == 5
+    assert limits.budget(kept, 0).remaining == 5
 
 
 def test_a_permit_that_was_given_back_still_counts_as_granted():
@@ -899,7 +979,7 @@ def test_a_permit_that_was_given_back_still_counts_as_granted():
 def test_the_period_goes_on_when_its_first_permit_is_given_back():
     kept = with_budget(total=5)
     token_bucket.unused(kept, granted(kept, 0))
-    assert token_bucket.budget(kept, S) == token_bucket.Budget(5, 5, DAY - S)
+    assert limits.budget(kept, S) == Budget(5, 5, DAY - S)
 
 
 # --- reporting it sent, stamping it anew ----------------------------------------------------------
@@ -972,7 +1052,7 @@ def test_a_permit_is_not_stamped_anew_once_it_was_given_back():
 def test_a_permit_is_not_stamped_anew_once_the_buckets_are_others(shard_id):
     kept = with_budget(max_concurrency=6)
     permit = granted(kept, 0, shard_id)
-    token_bucket.adopt(kept, limit(max_concurrency=2), S)
+    limits.adopt(kept, limit(max_concurrency=2), S)
     take(kept, S, shard_id)
     assert token_bucket.restamp(kept, permit, 2 * S) is False
 
@@ -1147,7 +1227,7 @@ def test_a_shorter_closure_never_cuts_a_longer_one():
     kept = with_budget(max_concurrency=1)
     old = granted(kept, 0)
     now_us = W + sum(row_of_rejections(kept, 4, start=W)) - MINUTE
-    token_bucket.adopt(kept, limit(max_concurrency=2), now_us)
+    limits.adopt(kept, limit(max_concurrency=2), now_us)
     token_bucket.rejected(kept, old, now_us)
     assert wait(kept, now_us) == MINUTE
 
@@ -1155,7 +1235,7 @@ def test_a_shorter_closure_never_cuts_a_longer_one():
 def test_a_rejected_permit_still_counts_in_the_budget():
     kept = with_budget(total=5)
     token_bucket.rejected(kept, granted(kept, 0), 0)
-    assert token_bucket.budget(kept, 0).remaining == 4
+    assert limits.budget(kept, 0).remaining == 4
 
 
 # --- other buckets --------------------------------------------------------------------------------
@@ -1167,7 +1247,7 @@ def test_every_new_bucket_starts_from_the_latest_permit_of_any_old_one(old, new)
     latest = (old - 1) * S
     for shard_id in range(old):
         granted(kept, shard_id * S, shard_id)
-    token_bucket.adopt(kept, limit(max_concurrency=new), latest + S)
+    limits.adopt(kept, limit(max_concurrency=new), latest + S)
     now_us = latest + S
     assert [ready_in_us(kept, number, now_us) for number in range(new)] == [W - S] * new
     assert [wait(kept, now_us, shard_id) for shard_id in range(new)] == [W - S] * new
@@ -1177,35 +1257,35 @@ def test_the_latest_permit_survives_two_changes_without_a_permit_between():
     kept = with_budget(max_concurrency=4)
     granted(kept, 0, shard_id=3)
     for max_concurrency in (2, 8, 1):
-        token_bucket.adopt(kept, limit(max_concurrency=max_concurrency), S)
+        limits.adopt(kept, limit(max_concurrency=max_concurrency), S)
     assert wait(kept, S) == W - S
 
 
 def test_new_buckets_stay_closed_for_as_long_as_any_old_one():
     kept = with_budget(max_concurrency=2)
     token_bucket.rejected(kept, granted(kept, 0, shard_id=1), 0)
-    token_bucket.adopt(kept, limit(max_concurrency=4), 0)
+    limits.adopt(kept, limit(max_concurrency=4), 0)
     assert [wait(kept, 0, shard_id) for shard_id in range(4)] == [2 * W] * 4
 
 
 def test_new_buckets_stay_closed_for_as_long_as_an_old_one_after_many_rejections():
     kept = with_budget(max_concurrency=1)
     now_us = sum(row_of_rejections(kept, 10)) - 15 * MINUTE
-    token_bucket.adopt(kept, limit(max_concurrency=2), now_us)
+    limits.adopt(kept, limit(max_concurrency=2), now_us)
     assert [wait(kept, now_us, shard_id) for shard_id in range(2)] == [15 * MINUTE] * 2
 
 
 def test_the_same_number_of_buckets_are_the_same_buckets():
     kept = with_budget(max_concurrency=2)
     granted(kept, 0, shard_id=1)
-    token_bucket.adopt(kept, limit(max_concurrency=2), 0)
+    limits.adopt(kept, limit(max_concurrency=2), 0)
     assert [wait(kept, 0, shard_id) for shard_id in range(2)] == [0, W]
 
 
 def test_new_buckets_are_independent_of_each_other():
     kept = with_budget(max_concurrency=1)
     granted(kept, 0)
-    token_bucket.adopt(kept, limit(max_concurrency=2), 0)
+    limits.adopt(kept, limit(max_concurrency=2), 0)
     granted(kept, W, shard_id=0)
     granted(kept, W + S, shard_id=1)
     assert [wait(kept, W + S, shard_id) for shard_id in range(2)] == [W - S, W]
@@ -1215,7 +1295,7 @@ def test_new_buckets_are_independent_of_each_other():
 def test_a_late_report_moves_the_window_of_the_shards_new_bucket(shard_id):
     kept = with_budget(max_concurrency=4)
     permit = granted(kept, 0, shard_id)
-    token_bucket.adopt(kept, limit(max_concurrency=2), S)
+    limits.adopt(kept, limit(max_concurrency=2), S)
     token_bucket.sent(kept, permit, 2 * W)
     assert [wait(kept, 2 * W, number) for number in range(2)] == [0, W]
 
@@ -1223,15 +1303,15 @@ def test_a_late_report_moves_the_window_of_the_shards_new_bucket(shard_id):
 def test_a_permit_of_old_buckets_frees_no_new_one():
     kept = with_budget(max_concurrency=2)
     permit = granted(kept, 0, shard_id=1)
-    token_bucket.adopt(kept, limit(max_concurrency=3), S)
+    limits.adopt(kept, limit(max_concurrency=3), S)
     token_bucket.unused(kept, permit)
     assert [wait(kept, S, shard_id) for shard_id in range(3)] == [W - S] * 3
 
 
 def test_a_limit_is_taken_as_it_is_given():
     kept = with_budget(total=1000, remaining=900, reset_after=5.0)
-    token_bucket.adopt(kept, limit(total=2000, remaining=7, reset_after=60.0), S)
-    assert token_bucket.budget(kept, S) == token_bucket.Budget(2000, 7, MINUTE)
+    limits.adopt(kept, limit(total=2000, remaining=7, reset_after=60.0), S)
+    assert limits.budget(kept, S) == Budget(2000, 7, MINUTE)
 
 
 # --- clocks that are set --------------------------------------------------------------------------
@@ -1269,7 +1349,7 @@ def test_a_clock_set_back_without_a_window_costs_nothing():
 @pytest.mark.parametrize("back_us", [1, S, DAY, 1000 * DAY])
 def test_a_wall_clock_set_back_shows_a_reset_no_farther_than_it_ever_was(back_us):
     kept = with_budget(remaining=0, reset_after=100.0)
-    assert token_bucket.budget(kept, -back_us).resets_in_us == 100 * S
+    assert limits.budget(kept, -back_us).resets_in_us == 100 * S
     assert take(kept, 0, wall_us=-back_us).wait_us == 100 * S
 
 
@@ -1306,6 +1386,30 @@ def outlook(ready_in_us, budget=None, reserve=0, window_us=W, period_us=DAY):
     )
 
 
+def etas(ahead, number, lines):
+    """When each place of a line is said to get its permit."""
+    waiting = sum(lines.values())
+    return [
+        forecast.eta_us(ahead, number, before, len(lines), waiting)
+        for before in range(lines[number])
+    ]
+
+
+def foretold(ahead, number, lines):
+    """When each place of a line gets its permit."""
+    return [in_us for in_us, bucket in forecast.starts(ahead, lines) if bucket == number]
+
+
+def etas_in_snapshot(ahead, lines):
+    """What a snapshot says of each place, in seconds."""
+    waiting = {
+        number: [SimpleNamespace(shard_id=number, arrived_us=0)] * size
+        for number, size in lines.items()
+    }
+    buckets = forecast.snapshot(ahead, waiting).buckets
+    return {number: [shard.eta for shard in buckets[number].shards] for number in lines}
+
+
 def test_permits_come_a_window_apart_from_when_their_bucket_is_ready():
     ahead = outlook({0: 3 * S})
     assert list(forecast.starts(ahead, {0: 3})) == [(3 * S, 0), (3 * S + W, 0), (3 * S + 2 * W, 0)]
@@ -1329,15 +1433,13 @@ def test_empty_lines_get_nothing():
 
 
 def test_all_wait_for_the_reset_once_the_budget_is_spent():
-    ahead = outlook({0: 0, 1: S}, token_bucket.Budget(total=9, remaining=1, resets_in_us=MINUTE))
+    ahead = outlook({0: 0, 1: S}, Budget(total=9, remaining=1, resets_in_us=MINUTE))
     coming = list(forecast.starts(ahead, {0: 2, 1: 1}))
     assert coming == [(0, 0), (MINUTE, 0), (MINUTE, 1)]
 
 
 def test_the_next_period_is_counted_from_the_first_permit_after_the_reset():
-    ahead = outlook(
-        {0: 0}, token_bucket.Budget(total=2, remaining=0, resets_in_us=S), period_us=MINUTE
-    )
+    ahead = outlook({0: 0}, Budget(total=2, remaining=0, resets_in_us=S), period_us=MINUTE)
     coming = [in_us for in_us, _ in forecast.starts(ahead, {0: 5})]
     first = S
     second = first + MINUTE
@@ -1346,58 +1448,45 @@ def test_the_next_period_is_counted_from_the_first_permit_after_the_reset():
 
 
 def test_the_reserve_stays_out_of_every_period():
-    ahead = outlook({0: 0}, token_bucket.Budget(3, 3, 0), reserve=2, period_us=MINUTE)
+    ahead = outlook({0: 0}, Budget(3, 3, 0), reserve=2, period_us=MINUTE)
     assert [in_us for in_us, _ in forecast.starts(ahead, {0: 3})] == [0, MINUTE, 2 * MINUTE]
 
 
 def test_a_reserve_that_is_the_whole_budget_lets_nobody_go():
-    ahead = outlook({0: 0}, token_bucket.Budget(total=3, remaining=1, resets_in_us=S), reserve=3)
+    ahead = outlook({0: 0}, Budget(total=3, remaining=1, resets_in_us=S), reserve=3)
     assert list(forecast.starts(ahead, {0: 2})) == []
-    assert forecast.eta_us(ahead, 0, 0, {0: 2}) is None
+    assert etas_in_snapshot(ahead, {0: 2}) == {0: [None, None]}
+    assert etas(ahead, 0, {0: 2}) == [None, None]
 
 
 def test_a_place_in_line_has_its_eta():
-    ahead = outlook({0: S, 1: 0})
-    assert [forecast.eta_us(ahead, 0, before, {0: 3, 1: 1}) for before in range(3)] == [
-        S,
-        S + W,
-        S + 2 * W,
-    ]
+    assert etas(outlook({0: S, 1: 0}), 0, {0: 3, 1: 1}) == [S, S + W, S + 2 * W]
 
 
 def test_an_eta_includes_the_wait_for_a_reset():
-    ahead = outlook({0: 0, 1: 0}, token_bucket.Budget(total=9, remaining=1, resets_in_us=MINUTE))
-    lines = {0: 1, 1: 2}
-    assert forecast.eta_us(ahead, 0, 0, lines) == 0
-    assert [forecast.eta_us(ahead, 1, before, lines) for before in range(2)] == [MINUTE, MINUTE + W]
+    ahead = outlook({0: 0, 1: 0}, Budget(total=9, remaining=2, resets_in_us=MINUTE))
+    lines = {0: 3, 1: 3}
+    for number in lines:
+        assert etas(ahead, number, lines) == [0, MINUTE, MINUTE + W]
+
+
+def test_the_eta_in_a_snapshot_includes_the_wait_for_a_reset_in_lines_of_any_length():
+    ahead = outlook({0: 0, 1: 0}, Budget(total=9, remaining=1, resets_in_us=MINUTE))
+    assert etas_in_snapshot(ahead, {0: 1, 1: 2}) == {0: [0.0], 1: [60.0, 65.25]}
 
 
 def test_an_eta_leaves_the_reserve_alone():
-    ahead = outlook(
-        {0: 0}, token_bucket.Budget(total=9, remaining=2, resets_in_us=MINUTE), reserve=1
-    )
-    assert [forecast.eta_us(ahead, 0, before, {0: 2}) for before in range(2)] == [0, MINUTE]
+    ahead = outlook({0: 0}, Budget(total=9, remaining=2, resets_in_us=MINUTE), reserve=1)
+    assert etas(ahead, 0, {0: 2}) == [0, MINUTE]
 
 
-@pytest.mark.parametrize("remaining", [0, 4, 6, 20, 50])
-def test_a_rough_eta_is_the_very_one_where_lines_are_equally_long(remaining):
-    ahead = outlook(
-        {0: 0, 1: 0}, token_bucket.Budget(total=20, remaining=remaining, resets_in_us=MINUTE)
-    )
+@pytest.mark.parametrize(
+    ("total", "remaining"), [(20, 0), (20, 4), (20, 6), (20, 20), (50, 50), (99, 50)]
+)
+def test_an_eta_is_exact_where_lines_are_equally_long(total, remaining):
+    ahead = outlook({0: 0, 1: 0}, Budget(total, remaining, resets_in_us=MINUTE))
     lines = {0: 25, 1: 25}
-    for before in range(25):
-        rough = forecast.rough_eta_us(ahead, 1, before, len(lines), sum(lines.values()))
-        assert rough == forecast.eta_us(ahead, 1, before, lines)
-
-
-def test_a_rough_eta_knows_of_those_who_never_go():
-    ahead = outlook({0: 0}, token_bucket.Budget(total=3, remaining=1, resets_in_us=S), reserve=3)
-    assert forecast.rough_eta_us(ahead, 0, 0, 1, 1) is None
-
-
-def test_a_place_behind_the_end_of_the_line_has_no_eta_where_permits_are_counted():
-    ahead = outlook({0: 0}, token_bucket.Budget(total=9, remaining=0, resets_in_us=S))
-    assert forecast.eta_us(ahead, 0, 5, {0: 2}) is None
+    assert etas(ahead, 1, lines) == foretold(ahead, 1, lines)
 
 
 # --- whatever happens -----------------------------------------------------------------------------
@@ -1426,8 +1515,7 @@ class Life:
     """
 
     def __init__(self, window_us, reserve):
-        self.account = Account(window_us=window_us, period_us=10 * window_us)
-        self.reserve = reserve
+        self.account = Account(window_us=window_us, period_us=10 * window_us, reserve=reserve)
         self.now_us = 0
         self.permits = []
         self.reported = {}
@@ -1455,7 +1543,7 @@ class Life:
 
     def take(self, shard_id):
         before = self.account.granted
-        answer = token_bucket.take(self.account, shard_id, self.now_us, self.now_us, self.reserve)
+        answer = take(self.account, self.now_us, shard_id)
         if isinstance(answer, Permit):
             assert answer.serial == self.account.granted == before + 1
             assert answer.bucket == shard_id % self.account.max_concurrency
@@ -1480,7 +1568,7 @@ class Life:
         if self.ends_us is not None and self.now_us >= self.ends_us:
             self.left, self.ends_us = self.total, None
             self.period += 1
-        assert self.left > self.reserve
+        assert self.left > self.account.reserve
         self.left -= 1
         if self.ends_us is None:
             self.ends_us = self.now_us + self.account.period_us
@@ -1531,11 +1619,11 @@ class Life:
         new = LIMITS[figure]
         if new.max_concurrency != self.account.max_concurrency:
             self.layout += 1
-        token_bucket.adopt(self.account, new, self.now_us)
+        limits.adopt(self.account, new, self.now_us)
         self.period += 1
         self.total, self.left = new.total, new.remaining
         untouched = new.remaining == new.total and new.reset_after == 0
-        self.ends_us = None if untouched else self.now_us + token_bucket.to_us(new.reset_after)
+        self.ends_us = None if untouched else self.now_us + models.to_us(new.reset_after)
 
     def fail_to_refresh(self, _):
         self.account.refresh_owed = True
@@ -1546,14 +1634,14 @@ class Life:
             now_us=self.now_us,
             window_us=kept.window_us,
             period_us=kept.period_us,
-            reserve=self.reserve,
+            reserve=kept.reserve,
             max_concurrency=kept.max_concurrency,
             ready_in_us={
                 number: ready_in_us(kept, number, self.now_us)
                 for number in range(kept.max_concurrency)
             },
             others_ready_in_us=0,
-            budget=token_bucket.budget(kept, self.now_us),
+            budget=limits.budget(kept, self.now_us),
             granted=kept.granted,
         )
 
@@ -1578,13 +1666,13 @@ def lines_of(life, sizes):
 @whatever_happens
 def test_permits_of_a_bucket_are_a_window_apart_and_no_budget_is_overspent(life):
     """The bookkeeper checks each permit as it comes."""
-    left = token_bucket.budget(life.account, life.now_us)
+    left = limits.budget(life.account, life.now_us)
     if life.total is None:
         assert left is None
     elif life.ends_us is None or life.now_us < life.ends_us:
         assert left.remaining == life.left
     else:
-        assert left == token_bucket.Budget(life.total, life.total, 0)
+        assert left == Budget(life.total, life.total, 0)
     assert life.account.granted == len(life.permits)
 
 
@@ -1592,19 +1680,15 @@ def test_permits_of_a_bucket_are_a_window_apart_and_no_budget_is_overspent(life)
 @whatever_happens
 def test_a_denial_is_exact(life, shard_id, data):
     """Whoever asks before the promised instant is denied, whoever asks at it is granted."""
-    answer = token_bucket.take(
-        copy.deepcopy(life.account), shard_id, life.now_us, life.now_us, life.reserve
-    )
-    promised_us = life.now_us + (answer.wait_us if isinstance(answer, Denial) else 0)
+    promised_us = life.now_us + wait(life.account, life.now_us, shard_id)
     earlier = data.draw(st.lists(st.integers(life.now_us, max(life.now_us, promised_us - 1))))
     if promised_us > life.now_us:
         for at_us in sorted([*earlier, promised_us - 1]):
             kept = copy.deepcopy(life.account)
-            denial = token_bucket.take(kept, shard_id, at_us, at_us, life.reserve)
+            denial = take(kept, at_us, shard_id)
             assert isinstance(denial, Denial)
             assert at_us + denial.wait_us == promised_us
-    permit = token_bucket.take(life.account, shard_id, promised_us, promised_us, life.reserve)
-    assert isinstance(permit, Permit)
+    granted(life.account, promised_us, shard_id)
 
 
 @given(LIVES, SHARDS)
@@ -1622,12 +1706,8 @@ def test_a_reset_is_told_of_instead_of_the_permit_that_would_come(life, shard_id
     """So nobody reads the limit anew who could not go on at once if that fails."""
     kept = life.account
     due = kept.resets_at_us is not None and life.now_us >= kept.resets_at_us
-    without = token_bucket.take(
-        copy.deepcopy(kept), shard_id, life.now_us, life.now_us, life.reserve
-    )
-    told = token_bucket.take(
-        kept, shard_id, life.now_us, life.now_us, life.reserve, can_refresh=True
-    )
+    without = take(copy.deepcopy(kept), life.now_us, shard_id)
+    told = take(kept, life.now_us, shard_id, can_refresh=True)
     if isinstance(without, Permit) and kept.total is not None and (due or kept.refresh_owed):
         assert told == Denial(0, Reason.RESET, period=kept.period, granted=kept.granted)
     else:
@@ -1647,7 +1727,7 @@ def drive(life, lines):
     while any(left.values()):
         waits = []
         for number in sorted(number for number, size in left.items() if size):
-            answer = token_bucket.take(kept, number, now_us, now_us, life.reserve)
+            answer = take(kept, now_us, number)
             if isinstance(answer, Permit):
                 coming.append((now_us - life.now_us, number))
                 left[number] -= 1
@@ -1679,13 +1759,24 @@ def test_what_is_foretold_is_in_order_and_complete(life, sizes):
 
 @given(LIVES, SIZES)
 @whatever_happens
-def test_the_eta_of_a_place_is_when_its_permit_is_foretold(life, sizes):
+def test_the_eta_of_a_place_in_a_snapshot_is_when_its_permit_is_foretold(life, sizes):
     lines = lines_of(life, sizes)
     ahead = life.outlook()
-    coming = list(forecast.starts(ahead, lines))
+    for number, shown_etas in etas_in_snapshot(ahead, lines).items():
+        assert shown_etas == [in_us / S for in_us in foretold(ahead, number, lines)]
+
+
+@given(LIVES, SIZES)
+@whatever_happens
+def test_an_eta_is_exact_where_the_budget_lasts_and_else_no_earlier_than_the_windows(life, sizes):
+    lines = {number: size for number, size in lines_of(life, sizes).items() if size}
+    ahead = life.outlook()
+    lasts = ahead.budget is None or sum(lines.values()) <= ahead.budget.remaining - ahead.reserve
     for number, size in lines.items():
-        etas = [forecast.eta_us(ahead, number, before, lines) for before in range(size)]
-        assert etas == [in_us for in_us, bucket in coming if bucket == number]
+        if lasts:
+            assert etas(ahead, number, lines) == foretold(ahead, number, lines)
+        for before, eta_us in zip(range(size), etas(ahead, number, lines), strict=True):
+            assert eta_us >= ahead.ready(number) + before * ahead.window_us
 
 
 @given(LIVES, SHARDS, st.integers(1, 10 * DAY))
@@ -1693,7 +1784,7 @@ def test_the_eta_of_a_place_is_when_its_permit_is_foretold(life, sizes):
 def test_no_clock_set_back_denies_for_longer_than_a_window_or_a_closure(life, shard_id, back_us):
     now_us = life.now_us - back_us
     wall_us = life.now_us + 100 * DAY  # so that the budget is no matter
-    answer = token_bucket.take(life.account, shard_id, now_us, wall_us, life.reserve)
+    answer = take(life.account, now_us, shard_id, wall_us=wall_us)
     if isinstance(answer, Denial):
         rejections = max(bucket.rejections for bucket in life.account.buckets.values())
         closed = rejections or life.account.default_bucket.closed_until_us > token_bucket.NEVER
@@ -1719,12 +1810,20 @@ def imports_of(module):
     return names
 
 
-def test_the_token_bucket_imports_arithmetic_and_the_values_alone():
-    names = imports_of(token_bucket)
-    assert names >= {"gateway_queue_sync.models"}
-    standard = names - {"gateway_queue_sync.models"}
-    assert standard <= {"__future__", "dataclasses", "enum", "typing"}
-    assert {name.split(".")[0] for name in standard} <= sys.stdlib_module_names
+@pytest.mark.parametrize(
+    ("module", "ours"),
+    [
+        (token_bucket, {"models"}),
+        (limits, {"models", "token_bucket"}),
+        (forecast, {"models", "limits", "token_bucket"}),
+    ],
+)
+def test_the_rules_import_arithmetic_the_values_and_each_other_alone(module, ours):
+    names = imports_of(module)
+    found = {name for name in names if name.split(".")[0] == "gateway_queue_sync"}
+    assert found == {f"gateway_queue_sync.{name}" for name in ours}
+    arithmetic = {"__future__", "collections.abc", "dataclasses", "enum", "heapq", "itertools"}
+    assert names - found <= arithmetic | {"typing"}
 
 
 def test_the_values_import_no_module_of_ours():

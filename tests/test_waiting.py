@@ -288,28 +288,27 @@ def test_a_window_of_centuries_does_not_overflow(account, clock, crew):
 
 
 @memory
-def test_who_only_tries_is_told_no_eta_and_costs_those_in_line_nothing(account, clock, monkeypatch):
-    """An ETA may mean to look through everybody: it is worked out by who times out, on a copy."""
+def test_a_time_out_tells_when_a_used_up_limit_would_have_given_a_permit(account, clock):
     queue = account.large(limit(1000, 0, 100.0), clock=clock)
     for shard in range(3):
         queue.enqueue(shard)
-    free = []
-    work_out = forecast.eta_us
-
-    def eta_us(*seen):
-        looks = threading.Thread(target=queue.snapshot)  # returns if nobody holds the lock
-        looks.start()
-        looks.join(0.5)
-        free.append(not looks.is_alive())
-        return work_out(*seen)
-
-    monkeypatch.setattr(forecast, "eta_us", eta_us)
-    assert queue.try_acquire(0) is None
-    assert free == []
     with pytest.raises(AcquireTimeout) as caught:
         queue.acquire(0, timeout=0)
     assert caught.value.eta == 100 + 3 * WINDOW
-    assert free == [True]
+    queue.close()
+
+
+@memory
+def test_behind_a_thousand_others_a_time_out_tells_no_eta(account, clock):
+    """Who comes before it would have to be counted, with the lock held."""
+    queue = account.local(clock=clock)
+    queue.acquire(0)
+    for _ in range(1001):
+        queue.enqueue(0)
+    queue.enqueue(0, priority=-60.0)  # the rearmost, so that the others are not the whole line
+    with pytest.raises(AcquireTimeout) as caught:
+        queue.acquire(0, timeout=0)
+    assert caught.value.eta is None
     queue.close()
 
 

@@ -24,16 +24,16 @@ from gateway_queue_sync.broker.server import (
 from gateway_queue_sync.broker.wire import MAX_BUCKETS
 from gateway_queue_sync.errors import GatewayBotError, LedgerError
 from gateway_queue_sync.gateway_bot import GatewayBot
-from gateway_queue_sync.limit_reader import Refresh
 from gateway_queue_sync.log import shards
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
+    US_PER_SECOND,
     SessionStartLimit,
 )
 from gateway_queue_sync.policies import RedisQueue, SqliteQueue
-from gateway_queue_sync.queue import GatewayQueue, Settings, scheduler_of
-from gateway_queue_sync.token_bucket import US_PER_SECOND
+from gateway_queue_sync.queue import GatewayQueue, scheduler_of
+from gateway_queue_sync.settings import Refresh, Settings
 
 if sys.platform != "win32":
     import resource

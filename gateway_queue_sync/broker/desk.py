@@ -28,9 +28,9 @@ from gateway_queue_sync.ledgers.http import PATH
 from gateway_queue_sync.ledgers.shared import SHORT_PATIENCE, SharedLedger
 from gateway_queue_sync.ledgers.wire import reply_as_json, request_from_json
 from gateway_queue_sync.messages import OUTCOMES, Reply, Request
-from gateway_queue_sync.models import LimitSnapshot, Permit
+from gateway_queue_sync.models import US_PER_SECOND, LimitSnapshot, Permit, check_limit
 from gateway_queue_sync.queue import GatewayQueue, scheduler_of
-from gateway_queue_sync.token_bucket import US_PER_SECOND, check_limit
+from gateway_queue_sync.worker import enqueue
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
@@ -61,7 +61,9 @@ class Desk:
     ) -> None:
         self._queue = queue
         self._scheduler = scheduler_of(queue)
-        self._shared: SharedLedger | None = getattr(self._scheduler.ledger, "shared", None)
+        self._shared: SharedLedger | None = getattr(
+            getattr(self._scheduler.ledger, "ledger", None), "shared", None
+        )
         self._loop = loop
         self._pool = pool
         self._served = served
@@ -253,7 +255,7 @@ class Desk:
         assert connection.place is not None
         arrived_us, priority_us = connection.place
         try:
-            future = self._scheduler.enqueue(connection.ask.shard_id, priority_us, arrived_us)
+            future = enqueue(self._scheduler, connection.ask.shard_id, priority_us, arrived_us)
         except QueueClosed:
             connection.refuse(503, "the queue is closed")
             return

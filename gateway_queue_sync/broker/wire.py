@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from gateway_queue_sync.ledgers.http import OUR_HEADER, PATH
 from gateway_queue_sync.ledgers.wire import MAX_NUMBER
-from gateway_queue_sync.token_bucket import to_us
+from gateway_queue_sync.models import to_us
 
 MESSAGE = b'{"message": "You\'re free to connect now! :)"}'
 # Those which tell nothing of the bot; the others follow.

@@ -1,4 +1,4 @@
-"""Ledgers: where it is kept who was granted what, when. In memory here; shared by processes beside it.
+"""Ledgers: where it is kept who was granted what, when: in this process, or shared by processes.
 
 A *local* ledger is asked under the scheduler's lock, and answers at once. A *remote* one is only ever
 asked by the scheduler's worker, without the lock: everything that a process wants of it goes along in
@@ -14,9 +14,10 @@ from typing import Literal, Protocol
 
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.forecast import Outlook, Waits
+from gateway_queue_sync.limits import Budget
 from gateway_queue_sync.lines import Waiter
 from gateway_queue_sync.models import Permit, Report, SessionStartLimit
-from gateway_queue_sync.token_bucket import Budget, Denial
+from gateway_queue_sync.token_bucket import Denial
 
 
 class Known(Protocol):
@@ -40,33 +41,6 @@ class Known(Protocol):
 
     def budget(self) -> Budget | None:
         """Return what is left of the limit, ``None`` if none is kept."""
-
-
-class LocalLedger(Known, Protocol):
-    """A ledger in the memory of this process."""
-
-    remote: Literal[False]
-
-    def take(self, shard_id: int, now_us: int) -> Permit | Denial:
-        """Grant a permit now, or say for how long there is none and why."""
-
-    def is_reset_due(self, now_us: int) -> bool:
-        """Return whether the period is over."""
-
-    def restamp(self, permit: Permit) -> bool:
-        """Start the window of a permit that is handed over now; false if its bucket has gone on."""
-
-    def report(self, permit: Permit, report: Report) -> int:
-        """Book what became of a permit, once; return how many rejections in a row there are now."""
-
-    def adopt(self, limit: SessionStartLimit) -> None:
-        """Take a limit as it is given."""
-
-    def read(self, limit: SessionStartLimit, sent_us: int) -> bool:
-        """Take in a limit that was read; false if it should be read again soon."""
-
-    def outlook(self, reserve: int, number: int | None = None) -> Outlook:
-        """Return what decides when permits come: of all buckets, or of that one."""
 
 
 class Placed(Waits, Protocol):
@@ -135,10 +109,15 @@ class Answers:
     forgotten: bool = False  # it did not know this process: who waits here must join again
 
 
-class RemoteLedger(Known, Protocol):
-    """A ledger that processes share."""
+class Exchange(Known, Protocol):
+    """Where the account of several processes is, as one of them asks it."""
 
-    remote: Literal[True]
+    @property
+    def period_us(self) -> int:
+        """How long a limit lasts from its first grant on."""
+
+    def budget(self) -> Budget:
+        """Return what is left of the limit."""
 
     def exchange(self, wants: Wants) -> Answers:
         """Send all that is wanted and return the answers; what could not be sent is sent next time."""
@@ -148,6 +127,3 @@ class RemoteLedger(Known, Protocol):
 
     def close(self) -> None:
         """Let go of what is held open."""
-
-
-Ledger = LocalLedger | RemoteLedger

@@ -8,35 +8,37 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from gateway_queue_sync import forecast
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.forecast import Outlook
 from gateway_queue_sync.ledgers import Answers, Placed, Request, Wants
+from gateway_queue_sync.ledgers.remote import RemoteLedger
 from gateway_queue_sync.ledgers.shared import MIN_MARGIN, Connect, SharedLedger, Terms
 from gateway_queue_sync.ledgers.wire import MAX_NUMBER
+from gateway_queue_sync.limits import Budget
 from gateway_queue_sync.lines import Waiter
 from gateway_queue_sync.messages import Reply
-from gateway_queue_sync.models import Permit, QueueSnapshot, SessionStartLimit
-from gateway_queue_sync.token_bucket import (
+from gateway_queue_sync.models import (
     US_PER_SECOND,
-    Budget,
-    Denial,
-    Reason,
+    Permit,
+    QueueSnapshot,
+    SessionStartLimit,
     check_limit,
     to_us,
 )
+from gateway_queue_sync.token_bucket import Denial, Reason
 
 READING_US = 1 * US_PER_SECOND  # after which a head asks again whose process reads the limit
 
 if TYPE_CHECKING:
-    from gateway_queue_sync.queue import Settings
+    from gateway_queue_sync.settings import Settings
 
 
 def open_ledger(
     connect: Connect, limit: SessionStartLimit | None, settings: Settings
-) -> AdaptedLedger:
+) -> RemoteLedger:
     """Open a ledger that processes share."""
     if settings.margin < MIN_MARGIN:
         raise ValueError(
@@ -53,7 +55,7 @@ def open_ledger(
     except BaseException:
         ledger.close()
         raise
-    return AdaptedLedger(ledger, settings)
+    return RemoteLedger(AdaptedLedger(ledger, settings), settings)
 
 
 def check(limit: SessionStartLimit, reserve: int) -> None:
@@ -67,8 +69,6 @@ def check(limit: SessionStartLimit, reserve: int) -> None:
 
 class AdaptedLedger:
     """A shared ledger, for the worker of one scheduler."""
-
-    remote: Literal[True] = True
 
     def __init__(self, shared: SharedLedger, settings: Settings) -> None:
         self.shared = shared
@@ -90,6 +90,10 @@ class AdaptedLedger:
     @property
     def window_us(self) -> int:
         return self.shared.window_us
+
+    @property
+    def period_us(self) -> int:
+        return self.shared.terms.period_us
 
     @property
     def granted(self) -> int:

@@ -23,11 +23,13 @@ from gateway_queue_sync.messages import OUTCOMES, News, Next, Order, Reply, Requ
 from gateway_queue_sync.models import (
     MAX_RESET_AFTER,
     SESSION_PERIOD,
+    US_PER_SECOND,
     Permit,
     Report,
     SessionStartLimit,
+    to_us,
 )
-from gateway_queue_sync.token_bucket import US_PER_SECOND, Denial, Reason, to_us
+from gateway_queue_sync.token_bucket import Denial, Reason
 
 log = logging.getLogger("gateway_queue_sync")
 

@@ -23,7 +23,7 @@ from gateway_queue_sync.ledgers.file import OpenFile, remote_file_system
 from gateway_queue_sync.ledgers.shared import SharedLedger, Terms
 from gateway_queue_sync.ledgers.tables import CREATE, Kept, Tables
 from gateway_queue_sync.messages import Reply, Request
-from gateway_queue_sync.token_bucket import US_PER_SECOND
+from gateway_queue_sync.models import US_PER_SECOND
 from gateway_queue_sync.turns import answer
 
 log = logging.getLogger("gateway_queue_sync")

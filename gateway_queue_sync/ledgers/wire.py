@@ -18,8 +18,7 @@ from gateway_queue_sync.messages import (
     Waiter,
     in_order,
 )
-from gateway_queue_sync.models import SessionStartLimit
-from gateway_queue_sync.token_bucket import US_PER_SECOND, to_us
+from gateway_queue_sync.models import US_PER_SECOND, SessionStartLimit, to_us
 
 MAX_NUMBER = (1 << 53) - 1  # that all ledgers hold exactly
 MAX_OWNER = 64  # characters

@@ -1,0 +1,142 @@
+"""What is left of the session start limit, and what a limit that was read means. Pure arithmetic.
+
+Discord's answer may lag behind, other programs may start sessions with the same token, and a proxy
+may answer for Discord. So what is read never gives an account more than both sides agree on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gateway_queue_sync.models import US_PER_SECOND, SessionStartLimit, to_us
+from gateway_queue_sync.token_bucket import Account, TokenBucket, resets_in
+
+MIN_REREAD_US = 1 * US_PER_SECOND
+
+UNSEEN_US = 60 * US_PER_SECOND
+"""How long a session start may take to show in what Discord answers."""
+
+SAME_RESET_US = 300 * US_PER_SECOND
+"""Two resets that are no further apart are one."""
+
+CONFIRM_US = 60 * US_PER_SECOND
+"""How much later a second read must confirm another reset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What is left to grant; a reset that is due shows as done."""
+
+    total: int
+    remaining: int
+    resets_in_us: int
+
+
+def budget(account: Account, wall_us: int) -> Budget | None:
+    """Return the budget as it is now, ``None`` if no limit is kept."""
+    if account.total is None:
+        return None
+    resets_in_us = resets_in(account, wall_us)
+    due = account.resets_at_us is not None and resets_in_us == 0
+    return Budget(account.total, account.total if due else account.remaining, resets_in_us)
+
+
+def adopt(account: Account, limit: SessionStartLimit, wall_us: int) -> None:
+    """Take a limit as it is given; its period begins, with nothing used of it by this account."""
+    reset_us = to_us(limit.reset_after)
+    untouched = limit.remaining == limit.total and reset_us == 0
+    resets_at_us = None if untouched else wall_us + reset_us
+    rebucket(account, limit.max_concurrency)
+    # From here on there are only assignments: no interrupt can come between them.
+    account.total, account.remaining = limit.total, limit.remaining
+    account.resets_at_us, account.max_reset_us = resets_at_us, reset_us
+    account.period += 1
+    account.used, account.other_reset, account.refresh_owed = 0, None, False
+
+
+def rebucket(account: Account, max_concurrency: int) -> None:
+    """Lay out other buckets, if there are others: each starts from the latest grant of all."""
+    if max_concurrency == account.max_concurrency:
+        return
+    known = [account.default_bucket, *account.buckets.values()]
+    default = TokenBucket(
+        max(bucket.last_us for bucket in known),
+        closed_until_us=max(bucket.closed_until_us for bucket in known),
+        rejections=max(bucket.rejections for bucket in known),
+    )
+    buckets: dict[int, TokenBucket] = {}
+    account.buckets, account.default_bucket = buckets, default
+    account.max_concurrency = max_concurrency
+
+
+def read(account: Account, limit: SessionStartLimit, sent_us: int, now_us: int) -> bool:
+    """Take in a limit that was read: the request was sent at ``sent_us`` and answered at ``now_us``.
+
+    What is left is the smaller of ``total`` less all own permits of the period, and ``remaining``
+    less those of the last minute before the request, which Discord may not have seen. So each permit
+    counts, and so do the starts of other programs. Another reset than the known one counts only if a
+    second read confirms it a minute later; until then the smaller numbers count. Otherwise a bot that
+    crashes in a loop would win session starts from an answer that lags behind.
+
+    Returns false if the limit should be read again in a minute: to confirm its reset, or because it was
+    read too soon after own permits to know what is left.
+    """
+    unseen_us = sent_us - UNSEEN_US
+    recent = {
+        serial: at_us for serial, at_us in (account.recent or {}).items() if at_us >= unseen_us
+    }
+    account.recent = recent
+    known_us = account.resets_at_us
+    resets_at_us = now_us + to_us(limit.reset_after)
+    if known_us is not None and now_us >= known_us:
+        return _begin_period(account, limit, 0, now_us)
+    if account.refresh_owed and not (account.used and limit.reset_after == 0):
+        return _begin_period(account, limit, account.used, now_us)
+    if known_us is not None and abs(resets_at_us - known_us) <= SAME_RESET_US:
+        account.other_reset = None
+        own, theirs = limit.total - account.used, limit.remaining - len(recent)
+        _take_in(account, limit, limit.total, max(0, min(own, theirs)))
+        return not recent or own <= theirs  # else some may have been counted twice: not for long
+    other = account.other_reset
+    if known_us is not None and (other is None or abs(resets_at_us - other[0]) > SAME_RESET_US):
+        account.other_reset = other = (resets_at_us, now_us)
+    if known_us is None or (other is not None and now_us - other[1] >= CONFIRM_US):
+        return _begin_period(account, limit, len(recent), now_us)
+    total = limit.total if account.total is None else min(limit.total, account.total)
+    left = min(total - account.used, limit.remaining - len(recent), account.remaining)
+    _take_in(account, limit, total, max(0, left))
+    return False
+
+
+def ignored(account: Account, limit: SessionStartLimit) -> int:
+    """Return how many of the session starts that were just read do not count as left."""
+    return max(0, limit.remaining - len(account.recent or ()) - account.remaining)
+
+
+def _begin_period(account: Account, limit: SessionStartLimit, used: int, now_us: int) -> bool:
+    """Adopt what was read as the limit of a period in which this account has used so many starts."""
+    recent = len(account.recent or ())
+    left = max(0, min(limit.total - used, limit.remaining - recent))
+    if limit.reset_after == 0 and limit.remaining < limit.total:  # an answer from before the reset
+        adopt(account, less_starts(limit, limit.remaining), now_us)
+        return False
+    if limit.reset_after == 0:  # no period runs, or Discord does not show yet what has begun it
+        adopt(account, limit, now_us)
+    else:
+        adopt(account, less_starts(limit, limit.remaining - left), now_us)
+    account.remaining, account.used = left, used
+    return left == limit.remaining or limit.reset_after > 0
+
+
+def _take_in(account: Account, limit: SessionStartLimit, total: int, remaining: int) -> None:
+    rebucket(account, limit.max_concurrency)
+    account.total, account.remaining = total, remaining
+
+
+def less_starts(limit: SessionStartLimit, starts: int) -> SessionStartLimit:
+    """Return a limit with so many starts taken off, to be read again after a second at the earliest."""
+    if starts > 0:
+        limit = replace(limit, remaining=max(0, limit.remaining - starts))
+    if limit.remaining < limit.total:
+        limit = replace(limit, reset_after=max(limit.reset_after, MIN_REREAD_US / US_PER_SECOND))
+    return limit

@@ -1,0 +1,65 @@
+"""What happens to all queues of a process when it forks, and when it ends."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import weakref
+from typing import TYPE_CHECKING
+
+from gateway_queue_sync.clock import SYSTEM_CLOCK
+from gateway_queue_sync.models import US_PER_SECOND
+
+if TYPE_CHECKING:
+    from gateway_queue_sync.scheduler import Scheduler
+
+MAX_EXIT_US = 500_000
+
+_schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+
+
+def register(scheduler: Scheduler) -> None:
+    """Note that there is a queue."""
+    _schedulers.add(scheduler)
+
+
+def _after_fork_in_child() -> None:
+    for scheduler in list(_schedulers):
+        _begin_in_child(scheduler)
+
+
+def _begin_in_child(scheduler: Scheduler) -> None:
+    """Make a queue that of a forked child; a ledger in memory stays with the parent.
+
+    Nobody waits here but the thread that forked, perhaps in a signal handler that interrupts its wait:
+    that ends with an error.
+    """
+    scheduler.forks += 1
+    scheduler.lock.begin_anew()
+    for waiter in scheduler.lines.waiters():
+        waiter.error = scheduler.forked()
+        if waiter.condition is not None:
+            scheduler.locked(waiter.condition.notify)
+    if scheduler.remote is not None:
+        scheduler.remote.begin_in_child()
+    if scheduler.reader is not None:
+        scheduler.reader.reading = False
+    scheduler.begin()
+
+
+def _at_exit() -> None:
+    """Have it sent what remote ledgers do not know yet; half a second at most, and no new thread."""
+    deadline_us = SYSTEM_CLOCK.now_us() + MAX_EXIT_US
+    for scheduler in list(_schedulers):
+        if scheduler.remote is None or scheduler.is_inside_lock():
+            continue
+        if scheduler.worker.is_alive():
+            scheduler.close()
+            scheduler.worker.join(max(0, deadline_us - SYSTEM_CLOCK.now_us()) / US_PER_SECOND)
+        else:
+            scheduler.remote.close()  # the worker has sent all that there was
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

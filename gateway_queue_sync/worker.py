@@ -1,0 +1,332 @@
+"""The worker: the thread of a queue that serves whoever has no thread of its own to wait in.
+
+It completes futures, and it alone asks a ledger that processes share. It starts on demand and ends when
+there was nothing to do for some seconds, or when nobody has the queue any more: it holds it weakly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import logging
+import threading
+import weakref
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from gateway_queue_sync.clock import FOREVER_US, Clock, OwnedLock
+from gateway_queue_sync.errors import QueueClosed
+from gateway_queue_sync.events import Event
+from gateway_queue_sync.future import PermitFuture
+from gateway_queue_sync.lines import Waiter
+from gateway_queue_sync.models import US_PER_SECOND, Permit
+
+if TYPE_CHECKING:
+    from gateway_queue_sync.scheduler import Scheduler
+
+log = logging.getLogger("gateway_queue_sync")
+
+LINGER_US = 5 * US_PER_SECOND
+"""How long the worker stays when there is nothing to do."""
+
+MAX_REST_US = 60 * US_PER_SECOND
+
+
+class Worker:
+    """Serves the heads of lines that are futures, and with a remote ledger all heads.
+
+    All methods are called with the scheduler's lock held, except ``turn`` and those that it calls.
+
+    Attributes:
+        thread: the worker, ``None`` while there is none.
+        futures: those that stand in lines.
+        events: what is to be emitted here, because it must not be where it happened.
+    """
+
+    def __init__(self, clock: Clock, lock: OwnedLock) -> None:
+        self._clock = clock
+        self._condition = clock.condition(lock)  # there is something to do
+        self.thread: threading.Thread | None = None
+        # When to ask, for which bucket and whom: a heap.
+        self._due: list[tuple[int, int, int, Waiter]] = []
+        self._idle_since_us = clock.now_us()
+        self.futures: set[Waiter] = set()
+        self.events: list[Event] = []
+
+    def is_current(self) -> bool:
+        """Return whether this thread is the worker."""
+        return self.thread is threading.current_thread()
+
+    def start(self, scheduler: Scheduler) -> None:
+        """Start the thread, if there is none, and wake it."""
+        if not self.is_alive():
+            self._start(scheduler)
+        self._condition.notify()
+
+    def _start(self, scheduler: Scheduler) -> None:
+        # Registered first: one whose start was interrupted may run all the same, and then another one
+        # takes its place, and it ends.
+        visit = self._clock.inside(worker=True)
+        self.thread = threading.Thread(
+            target=_serve,
+            args=(weakref.ref(scheduler, partial(_wake, self._condition)), self._condition, visit),
+            name="gateway-queue-worker",
+            daemon=True,
+        )
+        try:
+            self.thread.start()
+        except RuntimeError as error:
+            interrupt = error.__context__
+            if interrupt is not None and not isinstance(interrupt, Exception):
+                raise interrupt from None  # start() waits, and then fails to release a lock (#118433)
+            visit.__exit__(None, None, None)  # the system or the interpreter gives no more threads
+            raise
+
+    def wake(self, scheduler: Scheduler) -> None:
+        """Have it look what there is to do; if no thread can be started now, the next one does."""
+        with contextlib.suppress(RuntimeError):
+            self.start(scheduler)
+
+    def serve(self, head: Waiter, bucket: int) -> None:
+        """Ask for a head, when it may ask."""
+        heapq.heappush(self._due, (head.ask_at_us, bucket, head.number, head))
+        self._condition.notify()
+
+    def discard(self, future: Waiter) -> None:
+        """Note that a future has left its line."""
+        self.futures.discard(future)
+        if not self.futures:
+            self._condition.notify()  # the thread may end soon
+
+    def is_alive(self) -> bool:
+        """Return whether the thread runs."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def join(self, timeout: float) -> None:
+        """Wait until the thread has ended."""
+        if self.thread is not None:
+            self.thread.join(timeout)
+
+    # --- in its thread ----------------------------------------------------------------------------
+
+    def turn(self, scheduler: Scheduler) -> bool:
+        """Do what there is to do now; return whether there was anything."""
+        if not self.is_current():
+            return False
+        heads, closing, events = scheduler.locked(self._to_do, scheduler)
+        for event in events:
+            scheduler.emit(event)
+        for waiter in closing:
+            _fail(scheduler, waiter, QueueClosed())
+        sent = scheduler.remote is not None and scheduler.remote.exchange(scheduler, heads)
+        for waiter in heads:
+            if waiter.future is not None:
+                _serve_future(scheduler, waiter)
+        if not (heads or closing or events or sent):
+            return False
+        self._idle_since_us = scheduler.now_us()
+        return True
+
+    def _to_do(self, scheduler: Scheduler) -> tuple[list[Waiter], list[Waiter], list[Event]]:
+        """Return the heads that are due, each once, the futures to close, and the events to emit."""
+        now_us, due = scheduler.now_us(), self._due
+        heads: dict[Waiter, None] = {}
+        while due and due[0][0] <= now_us:
+            at_us, _, _, waiter = heapq.heappop(due)
+            if _is_due(scheduler, waiter, at_us):
+                heads[waiter] = None
+        events, self.events = self.events, []
+        return list(heads), list(self.futures) if scheduler.closed else [], events
+
+    def rest_us(self, scheduler: Scheduler) -> int | None:
+        """Return how long it may sleep, ``None`` to end."""
+        if not self.is_current():
+            return None
+        if self.events or (scheduler.closed and self.futures):
+            return 0
+        now_us, due = scheduler.now_us(), self._due
+        while due and not _is_due(scheduler, due[0][3], due[0][0]):
+            heapq.heappop(due)
+        wake_us = due[0][0] if due else FOREVER_US
+        waiting = bool(self.futures)
+        if scheduler.remote is not None:
+            wake_us = min(wake_us, scheduler.remote.wake_us(closed=scheduler.closed))
+            waiting = bool(scheduler.lines.by_bucket)
+        if wake_us < FOREVER_US:
+            return max(0, wake_us - now_us)
+        rest_us = MAX_REST_US if waiting else self._idle_since_us + LINGER_US - now_us
+        if scheduler.closed or rest_us <= 0:
+            self.thread = None
+            return None
+        return rest_us
+
+
+def _is_due(scheduler: Scheduler, waiter: Waiter, at_us: int) -> bool:
+    """Return whether this is when the worker asks for the waiter; with the lock held."""
+    if waiter.entry is None or waiter.permit is not None or waiter.ask_at_us != at_us:
+        return False
+    return scheduler.lines.is_head(waiter)
+
+
+# --- futures --------------------------------------------------------------------------------------
+
+
+def enqueue(
+    scheduler: Scheduler, shard_id: int, priority_us: int, arrived_us: int | None = None
+) -> PermitFuture:
+    """Return the future of a permit; one with an arrival of its own leaves all to the worker."""
+    future = PermitFuture()
+    permit: Permit | None = None
+    try:
+        if arrived_us is None:
+            permit = scheduler.try_free(shard_id)
+        if permit is not None and permit.reporter is not None:
+            _complete(future, permit)
+        else:
+            scheduler.check_caller(waits=False)
+            waiter = scheduler.waiter(shard_id, arrived_us, priority_us, permit)
+            waiter.future = future
+            future.on_cancel = partial(_leave_cancelled, scheduler, waiter, scheduler.forks)
+            with scheduler.clock.inside():
+                event = scheduler.locked(_join, scheduler, waiter, emits=arrived_us is None)
+                if event is not None:
+                    scheduler.emit(event)
+    except BaseException:
+        if not future.cancel() and future.done() and future.exception() is None:
+            future.result().unused()
+        elif permit is not None and not permit.returned:
+            scheduler.complete(partial(scheduler.return_permit, permit))
+        raise
+    return future
+
+
+def _join(scheduler: Scheduler, waiter: Waiter, *, emits: bool) -> Event | None:
+    """Stand in line, and return the event to emit; or leave it to the worker."""
+    scheduler.join(waiter)
+    event = scheduler.waiting_event(waiter, FOREVER_US)
+    if event is not None and not emits:
+        scheduler.worker.events.append(event)
+        event = None
+    scheduler.worker.start(scheduler)
+    return event
+
+
+def _leave_cancelled(scheduler: Scheduler, waiter: Waiter, forks: int) -> None:
+    """Take a future that was cancelled out of its line, and notify those who wait for it."""
+    if scheduler.forks != forks:
+        return  # it is a copy of the parent's
+    if scheduler.is_inside_lock():  # a signal handler: right after what it interrupts
+        args = scheduler, waiter, forks
+        threading.Thread(target=_leave_cancelled, args=args, name="gateway-queue-cancel").start()
+        return
+    future = scheduler.locked(_claim, waiter)
+    scheduler.leave(waiter, None)
+    if future is not None:
+        future.on_cancel = None
+        future.set_running_or_notify_cancel()
+
+
+def _step(scheduler: Scheduler, waiter: Waiter) -> Permit | Event | None:
+    """Ask for a future as a thread would, if it still waits; with the lock held."""
+    if waiter.future is None or waiter.future.cancelled():
+        return None
+    if waiter.entry is None and waiter.permit is not None:  # it was delivered too late
+        scheduler.join(waiter)
+    answer = scheduler.step(waiter)
+    if answer is None and scheduler.remote is None and scheduler.lines.is_head(waiter):
+        scheduler.notify_head(waiter)
+    return answer
+
+
+def _serve_future(scheduler: Scheduler, waiter: Waiter) -> None:
+    """Ask for a future that is the head of its line, and complete it if that has an answer."""
+    try:
+        while True:
+            answer = scheduler.locked(_step, scheduler, waiter)
+            if answer is None:
+                return
+            if not isinstance(answer, Permit):
+                scheduler.emit(answer)
+            elif scheduler.deliver(waiter, answer):
+                break
+    except BaseException as error:  # noqa: BLE001 - the future's holder gets it
+        _fail(scheduler, waiter, error)
+        return
+    future = scheduler.locked(_claim, waiter)
+    if future is None:
+        return  # it was cancelled, and the permit given back
+    waiter.permit = None
+    try:
+        _complete(future, answer)
+    except BaseException:
+        log.exception("a callback of shard %d's future raised; the queue goes on", waiter.shard_id)
+
+
+def _fail(scheduler: Scheduler, waiter: Waiter, error: BaseException) -> None:
+    """Complete a future with an error."""
+    future, waiter.error = scheduler.locked(_claim, waiter), None
+    try:
+        scheduler.leave(waiter, error)
+        error.__traceback__ = None  # its frames hold the future
+        if future is not None:
+            future.on_cancel = None
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+    except BaseException:
+        log.exception("a callback of shard %d's future raised; the queue goes on", waiter.shard_id)
+
+
+def _claim(waiter: Waiter) -> PermitFuture | None:
+    """Return a future for the caller to complete, ``None`` if somebody else does; with the lock held."""
+    future, waiter.future = waiter.future, None
+    return future
+
+
+def _complete(future: PermitFuture, permit: Permit) -> None:
+    """Complete a future with a permit, or give that back if it is cancelled or interrupted just now."""
+    try:
+        if future.set_running_or_notify_cancel():
+            future.on_cancel = None
+            future.set_result(permit)
+    finally:
+        if future.cancelled() or not future.done():
+            permit.unused()
+
+
+# --- the thread: nothing here keeps a scheduler alive ---------------------------------------------
+
+
+def _serve(
+    ref: weakref.ref[Scheduler],
+    condition: threading.Condition,
+    visit: AbstractContextManager[object],
+) -> None:
+    """Serve a scheduler for as long as there is something to do, and it exists."""
+    with visit:
+        while (scheduler := ref()) is not None:
+            try:
+                if scheduler.worker.turn(scheduler):
+                    continue
+            except BaseException:
+                log.exception("the worker of a queue failed; it goes on")
+            try:
+                condition.acquire()
+                rest_us = scheduler.worker.rest_us(scheduler)
+                del scheduler
+                if rest_us is None or ref() is None:
+                    return
+                if rest_us > 0:
+                    condition.wait(rest_us / US_PER_SECOND)
+            finally:
+                with contextlib.suppress(RuntimeError):  # as in Scheduler.locked
+                    condition.release()
+
+
+def _wake(condition: threading.Condition, _: weakref.ref[Scheduler]) -> None:
+    """Wake a worker whose scheduler nobody has any more, so that it ends."""
+    if condition.acquire(blocking=False):
+        try:
+            condition.notify()
+        finally:
+            condition.release()

@@ -1,4 +1,4 @@
-"""The clock of a queue: it tells the time, and makes the conditions that wait for it, over its lock.
+"""What threads wait with: a clock, the conditions that wait by it, and the lock below them.
 
 They belong together: a clock that can only be read cannot wake a thread (see ``testing.FakeClock``).
 """
@@ -10,10 +10,15 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FOREVER_US = 1 << 62
 """A time that never comes."""
+
+MAX_INTERRUPTS = 100  # of one change of the state
 
 
 class Lock(Protocol):
@@ -36,7 +41,10 @@ class OwnedLock:
     """A reentrant lock that knows which thread holds it, also while a condition waits on it.
 
     Reentrant, because Ctrl-C while a Condition over a plain Lock takes it again leaves ``wait`` without
-    it and breaks exclusion (CPython #118433).
+    it and breaks exclusion (CPython #118433). CPython 3.14 may raise an interrupt between taking a lock
+    and entering its ``with`` block (#148874), and ``Condition.wait`` may end without the lock if it is
+    interrupted right after releasing it. So the lock is taken inside of ``try``, and released in
+    ``finally`` whether or not it is held.
 
     Attributes:
         owner: the thread that holds it, 0 if none does; set by the thread that takes it.
@@ -51,6 +59,49 @@ class OwnedLock:
         self._lock: Any = threading.RLock()
         self.acquire, self.release = self._lock.acquire, self._lock.release
         self.owner = 0
+
+    def is_held(self) -> bool:
+        """Return whether this thread holds it: a signal handler or finalizer that does interrupts it."""
+        return self.owner == self._get_ident()
+
+    def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Do something with the lock held; never called by a thread that holds it.
+
+        Between the beginning of ``finally`` and the release there is no call, and so no interrupt.
+        """
+        ident = self._get_ident()
+        try:
+            self.acquire()
+            self.owner = ident
+            result = work(*args, **kwargs)
+            return result  # noqa: RET504 - an interrupt right after the call is still inside of ``try``
+        finally:
+            if self.owner == ident:
+                self.owner = 0
+            try:  # noqa: SIM105 - there must be no call before the release
+                self.release()
+            except RuntimeError:
+                pass  # an interrupt came before the lock was taken; it goes on from here
+
+    def complete(self, change: Callable[[], object]) -> None:
+        """Make a change of the state, and its wake-ups, whatever interrupts.
+
+        If an exception interrupts the change, it is repeated, and the exception is raised afterwards.
+        The change must be idempotent.
+        """
+        interrupt: BaseException | None = None
+        left = MAX_INTERRUPTS
+        while left:
+            try:
+                self.run(change)
+                left = 0
+            except BaseException as error:  # noqa: BLE001 - raised below
+                interrupt, left = error, left - 1
+        if interrupt is not None:
+            try:
+                raise interrupt
+            finally:
+                interrupt = None  # its traceback holds this frame
 
     # What a Condition calls, right after it has noted who waits:
 
@@ -115,7 +166,7 @@ EARLY = 0.000_2
 
 
 def make_small(condition: threading.Condition) -> None:
-    """Make a new condition half as big, if few threads wait for it: a list is that, a deque is not."""
+    """Replace a new condition's deque by a list, which needs half the memory when few threads wait."""
     condition._waiters = []  # type: ignore[attr-defined]
 
 

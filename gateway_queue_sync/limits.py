@@ -74,9 +74,9 @@ def read(account: Account, limit: SessionStartLimit, sent_us: int, now_us: int) 
 
     What is left is the smaller of ``total`` less all own permits of the period, and ``remaining``
     less those of the last minute before the request, which Discord may not have seen. So each permit
-    counts, and so do the starts of other programs. Another reset than the known one counts only if a
-    second read confirms it a minute later; until then the smaller numbers count. Otherwise a bot that
-    crashes in a loop would win session starts from an answer that lags behind.
+    counts, and so do the starts of other programs. A different reset counts only if a second read a
+    minute later shows it again; until then the smaller numbers count. Otherwise a bot that crashes in
+    a loop would win session starts from an answer that lags behind.
 
     Returns false if the limit should be read again in a minute: to confirm its reset, or because it was
     read too soon after own permits to know what is left.
@@ -134,7 +134,7 @@ def _take_in(account: Account, limit: SessionStartLimit, total: int, remaining: 
 
 
 def less_starts(limit: SessionStartLimit, starts: int) -> SessionStartLimit:
-    """Return a limit with so many starts taken off, to be read again after a second at the earliest."""
+    """Return a limit with so many starts fewer, and a ``reset_after`` of at least a second."""
     if starts > 0:
         limit = replace(limit, remaining=max(0, limit.remaining - starts))
     if limit.remaining < limit.total:

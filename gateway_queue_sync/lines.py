@@ -23,7 +23,7 @@ class Waiter:
     Attributes:
         shard_id: the shard.
         arrived_us: when it arrived.
-        position_us: what its line is sorted by: its arrival less its priority, then its number.
+        position_us: the sort key of its line: arrival less priority; then its number.
         future: completed with the permit; ``None`` for a thread.
         once: it asks once and then leaves.
         number: tells it from all other waiters of the process.
@@ -68,14 +68,14 @@ class Line:
             entry = heap[0]
             if entry[2].entry is entry:
                 return entry[2]
-            self._left -= 1  # before the call, which an interrupt may follow
+            self._left -= 1  # assigned first: an interrupt can come after the call
             heapq.heappop(heap)
         return None
 
     def join(self, waiter: Waiter) -> None:
         """Stand in line, at the waiter's position."""
         entry = waiter.position_us, waiter.number, waiter
-        waiter.entry = entry  # before the call, which an interrupt may follow
+        waiter.entry = entry  # assigned first: an interrupt can come after the call
         heapq.heappush(self._heap, entry)
         self._last = max(self._last, entry[:2])
 
@@ -83,9 +83,7 @@ class Line:
         """Stand in line no longer."""
         waiter.entry = None
         self._left += 1
-        if self._left > max(
-            16, len(self._heap) // 2
-        ):  # else a line that is blocked would only grow
+        if self._left > max(16, len(self._heap) // 2):  # else a blocked line would only grow
             heap = list(self.entries())
             heapq.heapify(heap)
             self._heap, self._left = heap, 0
@@ -151,8 +149,7 @@ class Lines:
 
     def is_head(self, waiter: Waiter) -> bool:
         """Return whether a waiter is the head of its line."""
-        line = self.by_bucket.get(waiter.shard_id % self.max_concurrency)
-        return line is not None and line.head is waiter
+        return self.head(waiter.shard_id) is waiter
 
     def heads(self) -> list[Waiter]:
         """Return the head of each line."""

@@ -10,25 +10,14 @@ import logging
 from collections.abc import Callable
 from datetime import datetime
 
-from gateway_queue_sync.events import (
-    BudgetExhausted,
-    Event,
-    LimitUpdated,
-    ShardGranted,
-    ShardLeft,
-    ShardWaiting,
-)
+from gateway_queue_sync import events
 from gateway_queue_sync.format import format_duration, format_time
 from gateway_queue_sync.limits import Budget
 from gateway_queue_sync.models import US_PER_SECOND
 from gateway_queue_sync.token_bucket import NEVER
 
-MIN_WAIT = 30.0
-"""Seconds; only waits that take longer are logged."""
-
-MAX_LINES = 5
-"""Lines of a kind that are logged in a minute; after these, each that doubles their number."""
-
+MIN_WAIT = 30.0  # s; only waits that take longer are logged
+MAX_LINES = 5  # of a kind that are logged in a minute; after these, each that doubles their number
 MINUTE_US = 60 * US_PER_SECOND
 ALL = 1 << 62
 
@@ -36,7 +25,7 @@ shards = logging.getLogger("gateway_queue_sync.shards")
 limits = logging.getLogger("gateway_queue_sync.budget")
 
 
-class LineFilter:
+class LogFilter:
     """Which lines of one kind to log, so that a start of ten thousand shards fits a screen."""
 
     def __init__(self) -> None:
@@ -73,7 +62,7 @@ class Log:
         self._now_us = now_us
         self._budget = budget
         self._reserve = reserve
-        self._begun, self._ended = LineFilter(), LineFilter()
+        self._begun, self._ended = LogFilter(), LogFilter()
         self._logged: set[int] = set()  # waiters of whose wait a line was logged
         self._low_from = self.grants_up_to = -1
         self.limit_changed()
@@ -87,19 +76,19 @@ class Log:
             if self.grants_up_to != ALL:  # it was not warned of yet
                 self.grants_up_to = self._low_from
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: events.Event) -> None:
         """Log an event, if it is worth a line."""
         match event:
-            case ShardWaiting():
+            case events.ShardWaiting():
                 if event.eta is not None and event.eta > MIN_WAIT:
                     self._log_waiting(event, event.eta)
-            case ShardGranted():
+            case events.ShardGranted():
                 self._log_granted(event)
                 if event.remaining is not None and event.remaining <= self.grants_up_to:
                     self._warn_if_low(event.remaining)
-            case ShardLeft():
+            case events.ShardLeft():
                 self._log_left(event)
-            case BudgetExhausted():
+            case events.BudgetExhausted():
                 limits.warning(
                     "the session start limit is used up (%d left, reserve %d): no shard may identify "
                     "until it resets, %s",
@@ -107,10 +96,10 @@ class Log:
                     self._reserve,
                     _when(event.resets_in),
                 )
-            case LimitUpdated():
+            case events.LimitUpdated():
                 self.limit_changed()
 
-    def _log_waiting(self, event: ShardWaiting, eta: float) -> None:
+    def _log_waiting(self, event: events.ShardWaiting, eta: float) -> None:
         skipped = self._begun.count(self._now_us()) if shards.isEnabledFor(logging.INFO) else None
         if skipped is not None:
             self._logged.add(event.waiter)
@@ -120,27 +109,27 @@ class Log:
                 event.bucket,
                 event.position,
                 _when(eta),
-                f"; {skipped} more wait long" if skipped else "",
+                f"; {skipped} similar lines skipped" if skipped else "",
             )
 
-    def _log_granted(self, event: ShardGranted) -> None:
+    def _log_granted(self, event: events.ShardGranted) -> None:
         long = event.waited > MIN_WAIT and shards.isEnabledFor(logging.INFO)
         skipped = self._ended.count(self._now_us()) if long else None
         if event.waiter in self._logged or skipped is not None:
             self._logged.discard(event.waiter)
             left = "" if event.remaining is None else f"; {event.remaining} session starts are left"
-            more = f"; {skipped} more got theirs" if skipped else ""
+            more = f"; {skipped} similar lines skipped" if skipped else ""
             duration = format_duration(event.waited)
             shards.info(
                 "shard %d has its permit, after %s%s%s", event.shard_id, duration, left, more
             )
 
-    def _log_left(self, event: ShardLeft) -> None:
+    def _log_left(self, event: events.ShardLeft) -> None:
         logged = event.waiter in self._logged
         self._logged.discard(event.waiter)
         if logged and event.waited > MIN_WAIT and event.reason != "closed":
             shards.info(
-                "shard %d waits no more, without a permit, after %s (%s)",
+                "shard %d has left its line without a permit, after %s (%s)",
                 event.shard_id,
                 format_duration(event.waited),
                 event.reason,

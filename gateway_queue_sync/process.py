@@ -48,10 +48,10 @@ def _begin_in_child(scheduler: Scheduler) -> None:
 
 
 def _at_exit() -> None:
-    """Have it sent what remote ledgers do not know yet; half a second at most, and no new thread."""
+    """Send outstanding reports to remote ledgers: 0.5 s at most, and without a new thread."""
     deadline_us = SYSTEM_CLOCK.now_us() + MAX_EXIT_US
     for scheduler in list(_schedulers):
-        if scheduler.remote is None or scheduler.is_inside_lock():
+        if scheduler.remote is None or scheduler.lock.is_held():
             continue
         if scheduler.worker.is_alive():
             scheduler.close()

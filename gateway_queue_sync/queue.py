@@ -1,4 +1,4 @@
-"""The queue that users hold: it checks arguments, makes permits, and books what becomes of them."""
+"""The queue that users hold: it checks arguments and passes calls on to the scheduler."""
 
 from __future__ import annotations
 
@@ -38,19 +38,18 @@ class Queue(Protocol):
 
 
 class GatewayQueue:
-    """A queue that blocks threads until their shards may identify: what every queue here is.
+    """The base of every queue here: it blocks threads until their shards may identify.
 
     Made by its policies (``LocalQueue``, ``LargeBotQueue``, ...), each a choice of ledger. All
     methods may be called from any thread, but not from a signal handler or finalizer that
     interrupts one of them (``RuntimeError``); ``close`` may be called from there, too. As a context
     manager it closes itself at the end.
 
-    Source of the rules: https://discord.com/developers/docs/topics/gateway (*Rate Limiting*, *Session
-    Start Limit*).
+    Source of the rules: https://discord.com/developers/docs/topics/gateway (*Rate Limiting*).
 
     Args:
-        make_ledger: makes the account of who was granted what, when.
-        settings: all else.
+        make_ledger: returns the ledger that permits are granted by.
+        settings: the checked settings.
     """
 
     def __init__(self, make_ledger: Callable[[Settings], Ledger], settings: Settings) -> None:
@@ -70,8 +69,8 @@ class GatewayQueue:
         Args:
             shard_id: the shard that wants to IDENTIFY, from 0 on.
             timeout: the longest wait in seconds; ``None`` or ``inf`` waits for ever, 0 tries once.
-            priority: a head start in seconds: the shard counts as having arrived that much earlier
-                (a negative one: later). Nobody starves by it.
+            priority: a head start in seconds: the shard is sorted as if it had arrived that much
+                earlier (negative: later), so no shard waits for ever because of others' priorities.
 
         Raises:
             AcquireTimeout: no permit came in time; its ``eta`` says when one would have.
@@ -96,7 +95,7 @@ class GatewayQueue:
         return permit
 
     def try_acquire(self, shard_id: int) -> Permit | None:
-        """Return a permit if the shard may identify now, else ``None``; nobody in line is passed.
+        """Return a permit if the shard may identify now, else ``None``; it never overtakes others.
 
         With a ledger that processes share this takes one trip to it, 0.5 seconds at most.
 
@@ -117,11 +116,11 @@ class GatewayQueue:
         """Join the line without a thread, and return the future of the permit. Never blocks.
 
         On a free bucket in memory the future is done at once. Cancelling it leaves the line and uses up
-        nothing; once ``cancel`` says no, the permit is there and must be used or given back
-        (``unused``). Callbacks run in the queue's worker, which serves all futures: keep them quick, and
-        never block in them on this queue. The future carries ``QueueClosed`` if the queue is closed
-        before its turn, and ``SessionLimitExhausted`` if the queue was made to raise that. From
-        asyncio::
+        nothing; if ``cancel()`` returns false, the permit was granted: use it or call ``unused()``.
+        Callbacks run in the queue's worker, which serves all futures (or in the caller, if it cancels,
+        or if the future is done already): keep them quick, and never block in them on this queue. The
+        future carries ``QueueClosed`` if the queue is closed before its turn, and
+        ``SessionLimitExhausted`` if the queue was made to raise that. From asyncio::
 
             permit = await asyncio.wrap_future(queue.enqueue(shard_id))
 
@@ -144,7 +143,7 @@ class GatewayQueue:
     # --- the queue --------------------------------------------------------------------------------
 
     def update(self, limit: SessionStartLimit) -> None:
-        """Adopt a session start limit, as it is given; who waits for the limit goes on at once.
+        """Replace the session start limit; waiters that the old one held back ask again at once.
 
         Another ``max_concurrency`` puts everybody in the line of their new bucket, in their order;
         every new bucket starts from the latest grant of any old one.
@@ -171,8 +170,8 @@ class GatewayQueue:
     def close(self) -> None:
         """Grant no more permits: whoever waits here gets ``QueueClosed``; other processes go on.
 
-        Never blocks: futures are completed, and what became of permits is sent, by the worker. Closing
-        again changes nothing.
+        Never blocks: the worker completes the futures and sends outstanding reports. Closing again
+        changes nothing.
         """
         self._scheduler.close()
 
@@ -203,5 +202,5 @@ class GatewayQueue:
 
 
 def scheduler_of(queue: GatewayQueue) -> Scheduler:
-    """Return what a queue is made of, for this package's own use: the broker, status, tests."""
+    """Return a queue's scheduler, for this package's own use: the broker, status, tests."""
     return queue._scheduler

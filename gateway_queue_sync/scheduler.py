@@ -1,19 +1,13 @@
-"""How threads and futures wait: the only lock, the only wait loop, and the worker.
+"""How threads wait for permits: one lock, the lines, and the wait loop.
 
 - One lock guards the lines. Each thread that waits has a condition of its own over that lock. Only the
-  head of a line asks the ledger; everybody else sleeps until whoever leaves wakes the new head.
+  head of a line asks the ledger; all others sleep until a waiter that leaves wakes the new head.
 - A ledger in memory is asked under the lock: by the thread that is the head, or for a future by the
   worker. A remote ledger is only asked by the worker, without the lock, for all heads at once.
 - A permit stays on its waiter, at the head of the line, until it is handed over: then the waiter leaves
   the line, the next head is woken, and the permit is stamped as the last thing under the lock. One that
   is older than the margin when its waiter has it is given back, and asked for again in the same place.
-- Every change of the state and the wake-ups that follow from it are one unit (``complete``).
-
-Locking: CPython 3.14 may raise an interrupt between taking a lock and entering its ``with`` block
-(issue 148874), and ``Condition.wait`` may end without the lock if it is interrupted right after
-releasing it. So the lock is taken inside of ``try``, and released in ``finally`` whether or not it is
-held. It is never taken by a thread that holds it: its ``owner`` shows a signal handler or a finalizer
-that would.
+- A change that somebody waits for, and its wake-ups, are one unit (``complete``).
 """
 
 from __future__ import annotations
@@ -22,25 +16,10 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
-from gateway_queue_sync import forecast, process
+from gateway_queue_sync import errors, events, forecast, process
 from gateway_queue_sync.clock import FOREVER_US, OwnedLock
-from gateway_queue_sync.errors import (
-    AcquireTimeout,
-    QueueClosed,
-    SessionLimitExhausted,
-    forked,
-    reentered,
-    worker_blocked,
-)
-from gateway_queue_sync.events import (
-    Event,
-    LimitUpdated,
-    PermitReported,
-    ShardGranted,
-    ShardWaiting,
-)
 from gateway_queue_sync.ledgers.remote import Ledger
 from gateway_queue_sync.limit_reader import LimitReader
 from gateway_queue_sync.lines import Lines, Waiter, waiter_numbers
@@ -60,27 +39,21 @@ from gateway_queue_sync.worker import Worker
 
 log = logging.getLogger("gateway_queue_sync")
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_SLEEP_US = int(threading.TIMEOUT_MAX) * US_PER_SECOND
 MAX_RESET_SLEEP_US = 60 * US_PER_SECOND  # then it looks again: the limit may have been read
-MAX_INTERRUPTS = 100  # of one change of the state
-MAX_POSITION = 1_000  # behind more waiters a time-out does not tell when the permit would have come
+MAX_POSITION = 1_000  # a time-out with more waiters ahead has no ``eta``
 
 
 class Scheduler:
     """The lines of one queue, all who wait in them, and the worker that serves them.
 
-    Args:
-        ledger: grants the permits.
-        settings: the queue's settings.
-        owner: what the queue is called in errors.
-
     Attributes:
-        ledger: grants the permits.
-        now_us: the queue's clock.
-        reserve: session starts never to use up.
+        ledger: grants the permits; it is either ``local`` (in memory) or ``remote``.
+        lock: protects all that follows; ``locked`` and ``complete`` run something under it.
+        lines: who waits.
+        worker: serves futures, and a remote ledger.
         closed: whether the queue was closed.
         forks: how many forks lie between the process that made the queue and this one.
     """
@@ -100,6 +73,7 @@ class Scheduler:
         self._observers = Observers(settings, ledger.budget)
         self._observed = settings.observer is not None
         self.lock = OwnedLock()
+        self.locked, self.complete = self.lock.run, self.lock.complete
         self.begin()
         process.register(self)
 
@@ -111,49 +85,10 @@ class Scheduler:
         self._moving: list[Waiter] | None = None  # to the lines of other buckets
         self.worker = Worker(self.clock, self.lock)
 
-    # --- the lock ---------------------------------------------------------------------------------
-
-    def locked(self, work: Callable[P, T], *args: P.args, **settings: P.kwargs) -> T:
-        """Do something with the lock held.
-
-        Between the beginning of ``finally`` and the release there is no call, and so no interrupt.
-        """
-        ident = self._get_ident()
-        try:
-            self.lock.acquire()
-            self.lock.owner = ident
-            result = work(*args, **settings)
-            return result  # noqa: RET504 - an interrupt right after the call is still inside of ``try``
-        finally:
-            if self.lock.owner == ident:
-                self.lock.owner = 0
-            try:
-                self.lock.release()
-            except RuntimeError:
-                pass  # an interrupt came before the lock was taken; it goes on from here
-
-    def complete(self, change: Callable[[], object]) -> None:
-        """Make a change of the state and its wake-ups under the lock, whatever interrupts.
-
-        An exception that is raised into the midst makes it start over, and is raised when all is done.
-        Repeating a change must do no more than making it once.
-        """
-        interrupt: BaseException | None = None
-        left = MAX_INTERRUPTS
-        while left:
-            try:
-                self.locked(change)
-                left = 0
-            except BaseException as error:  # noqa: BLE001 - raised below
-                interrupt, left = error, left - 1
-        if interrupt is not None:
-            try:
-                raise interrupt
-            finally:
-                interrupt = None  # its traceback holds this frame
+    # --- who may call -----------------------------------------------------------------------------
 
     def blocking(self, work: Callable[[], T]) -> T:
-        """Wait with the lock held; the thread can make no other call meanwhile, from a handler."""
+        """Run ``work``, which waits, with the lock held; a handler in this thread cannot call then."""
         ident = self._get_ident()
         with self.clock.inside():
             try:
@@ -163,21 +98,17 @@ class Scheduler:
             finally:
                 self._callers.discard(ident)
 
-    def is_inside_lock(self) -> bool:
-        """Return whether this thread holds the lock: then it is a handler that interrupts it."""
-        return self.lock.owner == self._get_ident()
-
     def check_caller(self, *, waits: bool) -> None:
         """Refuse a thread that is inside of another call, and a process that holds only a copy."""
         if self.forks and self.remote is None:
             raise self.forked()
         ident = self._get_ident()
         if self.lock.owner == ident or (waits and ident in self._callers):
-            raise reentered()
+            raise errors.reentered()
 
     def forked(self) -> RuntimeError:
         """Return the error for a process that was forked from the one that made the queue."""
-        return forked(self._owner_name)
+        return errors.forked(self._owner_name)
 
     # --- permits without waiting ------------------------------------------------------------------
 
@@ -196,7 +127,7 @@ class Scheduler:
                 lock.acquire()
                 lock.owner = ident
                 if self.closed:
-                    raise QueueClosed
+                    raise errors.QueueClosed
                 lines = self.lines
                 if local is None or (
                     lines.by_bucket and shard_id % lines.max_concurrency in lines.by_bucket
@@ -234,7 +165,9 @@ class Scheduler:
         try:
             self._callers.add(ident)
             self.emit(
-                ShardGranted(permit.shard_id, permit.bucket, 0.0, permit.remaining, permit.waiter)
+                events.ShardGranted(
+                    permit.shard_id, permit.bucket, 0.0, permit.remaining, permit.waiter
+                )
             )
         finally:
             self._callers.discard(ident)
@@ -242,7 +175,7 @@ class Scheduler:
     def waiter(
         self, shard_id: int, arrived_us: int | None, priority_us: int, late: Permit | None
     ) -> Waiter:
-        """Return a waiter; one that brings a late permit arrived when that was granted."""
+        """Return a waiter; with a late permit, its arrival is when that was granted."""
         if arrived_us is None:
             arrived_us = self.now_us() if late is None else late.stamp_us
         waiter = Waiter(shard_id, arrived_us, arrived_us - priority_us)
@@ -259,15 +192,15 @@ class Scheduler:
     ) -> Permit:
         """Stand in line with the calling thread until it has a permit; it may bring one that was late.
 
-        Every way out without one ends in ``leave``. It is there twice, for an interrupt at the very
-        beginning of the first.
+        Every exit without a permit calls ``leave``. The outer call is for an interrupt at the very
+        beginning of the inner one.
         """
         ident, forks = self._get_ident(), self.forks
         waiter = self.waiter(shard_id, None, priority_us, late)
         waiter.once = timeout == 0
         try:
             if self.worker.thread is threading.current_thread() and (timeout != 0 or self.remote):
-                raise worker_blocked()
+                raise errors.worker_blocked()
             with self.clock.inside():
                 try:
                     while True:
@@ -288,7 +221,7 @@ class Scheduler:
                 raise self.forked() from None
             raise
 
-    def _sleep_until_answer(self, waiter: Waiter, timeout: float | None) -> Permit | Event:
+    def _sleep_until_answer(self, waiter: Waiter, timeout: float | None) -> Permit | events.Event:
         """Sleep until there is a permit, or an event to emit without the lock; with the lock held."""
         deadline_us = FOREVER_US if timeout is None else waiter.arrived_us + to_us(timeout)
         remote = self.remote
@@ -327,20 +260,20 @@ class Scheduler:
                 return error
         position = self.lines.position(waiter, MAX_POSITION)
         eta = None if position == MAX_POSITION else self._eta(waiter, position)
-        return AcquireTimeout(waiter.shard_id, timeout, eta)
+        return errors.AcquireTimeout(waiter.shard_id, timeout, eta)
 
     # --- lines: with the lock held ----------------------------------------------------------------
 
     def join(self, waiter: Waiter) -> None:
         """Stand in line; a permit that the waiter brings along was too late, and is given back."""
         if self.closed:
-            raise QueueClosed
+            raise errors.QueueClosed
         if waiter.future is None:
             self._callers.add(self._get_ident())
         else:
             self.worker.futures.add(waiter)
         self.lines.join(waiter)
-        if waiter.permit is not None:  # only now: nobody takes the waiter's turn by this
+        if waiter.permit is not None:  # after joining: no other waiter gets it first
             permit, waiter.permit, waiter.ask_at_us = waiter.permit, None, 0
             self.return_permit(permit)
         if self.remote is not None:
@@ -350,7 +283,7 @@ class Scheduler:
             self.notify_head(waiter)
 
     def _remove(self, waiter: Waiter) -> None:
-        """Leave the line and wake its new head; harmless when repeated. Nobody leaves in another way."""
+        """Leave the line and wake its new head; harmless when repeated. This is the only way out."""
         if waiter in self.worker.futures:
             self.worker.discard(waiter)
         head = self.lines.leave(waiter)
@@ -367,7 +300,7 @@ class Scheduler:
     def notify_head(self, waiter: Waiter) -> None:
         """Wake the head of a line, or the worker that serves it."""
         if waiter.future is not None or self.remote is not None:
-            self.worker.serve(waiter, waiter.shard_id % self.lines.max_concurrency)
+            self.worker.schedule(waiter, waiter.shard_id % self.lines.max_concurrency)
         elif waiter.condition is not None:
             waiter.condition.notify()
 
@@ -381,13 +314,13 @@ class Scheduler:
         self._observers.log.limit_changed()
         self._ask_again(self.lines.heads())
 
-    def step(self, waiter: Waiter) -> Permit | Event | None:
+    def step(self, waiter: Waiter) -> Permit | events.Event | None:
         """Ask for the waiter's permit if it is its turn; return the permit, or an event to emit first.
 
-        Unless somebody listens to its events, the waiter has left its line when it gets the permit.
+        If nobody listens to its events, the waiter leaves its line here; else ``deliver`` does that.
         """
         if self.closed:
-            raise QueueClosed
+            raise errors.QueueClosed
         local = self.local
         if local is not None and waiter.permit is None and waiter.error is None:
             now_us = self.now_us()
@@ -397,20 +330,20 @@ class Scheduler:
                 answer = local.take(local.account, waiter.shard_id, now_us)
                 if answer.__class__ is Permit:  # not isinstance: an interrupt comes after a call
                     waiter.permit = answer
-                event = self.book(waiter, answer, now_us)
+                event = self.record(waiter, answer, now_us)
                 if event is not None:
                     return event
         if waiter.error is not None:
             try:
                 raise waiter.error
             finally:
-                waiter.error = None  # else its traceback would hold the waiter, and that the error
+                waiter.error = None  # breaks the cycle waiter, error, traceback
         permit = waiter.permit
         if permit is not None and waiter.entry is not None and not self.listens(permit):
             self.hand_over(waiter, permit)
         return permit
 
-    def book(self, waiter: Waiter, answer: Permit | Denial, now_us: int) -> Event | None:
+    def record(self, waiter: Waiter, answer: Permit | Denial, now_us: int) -> events.Event | None:
         """Note what the ledger answered to a waiter; return an event to emit, if there is one."""
         if isinstance(answer, Permit):
             answer.waited = max(0, answer.stamp_us - waiter.arrived_us) / US_PER_SECOND
@@ -423,13 +356,13 @@ class Scheduler:
         waiter.ask_at_us = now_us + min(answer.wait_us, MAX_RESET_SLEEP_US)
         if self._raises:
             resets_in = answer.resets_in_us / US_PER_SECOND
-            waiter.error = SessionLimitExhausted(answer.remaining, resets_in)
+            waiter.error = errors.SessionLimitExhausted(answer.remaining, resets_in)
         return self._observers.exhausted(answer, now_us)
 
     def hand_over(self, waiter: Waiter, permit: Permit) -> bool:
-        """Leave the line with a permit; false if it has left, or other buckets were laid out since."""
+        """Leave the line with a permit; false if it was in none, or if the permit's bucket is gone."""
         if self.closed:
-            raise QueueClosed
+            raise errors.QueueClosed
         if waiter.entry is None:
             return False
         self._remove(waiter)
@@ -437,14 +370,14 @@ class Scheduler:
 
     def return_permit(self, permit: Permit) -> None:
         """Give a permit back and wake those whom that helps; harmless when repeated."""
-        self._book_report(permit, Report.UNUSED)
+        self._record_report(permit, Report.UNUSED)
         left = self.ledger.budget()
-        used_up = left is not None and left.remaining <= self.reserve + 1  # until now
+        used_up = left is not None and left.remaining <= self.reserve + 1  # until it came back
         head = self.lines.head(permit.shard_id)
         self._ask_again(self.lines.heads() if used_up else (head,) if head else ())
 
-    def _book_report(self, permit: Permit, report: Report) -> int:
-        """Book a report, or have it sent; return how many rejections in a row the bucket has."""
+    def _record_report(self, permit: Permit, report: Report) -> int:
+        """Record a report, or have it sent; return how many rejections in a row the bucket has."""
         if self.local is not None:
             return self.local.report(permit, report)
         if self.remote is not None:
@@ -453,7 +386,7 @@ class Scheduler:
         return 0
 
     def report(self, permit: Permit, report: Report) -> None:
-        """Book what the holder of a permit says became of it, unless that was said before."""
+        """Record what the holder of a permit says became of it, unless that was said before."""
         if self.forks and self.remote is None:
             return  # the account in this child is a copy that grants nothing
         self.check_caller(waits=False)
@@ -464,7 +397,7 @@ class Scheduler:
             reported = permit.reported
             if reported is None or (reported is Report.SENT and report is Report.REJECTED):
                 if report is not Report.UNUSED:
-                    rejections = self._book_report(permit, report)
+                    rejections = self._record_report(permit, report)
                 is_new, permit.reported = True, report
             if is_new and report is Report.UNUSED:
                 self.return_permit(permit)
@@ -473,13 +406,13 @@ class Scheduler:
         if is_new:
             if rejections == MANY_REJECTIONS:
                 rejected_often(rejections, permit.shard_id, permit.bucket)
-            self.emit(PermitReported(permit.shard_id, permit.bucket, report, permit.waiter))
+            self.emit(events.PermitReported(permit.shard_id, permit.bucket, report, permit.waiter))
         elif Report.UNUSED in (before, report) and before is not report:
             log.warning("%r was reported %s: that changes nothing now", permit, report.value)
 
     # --- events -----------------------------------------------------------------------------------
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: events.Event) -> None:
         """Pass an event to the log and the observer; without the lock."""
         self._observers.emit(event, in_worker=self.worker.is_current())
 
@@ -492,7 +425,7 @@ class Scheduler:
         )
         return few or self._observed or shards.isEnabledFor(logging.INFO)
 
-    def waiting_event(self, waiter: Waiter, left_us: int) -> Event | None:
+    def waiting_event(self, waiter: Waiter, left_us: int) -> events.Event | None:
         """Return the event that a waiter waits, once, if somebody listens; with the lock held.
 
         Where the ledger has to be asked for the position, the worker emits it.
@@ -506,7 +439,7 @@ class Scheduler:
             return None
         position = self.lines.position(waiter)
         bucket, eta = waiter.shard_id % self.lines.max_concurrency, self._eta(waiter, position)
-        return ShardWaiting(waiter.shard_id, bucket, position, eta, waiter.number)
+        return events.ShardWaiting(waiter.shard_id, bucket, position, eta, waiter.number)
 
     def deliver(self, waiter: Waiter, permit: Permit) -> bool:
         """Announce a permit and hand it over; false if it has to be asked for again."""
@@ -533,7 +466,7 @@ class Scheduler:
 
         What was granted is given back, and the new head is woken.
         """
-        latest: type[Event] | None = None
+        latest: type[events.Event] | None = None
 
         def change() -> None:
             nonlocal latest
@@ -551,7 +484,7 @@ class Scheduler:
         if latest is not None:
             self.emit(left_event(waiter, error, self.now_us()))
 
-    # --- looking ahead ----------------------------------------------------------------------------
+    # --- the queue as a whole ----------------------------------------------------------------------
 
     def _eta(self, waiter: Waiter, position: int) -> float | None:
         """Return in about how many seconds a position gets its permit; with the lock held."""
@@ -577,13 +510,11 @@ class Scheduler:
         lines = {number: [entry[2] for entry in sorted(line)] for number, line in entries.items()}
         return forecast.snapshot(outlook, lines)  # which may take long, and needs no lock
 
-    # --- the limit --------------------------------------------------------------------------------
-
     def update(self, limit: SessionStartLimit) -> None:
         """Adopt a limit as it is given."""
         self.check_caller(waits=self.remote is not None)
         if self.closed:
-            raise QueueClosed
+            raise errors.QueueClosed
         if self.remote is not None:
             self.remote.update(self, limit)
 
@@ -595,16 +526,14 @@ class Scheduler:
             self.limit_changed()
 
         self.complete(change)
-        self.emit(LimitUpdated(limit))
-
-    # --- the end ----------------------------------------------------------------------------------
+        self.emit(events.LimitUpdated(limit))
 
     def close(self) -> None:
         """Grant no more permits: whoever waits gets ``QueueClosed``."""
         if self.forks and self.remote is None:
             self.closed = True
             return
-        if self.is_inside_lock():  # a signal handler: right after what it interrupts
+        if self.lock.is_held():  # a signal handler: right after what it interrupts
             threading.Thread(target=self.close, name="gateway-queue-close").start()
             return
 

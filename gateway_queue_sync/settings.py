@@ -27,7 +27,7 @@ REREAD_AFTER = 600.0
 """Seconds after which a limit is read again when the queue is used: others may start sessions, too."""
 
 DEFAULT_LEASE = 5.0
-"""Seconds for which a process counts that was not heard of."""
+"""Seconds after which a silent process is considered dead; waiting ones report three times as often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

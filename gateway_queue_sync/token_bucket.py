@@ -21,12 +21,9 @@ from gateway_queue_sync.models import US_PER_SECOND, Permit
 
 NEVER = -(1 << 62)
 MAX_CLOSURE_US = 60 * US_PER_SECOND
-MANY_REJECTIONS = 10
-"""Rejections in a row from which on a bucket may close for longer."""
-
+MANY_REJECTIONS = 10  # in a row; from then on a bucket may close for longer
 MAX_LONG_CLOSURE_US = 900 * US_PER_SECOND
-MAX_REJECTIONS = 32
-"""Rejections in a row that are counted; more make no difference."""
+MAX_REJECTIONS = 32  # that are counted in a row; more make no difference
 
 
 @dataclass
@@ -58,12 +55,12 @@ class Account:
     Attributes:
         window_us, period_us: how long a bucket rests after a permit, and a limit lasts from its first.
         reserve: session starts never to use up.
-        patience_us: how long a reset that is due waits for the limit to be read.
+        patience_us: how long after a reset permits wait for the limit to be read.
         max_concurrency: how many buckets there are.
         buckets: those that granted since they were laid out; the others are like ``default_bucket``.
         total, remaining: session starts in this period (``None``: no limit is kept), and left of it.
         resets_at_us: when the period ends, on the wall clock; ``None`` until its first grant.
-        max_reset_us: how far away that was when it was set: it never is further.
+        max_reset_us: the most time until the reset, in case the clock is set back.
         period: counts the limits seen, so that a refund goes to the one that was charged.
         refresh_owed: the latest reset passed without a read, so a read should come next.
         granted: permits granted; also the serial number of the latest.
@@ -115,8 +112,7 @@ class Denial:
     granted: int = 0
 
 
-# Without __init__, which takes half as long again: the free path is mostly these two. Attributes that
-# are not set have their defaults.
+# Without __init__, which would take 50 % longer on the free path; what is not set has its default.
 _new_bucket, _new_permit = TokenBucket.__new__, Permit.__new__
 
 
@@ -186,7 +182,7 @@ def grant(account: Account, shard_id: int, now_us: int) -> Permit:
 
 
 def _wait_for_read(account: Account, wall_us: int, due: bool, can_refresh: bool) -> Denial | None:
-    """Return the denial at a reset whose limit is read now, ``None`` if it does not wait for that."""
+    """Return a denial while a due reset waits for the limit to be read, else ``None``."""
     patience_us = 0  # a read that is owed is not waited for
     if due and account.resets_at_us is not None:
         patience_us = account.resets_at_us + account.patience_us - wall_us
@@ -273,7 +269,7 @@ def sent(account: Account, permit: Permit, now_us: int) -> None:
     """Start the window again: the IDENTIFY went out only now."""
     bucket = bucket_of(account, permit.shard_id)
     bucket.last_us = max(bucket.last_us, now_us)
-    if bucket.serial != permit.serial:  # what a later grant would give back to
+    if bucket.serial != permit.serial:  # where the bucket returns to if the later grant is undone
         bucket.previous_us = bucket.last_us
 
 
@@ -297,11 +293,10 @@ def unused(account: Account, permit: Permit) -> None:
 
 
 def rejected(account: Account, permit: Permit, now_us: int) -> int:
-    """Close the bucket for 2 windows, doubled by each rejection in a row; return the length of the row.
+    """Close the bucket for 2 windows, doubled by each rejection in a row; return how many these are.
 
-    Up to a minute; from the tenth in a row on, up to 15 minutes: 16 buckets that are rejected once a
-    minute would use up a day's limit in an hour. A row ends with a permit that is not rejected before
-    its bucket's next grant.
+    At most a minute, from the tenth on 15 minutes: 16 buckets that are rejected once a minute would use
+    up a day's limit in an hour. A permit that is not rejected before its bucket's next grant ends it.
     """
     bucket = bucket_of(account, permit.shard_id)
     if bucket.rejected_serial == permit.serial:

@@ -36,7 +36,8 @@ MAX_REST_US = 60 * US_PER_SECOND
 class Worker:
     """Serves the heads of lines that are futures, and with a remote ledger all heads.
 
-    All methods are called with the scheduler's lock held, except ``turn`` and those that it calls.
+    Its methods are called with the scheduler's lock held, except ``turn``, ``is_current``,
+    ``is_alive`` and ``join``.
 
     Attributes:
         thread: the worker, ``None`` while there is none.
@@ -84,12 +85,12 @@ class Worker:
             raise
 
     def wake(self, scheduler: Scheduler) -> None:
-        """Have it look what there is to do; if no thread can be started now, the next one does."""
+        """Wake the worker; if no thread can be started now, the next call tries again."""
         with contextlib.suppress(RuntimeError):
             self.start(scheduler)
 
-    def serve(self, head: Waiter, bucket: int) -> None:
-        """Ask for a head, when it may ask."""
+    def schedule(self, head: Waiter, bucket: int) -> None:
+        """Ask for a head when it may ask; an entry is outdated if its head's time has changed."""
         heapq.heappush(self._due, (head.ask_at_us, bucket, head.number, head))
         self._condition.notify()
 
@@ -175,7 +176,10 @@ def _is_due(scheduler: Scheduler, waiter: Waiter, at_us: int) -> bool:
 def enqueue(
     scheduler: Scheduler, shard_id: int, priority_us: int, arrived_us: int | None = None
 ) -> PermitFuture:
-    """Return the future of a permit; one with an arrival of its own leaves all to the worker."""
+    """Return the future of a permit.
+
+    If ``arrived_us`` is given (by the broker), the permit and all events come from the worker.
+    """
     future = PermitFuture()
     permit: Permit | None = None
     try:
@@ -193,6 +197,7 @@ def enqueue(
                 if event is not None:
                     scheduler.emit(event)
     except BaseException:
+        # Cancelling leaves the line. If that comes too late, the permit is in the future.
         if not future.cancel() and future.done() and future.exception() is None:
             future.result().unused()
         elif permit is not None and not permit.returned:
@@ -216,7 +221,7 @@ def _leave_cancelled(scheduler: Scheduler, waiter: Waiter, forks: int) -> None:
     """Take a future that was cancelled out of its line, and notify those who wait for it."""
     if scheduler.forks != forks:
         return  # it is a copy of the parent's
-    if scheduler.is_inside_lock():  # a signal handler: right after what it interrupts
+    if scheduler.lock.is_held():  # a signal handler: right after what it interrupts
         args = scheduler, waiter, forks
         threading.Thread(target=_leave_cancelled, args=args, name="gateway-queue-cancel").start()
         return
@@ -253,10 +258,9 @@ def _serve_future(scheduler: Scheduler, waiter: Waiter) -> None:
     except BaseException as error:  # noqa: BLE001 - the future's holder gets it
         _fail(scheduler, waiter, error)
         return
-    future = scheduler.locked(_claim, waiter)
+    future = scheduler.locked(_claim, waiter, with_permit=True)
     if future is None:
-        return  # it was cancelled, and the permit given back
-    waiter.permit = None
+        return  # it was cancelled, and ``leave`` has given the permit back
     try:
         _complete(future, answer)
     except BaseException:
@@ -277,9 +281,11 @@ def _fail(scheduler: Scheduler, waiter: Waiter, error: BaseException) -> None:
         log.exception("a callback of shard %d's future raised; the queue goes on", waiter.shard_id)
 
 
-def _claim(waiter: Waiter) -> PermitFuture | None:
+def _claim(waiter: Waiter, *, with_permit: bool = False) -> PermitFuture | None:
     """Return a future for the caller to complete, ``None`` if somebody else does; with the lock held."""
     future, waiter.future = waiter.future, None
+    if with_permit and future is not None:
+        waiter.permit = None  # it is the caller's
     return future
 
 

@@ -120,8 +120,8 @@ def test_who_leaves_without_a_permit_is_told_of_too(account, clock, crew, log):
     clock.advance(5)
     assert isinstance(call.exception(10), AcquireTimeout)
     assert told(log)[3:] == [
-        "shard 3 waits no more, without a permit, after 35.0 s (cancelled)",
-        "shard 1 waits no more, without a permit, after 40.0 s (timeout)",
+        "shard 3 has left its line without a permit, after 35.0 s (cancelled)",
+        "shard 1 has left its line without a permit, after 40.0 s (timeout)",
     ]
 
 
@@ -152,7 +152,7 @@ def test_a_mass_start_is_told_in_a_screen_of_lines(account, clock, log):
     assert len(told(log)) == 5 + len(["8", "16", "32", "64", "128", "256", "512", "1024"])
     assert told(log)[-1] == (
         "shard 1023 waits in bucket 1023: 0 before it, its permit is due in 1 min 40 s; "
-        "511 more wait long"
+        "511 similar lines skipped"
     )
     clock.settle(0)
     clock.advance(100)
@@ -161,7 +161,7 @@ def test_a_mass_start_is_told_in_a_screen_of_lines(account, clock, log):
     (*_, last) = told(log)[13:]
     assert len(told(log)) == 2 * 13
     assert last.startswith("shard 1023 has its permit, after 1 min 40 s; ")
-    assert last.endswith("left; 511 more got theirs")
+    assert last.endswith("left; 511 similar lines skipped")
 
 
 def test_futures_are_told_of_as_threads_are(account, clock, log):
@@ -336,7 +336,7 @@ def test_many_who_come_at_once_do_not_ask_the_ledger_for_the_log_each(
     assert len(looks) <= 1
     positions = [int(re.search(r"(\d+) before", line)[1]) for line in told(log)]
     assert positions == [5, 6, 7, 8, 9, 12, 20, 36]
-    assert told(log)[-1].endswith("its permit is due in 3 min 14 s; 15 more wait long")
+    assert told(log)[-1].endswith("its permit is due in 3 min 14 s; 15 similar lines skipped")
     queue.close()
 
 

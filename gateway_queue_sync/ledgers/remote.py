@@ -1,8 +1,8 @@
 """A ledger that processes share, as the scheduler of one process sees it.
 
 The scheduler says what it wants (who joined and left, reports, limits); its worker sends all of that in
-one exchange, without the lock, and passes the answers on. All methods are called with the scheduler's
-lock held, except ``exchange``, ``update`` and ``snapshot``.
+one exchange, without the lock, and passes the answers on. ``exchange``, ``update``, ``snapshot``,
+``close`` and ``budget`` are called without the scheduler's lock, all other methods with it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from gateway_queue_sync.models import (
     QueueSnapshot,
     Report,
     SessionStartLimit,
-    check_limit,
 )
 from gateway_queue_sync.settings import Settings
 from gateway_queue_sync.token_bucket import NEVER, Denial, Reason
@@ -56,7 +55,6 @@ class RemoteLedger:
         unseen: those whose waiting is no event yet: their position has to be asked for.
         failure: why the ledger could not be asked, ``None`` if it could.
         retry_us: when it is asked again then.
-        postponed: heads that are asked for only then.
         limit_changed: whether the latest exchange has changed the limit.
     """
 
@@ -75,7 +73,6 @@ class RemoteLedger:
         self.unseen: list[Waiter] = []
         self.failure: LedgerError | None = None
         self.retry_us = NEVER
-        self.postponed: list[Waiter] = []
         self.limit_changed = False
         self._reset: Denial | None = None  # the latest reset at which the limit should be read
         self._opens_us: dict[int, int] = {}  # by bucket, as far as it was answered
@@ -167,7 +164,6 @@ class RemoteLedger:
 
     def update(self, scheduler: Scheduler, limit: SessionStartLimit) -> None:
         """Have a limit adopted, and wait for the answer."""
-        check_limit(limit, self._reserve)
         self._ask(scheduler, Request("update", limit))
 
     def snapshot(self, scheduler: Scheduler) -> QueueSnapshot:
@@ -271,7 +267,7 @@ class RemoteLedger:
             if isinstance(answer, Permit):
                 self.report(answer, Report.UNUSED)
             return None
-        event = scheduler.book(waiter, answer, now_us)
+        event = scheduler.record(waiter, answer, now_us)
         permit = waiter.permit
         if permit is None and waiter.error is None:
             scheduler.notify_head(waiter)

@@ -20,6 +20,7 @@ from redis_servers import until
 from wire_clients import PATIENCE, Client, clients_of, first_to_hear, timed, wait_for_line
 
 from gateway_queue_sync import (
+    HttpQueue,
     LargeBotQueue,
     LocalQueue,
     NoOpQueue,
@@ -504,6 +505,41 @@ def test_strictness_refuses_a_bad_shard(strict, queue):
     assert queue.snapshot().granted == 0
 
 
+def test_nonsense_is_answered_to_those_who_know_what_a_status_means(client):
+    for lines in ("no colon", "X: " + "y" * 9_000, "Content-Length: 1\r\nContent-Length: 2"):
+        one = client().send(f"GET / HTTP/1.1\r\n{OURS}\r\n{lines}\r\n\r\n")
+        status, headers, _ = one.read()
+        assert (status, headers["connection"]) == (431 if len(lines) > 999 else 400, "close")
+        assert one.is_closed_without_a_byte()
+
+
+def test_the_body_of_a_malformed_request_is_no_request(client, queue, short_tarpit):
+    one = client().send("POST /?shard=0 HTTP/1.1\r\nno colon\r\nContent-Length: 26\r\n\r\n")
+    one.send("GET /?shard=1 HTTP/1.1\r\n\r\n")
+    assert one.is_closed_without_a_byte()
+    assert queue.snapshot().granted == 0
+
+
+def test_an_empty_line_before_a_request_is_skipped(client):
+    assert client().send("\r\nGET /?shard=0 HTTP/1.1\r\n\r\n").granted
+
+
+def test_close_among_the_options_of_a_connection_closes_it(client):
+    one = client("/?shard=0", "GET", "Connection: TE, close")
+    assert one.read()[1]["connection"] == "close"
+    assert one.is_closed_without_a_byte()
+
+
+def test_a_body_that_is_expected_is_called_for(tmp_path):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0, secret="s3cret") as broker:
+        with clients_of(broker.port) as client:
+            expects = ("/ledger", "POST", JSON, "Content-Length: 2", "Expect: 100-continue")
+            one = client(*expects, SECRET)
+            assert one.socket.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            assert one.send("{}").read()[0] == 400
+            assert client(*expects).read()[0] == 401  # nothing is called for that is refused
+
+
 @pytest.mark.parametrize(
     "nonsense",
     [
@@ -914,6 +950,41 @@ def test_all_who_ask_for_its_health_at_once_cost_one_look(tmp_path, monkeypatch)
         assert all(one.read()[0] == 200 for one in many[1:])
         assert client("/healthz").read()[0] == 200
         assert len(looks) == 1
+
+
+def test_readers_share_one_look_a_second(queue, monkeypatch):
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        looks, look = [], queue.snapshot
+        monkeypatch.setattr(
+            queue, "snapshot", lambda: looks.append(threading.current_thread().name) or look()
+        )
+        since = time.monotonic()
+        readers = [client() for _ in range(20)]
+        for _ in range(10):
+            for reader in readers:
+                reader.ask("/status.json").ask("/metrics").ask("/recent.json").ask("/healthz")
+            assert all(reader.read()[0] == 200 for reader in readers for _ in range(4))
+        assert 1 <= len(looks) <= 2 + (time.monotonic() - since)
+        assert {name.rpartition("_")[0] for name in looks} == {"gateway-queue-broker-read"}
+
+
+def test_a_look_that_takes_long_delays_readers_alone(tmp_path, monkeypatch):
+    goes_on = threading.Event()
+    with (
+        SqliteQueue(tmp_path / "q", interval=0.05, margin=0.05) as queue,
+        serve(queue, port=0) as broker,
+        HttpQueue(broker.url, interval=0.05, margin=0.05) as other,
+        clients_of(broker.port) as client,
+    ):
+        monkeypatch.setattr(ledger_of(queue), "peek", lambda: goes_on.wait(PATIENCE) and 1 / 0)
+        readers = [client("/status.json"), client("/metrics"), client("/healthz")]
+        for shard in range(3):
+            assert client(f"/?shard={shard}").granted
+            assert other.acquire(shard, timeout=PATIENCE)
+        assert client("/status").read()[0] == 200
+        assert all(reader.is_silent() for reader in readers)
+        goes_on.set()
+        assert [reader.read()[0] for reader in readers] == [500] * 3
 
 
 @pytest.mark.parametrize(

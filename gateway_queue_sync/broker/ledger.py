@@ -97,7 +97,8 @@ class LedgerEndpoint:
         ):
             waited_us = (request.at_us or 0) - request.take.at_us
             waited = max(0, waited_us) / US_PER_SECOND
-            reports.granted(request.take.shard_id, reply.outcome.bucket, waited)
+            now_us = scheduler_of(self._queue).now_us()
+            reports.granted(now_us, request.take.shard_id, reply.outcome.bucket, waited)
         connection.respond(response)
 
     def _bounded(self, request: Request) -> Request:

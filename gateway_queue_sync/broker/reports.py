@@ -23,6 +23,7 @@ from gateway_queue_sync.token_bucket import US_PER_SECOND
 log = logging.getLogger("gateway_queue_sync.broker")
 
 MAX_AGE = 1.0  # s
+PAUSE = 0.02  # s before each answer: who reads on and on must not take the time of permits
 WAITS = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)  # s
 RECENT = 200  # permits
 
@@ -44,9 +45,9 @@ class SharedAnswers:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="gateway-queue-broker-read")
 
     def give(self, path: str, receiver: Receiver) -> None:
-        """Call a receiver with the answer at a path, now or when it is computed."""
+        """Call a receiver with the answer at a path, in a moment or when it is computed."""
         if self._loop.time() < self._fresh_until:
-            receiver(self._answers[path])
+            self._loop.call_later(PAUSE, receiver, self._answers[path])
             return
         self._receivers.append((path, receiver))
         if len(self._receivers) == 1:
@@ -80,9 +81,9 @@ class Reports:
         self._waits = [0] * (len(WAITS) + 1)
         self._waited = 0.0
 
-    def granted(self, shard_id: int, bucket: int, waited: float) -> None:
-        """Count a permit that was sent, after so many seconds."""
-        self._recent.append((self._scheduler.now_us(), shard_id, bucket))
+    def granted(self, at_us: int, shard_id: int, bucket: int, waited: float) -> None:
+        """Count a permit that was sent at that time, after so many seconds."""
+        self._recent.append((at_us, shard_id, bucket))
         self._waits[bisect_left(WAITS, waited)] += 1
         self._waited += waited
 

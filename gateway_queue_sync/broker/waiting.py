@@ -47,7 +47,7 @@ class WaitingRoom:
         self,
         scheduler: Scheduler,
         loop: asyncio.AbstractEventLoop,
-        granted: Callable[[int, int, float], object],
+        granted: Callable[[int, int, int, float], object],
     ) -> None:
         self.scheduler = scheduler
         self.loop = loop
@@ -145,6 +145,7 @@ class WaitingClient:
         if self.future is not future:
             return  # the client has left, and the future is being given back
         failure, self.future = future.exception(), None
+        now_us = self._room.scheduler.now_us()
         if isinstance(failure, SessionLimitExhausted):
             self.exhausted(failure.resets_in)
         elif failure is not None:
@@ -156,7 +157,7 @@ class WaitingClient:
         elif self.client.grant():
             self.end()
             permit = future.result()
-            self._room.granted(permit.shard_id, permit.bucket, permit.waited)
+            self._room.granted(now_us, permit.shard_id, permit.bucket, permit.waited)
         else:
             self._room.give_back(future)
             self.leave()

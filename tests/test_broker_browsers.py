@@ -123,7 +123,7 @@ class Attacker:
                 b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n"
                 b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
             )
-            self.rebound = path == "/rebind"
+            self.rebound = self.rebound or path == "/rebind"
             if path == "/done":
                 self.done.set()
 

@@ -410,6 +410,19 @@ def test_the_state_is_in_the_platforms_folder_and_nobody_elses_to_read(
         assert stat.S_IMODE((kept / STATE_FILE).stat().st_mode) == 0o600
 
 
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+def test_the_readmes_systemd_unit_is_hardened(tmp_path):
+    unit = tmp_path / "gateway-queue.service"
+    unit.write_text(block("ini", "ExecStart"))
+    command = ["systemd-analyze", "security", "--offline=true", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    exposure = re.search(r"Overall exposure level.*: ([0-9.]+)", done.stdout)
+    if exposure is None:
+        pytest.skip(f"this systemd rates no files: {done.stderr}")
+    assert float(exposure[1]) < 2.0
+    assert "DynamicUser=yes" in unit.read_text()
+
+
 # --- signals, kills, and several brokers ----------------------------------------------------------
 
 

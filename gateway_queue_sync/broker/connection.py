@@ -21,13 +21,8 @@ HEAD_TIMEOUT = 10.0  # s for a head, or a body, to come in whole
 IDLE_TIMEOUT = 75.0  # s between two requests
 FLUSH_TIMEOUT = 30.0  # s for a client to take what it is sent
 TARPIT = (1.0, 10.0)  # s for which a client is kept that would take a status for a permit
-MAX_BODY = 1 << 20  # bytes that are read
-KEEPALIVE = {  # vanished hosts are noticed within a minute
-    "TCP_KEEPIDLE": 30,
-    "TCP_KEEPINTVL": 10,
-    "TCP_KEEPCNT": 3,
-    "TCP_USER_TIMEOUT": 60_000,
-}
+# Vanished hosts are noticed within a minute:
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
 
 class State(Enum):
@@ -59,7 +54,7 @@ class Connection(asyncio.Protocol):
         self._received = bytearray()
         self._skip = 0  # bytes of a body that nobody reads
         self._head: Head | None = None  # of the request that is being answered
-        self._handler: Callable[..., object] | None = None  # called when its body is here
+        self._handler: Callable[[bytes], object] | None = None  # called when its body is here
         self._body_length = 0
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
@@ -146,13 +141,13 @@ class Connection(asyncio.Protocol):
             head = parser.too_large(self._received)
         else:
             return
-        self.reads_body = False
+        self.reads_body, self.legacy = False, not head.understands_status
         if isinstance(head, Malformed):
-            self._head, self.legacy = None, not head.understands_status
+            self._head = None
             self._enter(State.BUSY)
             self.refuse(head.status, head.reason)
             return
-        self._head, self.legacy = head, not head.understands_status
+        self._head = head
         self._handler = self._service.route(self, head)
         if self.reads_body and head.body_length is not None:
             self._body_length = head.body_length
@@ -171,10 +166,9 @@ class Connection(asyncio.Protocol):
 
     def _answer(self, body: bytes) -> None:
         assert self._handler is not None
-        assert self._head is not None
         handler, self._handler = self._handler, None
         self._enter(State.BUSY)
-        handler(self, self._head, body)
+        handler(body)
 
     def _take(self, length: int) -> bytes:
         """Return so many of the bytes that came, or all there are."""
@@ -186,9 +180,7 @@ class Connection(asyncio.Protocol):
 
     def respond(self, response: Response) -> bool:
         """Send a response, and go on to the next request; return false if the client is gone."""
-        if self.state is not State.BUSY or self._transport is None:
-            return False
-        if self._transport.is_closing():
+        if self.state is not State.BUSY or self._transport is None or self._transport.is_closing():
             return False
         head, self._head, self.waiting = self._head, None, None
         keep_alive = head is not None and head.keep_alive and response.status != 503

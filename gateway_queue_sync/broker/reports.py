@@ -16,7 +16,7 @@ from itertools import accumulate
 from gateway_queue_sync.broker import responses
 from gateway_queue_sync.broker.responses import Response
 from gateway_queue_sync.errors import LedgerError
-from gateway_queue_sync.models import QueueSnapshot
+from gateway_queue_sync.models import Permit, QueueSnapshot
 from gateway_queue_sync.scheduler import Scheduler
 from gateway_queue_sync.token_bucket import US_PER_SECOND
 
@@ -26,11 +26,11 @@ MAX_AGE = 1.0  # s
 PAUSE = 0.02  # s before each answer: who reads on and on must not take the time of permits
 WAITS = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)  # s
 RECENT = 200  # permits
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
-Receiver = Callable[[Response], object]
+Answers = dict[str, Response]
 Sample = float | tuple[str, float]
 """A value, or its labels and the value."""
-Answers = dict[str, Response]
 
 
 class SharedAnswers:
@@ -41,36 +41,28 @@ class SharedAnswers:
         self._compute = compute
         self._answers: Answers = {}
         self._fresh_until = 0.0
-        self._receivers: list[tuple[str, Receiver]] = []  # who wait for what is being computed
+        self._receivers: list[tuple[str, Callable[[Response], object]]] = []  # of the next answers
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="gateway-queue-broker-read")
 
-    def give(self, path: str, receiver: Receiver) -> None:
+    def give(self, path: str, receiver: Callable[[Response], object]) -> None:
         """Call a receiver with the answer at a path, in a moment or when it is computed."""
         if self._loop.time() < self._fresh_until:
             self._loop.call_later(PAUSE, receiver, self._answers[path])
             return
         self._receivers.append((path, receiver))
         if len(self._receivers) == 1:
-            self.executor.submit(self._run)
+            computing = self._loop.run_in_executor(self.executor, self._compute)
+            computing.add_done_callback(self._computed)
 
-    def _run(self) -> None:
-        answers = self._compute()
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._computed, answers)
-
-    def _computed(self, answers: Answers) -> None:
-        self._answers, self._fresh_until = answers, self._loop.time() + MAX_AGE
+    def _computed(self, computing: asyncio.Future[Answers]) -> None:
+        self._answers, self._fresh_until = computing.result(), self._loop.time() + MAX_AGE
         receivers, self._receivers = self._receivers, []
         for path, receiver in receivers:
-            receiver(answers[path])
+            receiver(self._answers[path])
 
 
 class Reports:
-    """What one broker counts, and what it sees of its queue.
-
-    Attributes:
-        refused: how many requests were refused, by the status that says why.
-    """
+    """What one broker counts (``refused``: requests, by status), and what it sees of its queue."""
 
     def __init__(self, look: Callable[[], QueueSnapshot], scheduler: Scheduler) -> None:
         self._look = look
@@ -81,23 +73,23 @@ class Reports:
         self._waits = [0] * (len(WAITS) + 1)
         self._waited = 0.0
 
-    def granted(self, at_us: int, shard_id: int, bucket: int, waited: float) -> None:
-        """Count a permit that was sent at that time, after so many seconds."""
-        self._recent.append((at_us, shard_id, bucket))
-        self._waits[bisect_left(WAITS, waited)] += 1
-        self._waited += waited
+    def granted(self, at_us: int, permit: Permit) -> None:
+        """Count a permit that was sent at that time."""
+        self._recent.append((at_us, permit.shard_id, permit.bucket))
+        self._waits[bisect_left(WAITS, permit.waited)] += 1
+        self._waited += permit.waited
 
     def compute(self, connections: int) -> Answers:
         """Return the answers of all paths; what they cost grows with those who wait."""
-        paths, failed = ("/status.json", "/metrics", "/healthz"), None
-        answers = {"/recent.json": self._recent_permits()}
+        failed, recent = None, {"/recent.json": self._recent_permits()}
         try:
             seen = self._look()
             text = "\n".join([*self._metrics(seen, connections), ""]).encode()
-            kind = "text/plain; version=0.0.4; charset=utf-8"
-            healthy = responses.as_json({"status": "ok"})
-            all_ = responses.as_json(seen), Response(200, text, kind), healthy
-            answers |= zip(paths, all_, strict=True)
+            answers = {
+                "/status.json": responses.as_json(seen),
+                "/metrics": Response(200, text, METRICS),
+            }
+            return recent | answers | {"/healthz": responses.as_json({"status": "ok"})}
         except LedgerError as error:
             failed = responses.error(503, "the state is unreachable")
             if not self._unreachable:
@@ -105,8 +97,9 @@ class Reports:
         except Exception as error:
             failed = responses.error(500, type(error).__name__)
             log.exception("the state could not be read")
-        self._unreachable = failed is not None
-        return answers if failed is None else answers | dict.fromkeys(paths, failed)
+        finally:
+            self._unreachable = failed is not None
+        return recent | dict.fromkeys(("/status.json", "/metrics", "/healthz"), failed)
 
     def _recent_permits(self) -> Response:
         now_us, window_us = self._scheduler.now_us(), self._scheduler.ledger.window_us
@@ -119,32 +112,24 @@ class Reports:
 
     def _metrics(self, seen: QueueSnapshot, connections: int) -> Iterator[str]:
         """Yield the lines of Prometheus' text format."""
-        counts, limit = list(accumulate(self._waits)), seen.limit
-        waiting: list[Sample] = [
-            (f'{{bucket="{one.bucket}"}}', len(one.shards)) for one in seen.buckets
-        ]
-        waits: list[Sample] = [
-            (f'_bucket{{le="{most}"}}', count)
-            for most, count in zip((*WAITS, "+Inf"), counts, strict=True)
-        ]
-        waits += [("_sum", round(self._waited, 6)), ("_count", counts[-1])]
-        refused = [
-            (f'{{status="{status}"}}', n) for status, n in sorted(self.refused.copy().items())
-        ]
+        counts, limit, reserve = list(accumulate(self._waits)), seen.limit, self._scheduler.reserve
+        waiting = [(f'{{bucket="{one.bucket}"}}', len(one.shards)) for one in seen.buckets]
+        most = [*WAITS, "+Inf"]
+        waits = [(f'_bucket{{le="{s}"}}', n) for s, n in zip(most, counts, strict=True)]
+        summed = [("_sum", round(self._waited, 6)), ("_count", counts[-1])]
+        refused = [(f'{{status="{code}"}}', n) for code, n in sorted(self.refused.copy().items())]
         yield from _family(
             "granted_total", "counter", "Permits granted by the state.", seen.granted
         )
         yield from _family("waiting", "gauge", "Shards that wait, by bucket.", *waiting)
-        yield from _family("wait_seconds", "histogram", "Waits for permits sent here.", *waits)
+        yield from _family("wait_seconds", "histogram", "Waits for permits here.", *waits, *summed)
         yield from _family("refused_total", "counter", "Requests refused, by status.", *refused)
         yield from _family("connections", "gauge", "Open connections.", connections)
         if limit is not None:
-            yield from _family("remaining", "gauge", "Session starts left.", limit.remaining)
-            yield from _family(
-                "reserve", "gauge", "Session starts never used.", self._scheduler.reserve
-            )
-            yield from _family("limit", "gauge", "Session starts of a period.", limit.total)
             resets_in = round(limit.resets_in, 3)
+            yield from _family("remaining", "gauge", "Session starts left.", limit.remaining)
+            yield from _family("reserve", "gauge", "Session starts never used up.", reserve)
+            yield from _family("limit", "gauge", "Session starts of a period.", limit.total)
             yield from _family("resets_in_seconds", "gauge", "0: no period has begun.", resets_in)
 
 

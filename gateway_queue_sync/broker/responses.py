@@ -39,6 +39,10 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 GRANTED = Response(200, b'{"message": "You\'re free to connect now! :)"}')
 TO_PAGE = Response(303, headers=(("Location", "/status"),))
 NOT_FOUND = Response(404)
+PAGE_HEADERS = (
+    ("Content-Security-Policy", "frame-ancestors 'none'"),
+    ("X-Content-Type-Options", "nosniff"),
+)
 
 
 def as_json(value: Any) -> Response:
@@ -46,20 +50,10 @@ def as_json(value: Any) -> Response:
     return Response(200, json.dumps(value, separators=(",", ":"), default=_fields).encode())
 
 
-def _fields(one: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass with slots; ``asdict`` copies each value, and takes long."""
+def _fields(one: Any) -> dict[str, Any]:  # asdict copies each value, and takes long
     return {name: getattr(one, name) for name in one.__slots__}
 
 
 def error(status: int, reason: str, *headers: Header) -> Response:
     """Return a refusal, for a client that knows what a status means."""
     return Response(status, json.dumps({"error": reason}).encode(), headers=headers)
-
-
-def as_page(html: bytes) -> Response:
-    """Return a response that is a page; what may run in it, it says itself."""
-    headers = (
-        ("Content-Security-Policy", "frame-ancestors 'none'"),
-        ("X-Content-Type-Options", "nosniff"),
-    )
-    return Response(200, html, "text/html; charset=utf-8", headers)

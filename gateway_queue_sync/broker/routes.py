@@ -7,6 +7,7 @@ import hmac
 import importlib.resources
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import NamedTuple
 
@@ -15,10 +16,11 @@ from gateway_queue_sync.broker.connection import Connection
 from gateway_queue_sync.broker.ledger import LedgerEndpoint
 from gateway_queue_sync.broker.parser import Head
 from gateway_queue_sync.broker.reports import Reports, SharedAnswers
-from gateway_queue_sync.broker.responses import Refusal
+from gateway_queue_sync.broker.responses import PAGE_HEADERS, Refusal, Response
 from gateway_queue_sync.broker.settings import BrokerSettings, names_loopback
 from gateway_queue_sync.broker.waiting import WaitingClient, WaitingRoom
 from gateway_queue_sync.log import LineFilter
+from gateway_queue_sync.models import Permit
 from gateway_queue_sync.queue import GatewayQueue, scheduler_of
 
 log = logging.getLogger("gateway_queue_sync.broker")
@@ -36,32 +38,27 @@ class Service:
     """
 
     def __init__(
-        self,
-        queue: GatewayQueue,
-        loop: asyncio.AbstractEventLoop,
-        settings: BrokerSettings,
-        max_connections: int,
+        self, queue: GatewayQueue, loop: asyncio.AbstractEventLoop, settings: BrokerSettings
     ) -> None:
         self._queue = queue
+        self._loop = loop
         self._settings = settings
-        self._max_connections = max_connections
         self._stopping = False
         self._over_limit: set[Connection] = set()
         self._warnings = LineFilter()
-        self._page = responses.as_page(
-            importlib.resources.files(__package__).joinpath("page.html").read_bytes()
-        )
-        scheduler = scheduler_of(queue)
+        html = importlib.resources.files(__package__).joinpath("page.html").read_bytes()
+        self._page = Response(200, html, "text/html; charset=utf-8", PAGE_HEADERS)
+        self._scheduler = scheduler_of(queue)
         self.connections: set[Connection] = set()
-        self.ledger = LedgerEndpoint(queue, loop)
-        self.reports = Reports(self.ledger.look, scheduler)
+        self.ledger = LedgerEndpoint(queue)
+        self.reports = Reports(self.ledger.look, self._scheduler)
         self.shared = SharedAnswers(loop, lambda: self.reports.compute(len(self.connections)))
-        self.room = WaitingRoom(scheduler, loop, self.reports.granted)
+        self.room = WaitingRoom(self._scheduler, loop, self.reports.granted)
 
     def opened(self, connection: Connection) -> None:
         """Take note of a new connection; one over the limit is refused."""
         self.connections.add(connection)
-        if len(self.connections) - len(self._over_limit) > self._max_connections:
+        if len(self.connections) - len(self._over_limit) > self._settings.max_connections:
             self._over_limit.add(connection)
             if len(self._over_limit) > MAX_OVER_LIMIT:
                 self.reports.refused[503] += 1
@@ -72,24 +69,25 @@ class Service:
         self.connections.discard(connection)
         self._over_limit.discard(connection)
 
-    def stop(self) -> None:
-        """Grant nobody any more, and close all connections."""
-        self._stopping = True
+    def stop(self) -> list[Future[Permit]]:
+        """Grant nobody any more, close all connections, and return the futures to give back."""
+        self._stopping, futures = True, self.room.stop()
         for connection in list(self.connections):
             if connection.waiting is not None and not connection.legacy:
                 connection.refuse(503, "the broker is shutting down")
             connection.close()
+        return futures
 
-    def route(self, connection: Connection, head: Head) -> Callable[..., object]:
+    def route(self, connection: Connection, head: Head) -> Callable[[bytes], object]:
         """Return what answers a request; set whether its body is read and errors are sent."""
         path = head.path if head.path in ROUTES else head.path.rstrip("/")
         route = ROUTES.get(path, PERMIT)
         connection.legacy = connection.legacy and route is PERMIT
         refusal = self._refusal(connection, head, route)
         if refusal is not None:
-            return lambda *_: connection.refuse(*refusal)
+            return lambda _: connection.refuse(*refusal)
         connection.reads_body = route.reads_body
-        return partial(route.handler, self)
+        return partial(route.handler, self, connection, head)
 
     def _refusal(self, connection: Connection, head: Head, route: Route) -> Refusal | None:
         if connection in self._over_limit:
@@ -99,13 +97,12 @@ class Service:
             return 405, f"{head.path} takes {allowed} only", ("Allow", allowed)
         return route.access(self, head)
 
-    # --- access -----------------------------------------------------------------------------------
+    # --- access: who is let in, else the refusal --------------------------------------------------
 
-    def anyone(self, _: Head) -> Refusal | None:
-        """Let anybody in: nothing here tells of the bot."""
-        return None
+    def _anyone(self, _: Head) -> Refusal | None:
+        return None  # nothing here tells of the bot
 
-    def readers(self, head: Head) -> Refusal | None:
+    def _readers(self, head: Head) -> Refusal | None:
         """Let in who has the secret, or without one whoever calls this machine by a name of its own.
 
         A page could have its own name pointed here after it was loaded; it cannot change its ``Host``.
@@ -117,67 +114,71 @@ class Service:
             return 403, "the Host is none of this machine's: set a secret to serve other names"
         kind, _, given = head.headers.get("authorization", "").partition(" ")
         is_right = hmac.compare_digest(given.strip().encode(), secret.encode())
-        if kind.lower() == "bearer" and is_right:
+        if is_right and kind.lower() == "bearer":
             return None
         return 401, "the secret is wrong or missing", ("WWW-Authenticate", "Bearer")
 
-    def programs(self, head: Head) -> Refusal | None:
-        """Let in the readers, but no page in a browser, and only while permits are granted."""
+    def _programs(self, head: Head) -> Refusal | None:
         if head.is_from_page:
             return 403, "a page in a browser may take no permit and give no order"
-        refusal = self.readers(head)
+        refusal = self._readers(head)
         if refusal is None and (self._stopping or self._queue.closed):
             return 503, "the broker is shutting down" if self._stopping else "the queue is closed"
         return refusal
 
-    def permits(self, head: Head) -> Refusal | None:
-        """Let in programs; who loads a page is sent to ours."""
-        return None if head.is_page_load else self.programs(head)
+    def _programs_and_page_loads(self, head: Head) -> Refusal | None:
+        return None if head.is_page_load else self._programs(head)
 
-    def queues(self, head: Head) -> Refusal | None:
-        """Let in programs that can talk to a ledger."""
-        return self.programs(head) or self.ledger.refusal(head)
+    def _queues(self, head: Head) -> Refusal | None:
+        return self._programs(head) or self.ledger.refusal(head)
 
     # --- handlers ---------------------------------------------------------------------------------
 
-    def give_page(self, connection: Connection, *_: object) -> None:
-        """Answer the page, which carries no data."""
+    def _give_page(self, connection: Connection, _: Head, __: bytes) -> None:
         connection.respond(self._page)
 
-    def give_way(self, connection: Connection, *_: object) -> None:
-        """Answer where the page is: its links are relative."""
-        connection.respond(responses.TO_PAGE)
+    def _redirect(self, connection: Connection, _: Head, __: bytes) -> None:
+        connection.respond(responses.TO_PAGE)  # whose links are relative
 
-    def give_nothing(self, connection: Connection, *_: object) -> None:
-        """Answer browsers and crawlers that there is no such thing."""
+    def _give_nothing(self, connection: Connection, _: Head, __: bytes) -> None:
         connection.respond(responses.NOT_FOUND)
 
-    def give_report(self, connection: Connection, head: Head, _: bytes) -> None:
-        """Answer what is computed for all who ask."""
+    def _give_report(self, connection: Connection, head: Head, _: bytes) -> None:
         self.shared.give(head.path.rstrip("/"), connection.respond)
 
-    def give_health(self, connection: Connection, *_: object) -> None:
-        """Answer whether permits can be granted."""
+    def _give_health(self, connection: Connection, _: Head, __: bytes) -> None:
         if self._stopping or self._queue.closed:
             connection.respond(responses.error(503, "the broker is shutting down"))
         else:
             self.shared.give("/healthz", connection.respond)
 
-    def ask_ledger(self, connection: Connection, _: Head, body: bytes) -> None:
-        """Answer what the ledger replies."""
-        self.ledger.handle(connection, body, self.reports)
+    def _ask_ledger(self, connection: Connection, _: Head, body: bytes) -> None:
+        asked = self._loop.run_in_executor(self.ledger.executor, self.ledger.answer, body)
+        asked.add_done_callback(partial(self._ledger_answered, connection))
 
-    def give_permit(self, connection: Connection, head: Head, _: bytes) -> None:
-        """Answer when a shard may identify."""
+    def _ledger_answered(
+        self, connection: Connection, asked: asyncio.Future[tuple[Response, Permit | None]]
+    ) -> None:
+        if (failure := asked.exception()) is not None:
+            log.error("a request to the ledger failed", exc_info=failure)
+            connection.respond(responses.error(500, type(failure).__name__))
+            return
+        response, permit = asked.result()
+        if permit is not None:
+            self.reports.granted(self._scheduler.now_us(), permit)
+        if response.status == 400:
+            self.reports.refused[400] += 1
+        connection.respond(response)
+
+    def _give_permit(self, connection: Connection, head: Head, _: bytes) -> None:
         if head.is_page_load:
             connection.respond(responses.TO_PAGE)
             return
         request, wrong = parser.parse_query(head.query)
-        skipped = self._warnings.count(self.room.scheduler.now_us()) if wrong else None
+        skipped = self._warnings.count(self._scheduler.now_us()) if wrong else None
         if skipped is not None:
             more = f"; {skipped} more were wrong" if skipped else ""
-            reasons = "; ".join(wrong)
-            log.warning("%.20s %.100r: %.200s%s", head.method, head.path, reasons, more)
+            log.warning("%.20s %.100r: %.200s%s", head.method, head.path, "; ".join(wrong), more)
         if wrong and self._settings.strict:
             connection.refuse(400, wrong[0])
         else:
@@ -194,16 +195,16 @@ class Route(NamedTuple):
 
 
 _READ = ("GET", "HEAD")
-PERMIT = Route((), Service.permits, Service.give_permit)
+PERMIT = Route((), Service._programs_and_page_loads, Service._give_permit)
 ROUTES = {
-    "/status": Route(_READ, Service.anyone, Service.give_page),
-    "/status/": Route(_READ, Service.anyone, Service.give_way),
-    "/favicon.ico": Route(_READ, Service.anyone, Service.give_nothing),
-    "/robots.txt": Route(_READ, Service.anyone, Service.give_nothing),
-    "/health": Route(_READ, Service.anyone, Service.give_health),
-    "/healthz": Route(_READ, Service.anyone, Service.give_health),
-    "/status.json": Route(_READ, Service.readers, Service.give_report),
-    "/recent.json": Route(_READ, Service.readers, Service.give_report),
-    "/metrics": Route(_READ, Service.readers, Service.give_report),
-    "/ledger": Route(("POST",), Service.queues, Service.ask_ledger, reads_body=True),
+    "/status": Route(_READ, Service._anyone, Service._give_page),
+    "/status/": Route(_READ, Service._anyone, Service._redirect),
+    "/favicon.ico": Route(_READ, Service._anyone, Service._give_nothing),
+    "/robots.txt": Route(_READ, Service._anyone, Service._give_nothing),
+    "/health": Route(_READ, Service._anyone, Service._give_health),
+    "/healthz": Route(_READ, Service._anyone, Service._give_health),
+    "/status.json": Route(_READ, Service._readers, Service._give_report),
+    "/recent.json": Route(_READ, Service._readers, Service._give_report),
+    "/metrics": Route(_READ, Service._readers, Service._give_report),
+    "/ledger": Route(("POST",), Service._queues, Service._ask_ledger, reads_body=True),
 }

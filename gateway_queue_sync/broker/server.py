@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -87,7 +88,9 @@ class Broker:
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(self._failed)
         self._logged_at = -60.0  # when it was logged that there were no files left
-        self._service = Service(queue, self._loop, settings, _affordable(settings.max_connections))
+        most = _affordable(settings.max_connections)
+        self._service = Service(queue, self._loop, replace(settings, max_connections=most))
+        self._stopped = asyncio.Event()
         self._closing = threading.Lock()
         self._futures: list[Future[Permit]] = []  # of those who waited when it was closed
         factory, create = partial(Connection, self._service), self._loop.create_server
@@ -105,47 +108,23 @@ class Broker:
         self.port: int = self._sockets[0].getsockname()[1]
         host = settings.host or "0.0.0.0"  # noqa: S104 - as it was asked for
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
-        self._thread = threading.Thread(target=self._run, name="gateway-queue-broker", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run_and_close, name="gateway-queue-broker", daemon=True
+        )
         self._thread.start()
 
     def __repr__(self) -> str:
         state = "" if self._thread.is_alive() else " closed"
         return f"<Broker {self.url}{state}>"
 
-    def _run(self) -> None:
-        try:
-            self._loop.run_forever()
-            self._loop.run_until_complete(self._abort_rest())
-        finally:
-            self._loop.close()
-
-    def close(self) -> None:
-        """Accept and grant no more, and close all connections; closing again changes nothing."""
-        with self._closing:
-            if self._thread.is_alive():
-                self._loop.call_soon_threadsafe(self._stop)
-                self._thread.join()
-            for future in self._futures:
-                give_back(future)
-            self._futures = []
-            for part in (self._service.room, self._service.shared, self._service.ledger):
-                part.executor.shutdown(wait=False, cancel_futures=True)
-
-    def _stop(self) -> None:
+    async def _run(self) -> None:
+        await self._stopped.wait()
         for server in self._servers:
             server.close()
-        self._futures = self._service.room.stop()
-        self._service.stop()
-        self._end(self._loop.time() + FLUSH_TIMEOUT)
-
-    def _end(self, at_last: float) -> None:
-        if self._service.connections and self._loop.time() < at_last:
-            self._loop.call_later(0.01, self._end, at_last)
-        else:
-            self._loop.stop()
-
-    async def _abort_rest(self) -> None:
-        """Close what has not closed itself, and what was just being accepted."""
+        self._futures = self._service.stop()
+        give_up = self._loop.time() + FLUSH_TIMEOUT
+        while self._service.connections and self._loop.time() < give_up:
+            await asyncio.sleep(0.01)
         accepting = asyncio.all_tasks() - {asyncio.current_task()}
         if accepting:
             await asyncio.wait(accepting, timeout=FLUSH_TIMEOUT)
@@ -153,6 +132,24 @@ class Broker:
             connection.abort()
         for _ in range(3):  # until they are closed
             await asyncio.sleep(0)
+
+    def _run_and_close(self) -> None:
+        try:
+            self._loop.run_until_complete(self._run())
+        finally:
+            self._loop.close()
+
+    def close(self) -> None:
+        """Accept and grant no more, and close all connections; closing again changes nothing."""
+        with self._closing:
+            if self._thread.is_alive():
+                self._loop.call_soon_threadsafe(self._stopped.set)
+                self._thread.join()
+            for future in self._futures:
+                give_back(future)
+            self._futures = []
+            for part in (self._service.room, self._service.shared, self._service.ledger):
+                part.executor.shutdown(wait=False, cancel_futures=True)
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log what went wrong in the event loop, unless it is a client that went away."""

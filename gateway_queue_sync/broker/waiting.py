@@ -47,7 +47,7 @@ class WaitingRoom:
         self,
         scheduler: Scheduler,
         loop: asyncio.AbstractEventLoop,
-        granted: Callable[[int, int, int, float], object],
+        granted: Callable[[int, Permit], object],
     ) -> None:
         self.scheduler = scheduler
         self.loop = loop
@@ -156,8 +156,7 @@ class WaitingClient:
             self._room.give_back(future)
         elif self.client.grant():
             self.end()
-            permit = future.result()
-            self._room.granted(now_us, permit.shard_id, permit.bucket, permit.waited)
+            self._room.granted(now_us, future.result())
         else:
             self._room.give_back(future)
             self.leave()

@@ -16,13 +16,14 @@ from types import FrameType
 from typing import Any
 
 from gateway_queue_sync.broker.ledger import MAX_BUCKETS
-from gateway_queue_sync.broker.server import SPARE_FILES, Broker
-from gateway_queue_sync.broker.settings import (
+from gateway_queue_sync.broker.server import (
     DEFAULT_HOST,
     DEFAULT_PORT,
     MAX_CONNECTIONS,
-    BrokerSettings,
+    SPARE_FILES,
+    Broker,
 )
+from gateway_queue_sync.broker.settings import BrokerSettings
 from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.environment import public_url, read_secret, state_folder
 from gateway_queue_sync.errors import GatewayBotError, LedgerError
@@ -297,7 +298,7 @@ def _whole(name: str, written: object) -> int:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this command to those of the command line."""
-    what = "run a broker: one queue that bots in any language ask over HTTP"
+    what = "run a broker: one queue for bots in any language, over HTTP"
     parser = subparsers.add_parser(
         "serve",
         help=what,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fuzz_parser import random_data
+from fuzz_request_parser import random_data
 from redis_servers import free_port, until
 from wire_clients import clients_of
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from gateway_queue_sync.broker import parser, responses
-from gateway_queue_sync.broker.parser import Head, Malformed
+from gateway_queue_sync import request_parser as parser
+from gateway_queue_sync.broker import responses
 from gateway_queue_sync.broker.responses import Header, Response
+from gateway_queue_sync.request_parser import Head, Malformed
 
 if TYPE_CHECKING:
     from gateway_queue_sync.broker.routes import Service
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 HEAD_TIMEOUT = 10.0  # s for a head, or a body, to come in whole
 IDLE_TIMEOUT = 75.0  # s between two requests
 FLUSH_TIMEOUT = 30.0  # s for a client to take what it is sent
-TARPIT = (1.0, 10.0)  # s for which a client is kept that would take a status for a permit
+TARPIT = (1.0, 10.0)  # s for which a client stays connected that would take a status for a permit
 # Vanished hosts are noticed within a minute:
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
@@ -57,7 +58,7 @@ class Connection(asyncio.Protocol):
         self._handler: Callable[[bytes], object] | None = None  # called when its body is here
         self._body_length = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._transport: asyncio.Transport | None = None
+        self._transport: asyncio.Transport
         self.state = State.HEAD
         self.legacy = True
         self.reads_body = False
@@ -75,8 +76,6 @@ class Connection(asyncio.Protocol):
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(seconds, then or self.close)
 
-    # --- what asyncio calls -----------------------------------------------------------------------
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
         assert isinstance(transport, asyncio.Transport)
@@ -87,15 +86,11 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what came: of this request, or the next one that comes early."""
-        if self.state in (State.TARPIT, State.CLOSING):
+        skipped = min(self._skip, len(data))
+        self._skip -= skipped
+        data, begins = data[skipped:], not self._received
+        if not data or self.state in (State.TARPIT, State.CLOSING):
             return
-        if self._skip:
-            skipped = min(self._skip, len(data))
-            self._skip -= skipped
-            data = data[skipped:]
-            if not data:
-                return
-        begins = not self._received
         self._received += data
         if self.state is State.HEAD:
             if begins:
@@ -104,18 +99,17 @@ class Connection(asyncio.Protocol):
         elif self.state is State.BODY:
             self._read_body()
         elif len(self._received) > parser.MAX_HEAD:
-            self.close()  # it is told nothing, and talks on and on
+            self.close()  # it sends on and on before it has an answer
 
     def pause_writing(self) -> None:
         """Read on when the client has taken what it was sent, and not before."""
-        assert self._transport is not None
         self._transport.pause_reading()
         if self.state is not State.CLOSING:
             self._enter(State.SENDING, FLUSH_TIMEOUT, self.abort)
 
     def resume_writing(self) -> None:
         """Go on."""
-        if self.state is State.SENDING and self._transport is not None:
+        if self.state is State.SENDING:
             self._transport.resume_reading()
             self._expect_next()
 
@@ -128,10 +122,7 @@ class Connection(asyncio.Protocol):
         """End."""
         self._enter(State.CLOSED)
         self._stop_waiting()
-        self._transport = self._handler = None
         self._service.closed(self)
-
-    # --- reading ----------------------------------------------------------------------------------
 
     def _read_head(self) -> None:
         end = parser.end_of_head(self._received)
@@ -151,7 +142,7 @@ class Connection(asyncio.Protocol):
         self._handler = self._service.route(self, head)
         if self.reads_body and head.body_length is not None:
             self._body_length = head.body_length
-            if head.expects_continue and not self._received and self._transport is not None:
+            if head.expects_continue and not self._received:
                 self._transport.write(responses.CONTINUE)
             self._enter(State.BODY, HEAD_TIMEOUT)
             self._read_body()
@@ -176,11 +167,9 @@ class Connection(asyncio.Protocol):
         del self._received[:length]
         return taken
 
-    # --- answering --------------------------------------------------------------------------------
-
     def respond(self, response: Response) -> bool:
         """Send a response, and go on to the next request; return false if the client is gone."""
-        if self.state is not State.BUSY or self._transport is None or self._transport.is_closing():
+        if self.state is not State.BUSY or self._transport.is_closing():
             return False
         head, self._head, self.waiting = self._head, None, None
         keep_alive = head is not None and head.keep_alive and response.status != 503
@@ -191,10 +180,6 @@ class Connection(asyncio.Protocol):
         elif self.state is State.BUSY:  # else the client has not taken it yet
             self._expect_next()
         return True
-
-    def grant(self) -> bool:
-        """Send a permit; return false if the client is gone."""
-        return self.respond(responses.GRANTED)
 
     def refuse(self, status: int, reason: str, *headers: Header) -> None:
         """Send an error to a client that knows what it means, and nothing to any other."""
@@ -208,8 +193,7 @@ class Connection(asyncio.Protocol):
         else:
             self._stop_waiting()
             self._received.clear()
-            if self._transport is not None and not self._transport.is_closing():
-                self._transport.pause_reading()
+            self._transport.pause_reading()
             self._enter(State.TARPIT, random.uniform(*TARPIT))
 
     def _expect_next(self) -> None:
@@ -222,8 +206,6 @@ class Connection(asyncio.Protocol):
         if self.state is State.HEAD:
             self._read_head()
 
-    # --- the end ----------------------------------------------------------------------------------
-
     def _stop_waiting(self) -> None:
         waiting, self.waiting = self.waiting, None
         if waiting is not None:
@@ -232,14 +214,13 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """Leave the line at once, and close when what was written is sent, in 30 s at most."""
         self._stop_waiting()
-        if self.state not in (State.CLOSING, State.CLOSED) and self._transport is not None:
+        if self.state not in (State.CLOSING, State.CLOSED):
             self._enter(State.CLOSING, FLUSH_TIMEOUT, self.abort)
             self._transport.close()
 
     def abort(self) -> None:
         """Close at once."""
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
 
 def _keep_alive(client: socket.socket) -> None:

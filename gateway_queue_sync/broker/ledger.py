@@ -6,7 +6,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 from gateway_queue_sync.broker import responses
-from gateway_queue_sync.broker.parser import Head
 from gateway_queue_sync.broker.responses import Refusal, Response
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.ledgers.adapter import snapshot
@@ -15,6 +14,7 @@ from gateway_queue_sync.ledgers.wire import reply_as_json, request_from_json
 from gateway_queue_sync.messages import OUTCOMES, Request
 from gateway_queue_sync.models import Permit, QueueSnapshot
 from gateway_queue_sync.queue import GatewayQueue, scheduler_of
+from gateway_queue_sync.request_parser import Head
 from gateway_queue_sync.token_bucket import US_PER_SECOND, check_limit
 
 MAX_BODY = 1 << 20  # bytes

@@ -24,7 +24,7 @@ class Position(NamedTuple):
 
 
 class HeldPositions:
-    """Held positions, each by what its client is told from others by. All costs are logarithmic.
+    """Held positions, by a key that identifies the client. All costs are logarithmic.
 
     A client that is away is granted nothing, and delays nobody.
     """
@@ -35,15 +35,15 @@ class HeldPositions:
         self._stale = 0  # entries of the heaps that are held no more
         self._numbers = itertools.count()
 
-    def hold(self, key: object, position: Position, now_us: int) -> None:
-        """Hold a position for 30 s; with too many, the one that is held for longest is let go."""
+    def store(self, key: object, position: Position, now_us: int) -> None:
+        """Store a position for 30 s; if there are too many, the one stored first is removed."""
         number = next(self._numbers)
         self._held[number] = now_us + HOLD_US, key, position
         heapq.heappush(self._by_key.setdefault(key, []), (*position, number))
         self.expire(now_us)
 
     def claim(self, key: object, now_us: int) -> Position | None:
-        """Return the oldest position that is held for a client, and hold it no longer."""
+        """Return the oldest position that is stored for a client, and remove it."""
         self.expire(now_us)
         heap, position = self._by_key.get(key, []), None
         while heap and position is None:
@@ -57,7 +57,7 @@ class HeldPositions:
         return position
 
     def expire(self, now_us: int) -> None:
-        """Let go of the positions that were held for long enough."""
+        """Remove the positions that were stored 30 s ago."""
         while self._held:
             number, (until_us, _, _) = next(iter(self._held.items()))
             if until_us >= now_us and len(self._held) <= MAX_HELD:

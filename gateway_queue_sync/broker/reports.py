@@ -85,11 +85,9 @@ class Reports:
         try:
             seen = self._look()
             text = "\n".join([*self._metrics(seen, connections), ""]).encode()
-            answers = {
-                "/status.json": responses.as_json(seen),
-                "/metrics": Response(200, text, METRICS),
-            }
-            return recent | answers | {"/healthz": responses.as_json({"status": "ok"})}
+            status, healthy = responses.as_json(seen), responses.as_json({"status": "ok"})
+            answers = {"/status.json": status, "/metrics": Response(200, text, METRICS)}
+            return recent | answers | {"/healthz": healthy}
         except LedgerError as error:
             failed = responses.error(503, "the state is unreachable")
             if not self._unreachable:
@@ -118,9 +116,7 @@ class Reports:
         waits = [(f'_bucket{{le="{s}"}}', n) for s, n in zip(most, counts, strict=True)]
         summed = [("_sum", round(self._waited, 6)), ("_count", counts[-1])]
         refused = [(f'{{status="{code}"}}', n) for code, n in sorted(self.refused.copy().items())]
-        yield from _family(
-            "granted_total", "counter", "Permits granted by the state.", seen.granted
-        )
+        yield from _family("granted_total", "counter", "Permits of the state.", seen.granted)
         yield from _family("waiting", "gauge", "Shards that wait, by bucket.", *waiting)
         yield from _family("wait_seconds", "histogram", "Waits for permits here.", *waits, *summed)
         yield from _family("refused_total", "counter", "Requests refused, by status.", *refused)

@@ -8,13 +8,12 @@ import importlib.resources
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
-from gateway_queue_sync.broker import parser, responses
+from gateway_queue_sync.broker import responses
 from gateway_queue_sync.broker.connection import Connection
 from gateway_queue_sync.broker.ledger import LedgerEndpoint
-from gateway_queue_sync.broker.parser import Head
 from gateway_queue_sync.broker.reports import Reports, SharedAnswers
 from gateway_queue_sync.broker.responses import PAGE_HEADERS, Refusal, Response
 from gateway_queue_sync.broker.settings import BrokerSettings, names_loopback
@@ -22,10 +21,11 @@ from gateway_queue_sync.broker.waiting import WaitingClient, WaitingRoom
 from gateway_queue_sync.log import LineFilter
 from gateway_queue_sync.models import Permit
 from gateway_queue_sync.queue import GatewayQueue, scheduler_of
+from gateway_queue_sync.request_parser import Head, parse_query
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
-MAX_OVER_LIMIT = 32  # connections over the limit that are told so; others are closed at once
+MAX_OVER_LIMIT = 32  # connections over the limit that get an error; others are closed at once
 
 
 class Service:
@@ -40,14 +40,10 @@ class Service:
     def __init__(
         self, queue: GatewayQueue, loop: asyncio.AbstractEventLoop, settings: BrokerSettings
     ) -> None:
-        self._queue = queue
-        self._loop = loop
-        self._settings = settings
+        self._queue, self._loop, self._settings = queue, loop, settings
         self._stopping = False
         self._over_limit: set[Connection] = set()
         self._warnings = LineFilter()
-        html = importlib.resources.files(__package__).joinpath("page.html").read_bytes()
-        self._page = Response(200, html, "text/html; charset=utf-8", PAGE_HEADERS)
         self._scheduler = scheduler_of(queue)
         self.connections: set[Connection] = set()
         self.ledger = LedgerEndpoint(queue)
@@ -126,22 +122,10 @@ class Service:
             return 503, "the broker is shutting down" if self._stopping else "the queue is closed"
         return refusal
 
-    def _programs_and_page_loads(self, head: Head) -> Refusal | None:
-        return None if head.is_page_load else self._programs(head)
-
     def _queues(self, head: Head) -> Refusal | None:
         return self._programs(head) or self.ledger.refusal(head)
 
     # --- handlers ---------------------------------------------------------------------------------
-
-    def _give_page(self, connection: Connection, _: Head, __: bytes) -> None:
-        connection.respond(self._page)
-
-    def _redirect(self, connection: Connection, _: Head, __: bytes) -> None:
-        connection.respond(responses.TO_PAGE)  # whose links are relative
-
-    def _give_nothing(self, connection: Connection, _: Head, __: bytes) -> None:
-        connection.respond(responses.NOT_FOUND)
 
     def _give_report(self, connection: Connection, head: Head, _: bytes) -> None:
         self.shared.give(head.path.rstrip("/"), connection.respond)
@@ -152,7 +136,7 @@ class Service:
         else:
             self.shared.give("/healthz", connection.respond)
 
-    def _ask_ledger(self, connection: Connection, _: Head, body: bytes) -> None:
+    def _give_ledger(self, connection: Connection, _: Head, body: bytes) -> None:
         asked = self._loop.run_in_executor(self.ledger.executor, self.ledger.answer, body)
         asked.add_done_callback(partial(self._ledger_answered, connection))
 
@@ -174,7 +158,7 @@ class Service:
         if head.is_page_load:
             connection.respond(responses.TO_PAGE)
             return
-        request, wrong = parser.parse_query(head.query)
+        request, wrong = parse_query(head.query)
         skipped = self._warnings.count(self._scheduler.now_us()) if wrong else None
         if skipped is not None:
             more = f"; {skipped} more were wrong" if skipped else ""
@@ -183,6 +167,15 @@ class Service:
             connection.refuse(400, wrong[0])
         else:
             connection.waiting = WaitingClient(self.room, connection, request)
+
+    def _give_page(self, connection: Connection, _: Head, __: bytes) -> None:
+        connection.respond(_page())
+
+
+@cache
+def _page() -> Response:
+    html = importlib.resources.files(__package__).joinpath("page.html").read_bytes()
+    return Response(200, html, "text/html; charset=utf-8", PAGE_HEADERS)
 
 
 class Route(NamedTuple):
@@ -195,16 +188,18 @@ class Route(NamedTuple):
 
 
 _READ = ("GET", "HEAD")
-PERMIT = Route((), Service._programs_and_page_loads, Service._give_permit)
+PERMIT = Route(
+    (), lambda self, head: None if head.is_page_load else self._programs(head), Service._give_permit
+)
 ROUTES = {
     "/status": Route(_READ, Service._anyone, Service._give_page),
-    "/status/": Route(_READ, Service._anyone, Service._redirect),
-    "/favicon.ico": Route(_READ, Service._anyone, Service._give_nothing),
-    "/robots.txt": Route(_READ, Service._anyone, Service._give_nothing),
+    "/status/": Route(_READ, Service._anyone, lambda _, c, *__: c.respond(responses.TO_PAGE)),
+    "/favicon.ico": Route(_READ, Service._anyone, lambda _, c, *__: c.respond(responses.NOT_FOUND)),
+    "/robots.txt": Route(_READ, Service._anyone, lambda _, c, *__: c.respond(responses.NOT_FOUND)),
     "/health": Route(_READ, Service._anyone, Service._give_health),
     "/healthz": Route(_READ, Service._anyone, Service._give_health),
     "/status.json": Route(_READ, Service._readers, Service._give_report),
     "/recent.json": Route(_READ, Service._readers, Service._give_report),
     "/metrics": Route(_READ, Service._readers, Service._give_report),
-    "/ledger": Route(("POST",), Service._queues, Service._ask_ledger, reads_body=True),
+    "/ledger": Route(("POST",), Service._queues, Service._give_ledger, reads_body=True),
 }

@@ -9,20 +9,14 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
 from gateway_queue_sync.broker.connection import Connection
 from gateway_queue_sync.broker.routes import Service
-from gateway_queue_sync.broker.settings import (
-    BACKLOG,
-    DEFAULT_HOST,
-    DEFAULT_PORT,
-    MAX_CONNECTIONS,
-    BrokerSettings,
-    listen,
-)
+from gateway_queue_sync.broker.settings import BACKLOG, BrokerSettings, listen
 from gateway_queue_sync.broker.waiting import give_back
 from gateway_queue_sync.models import Permit
 from gateway_queue_sync.queue import GatewayQueue
@@ -32,6 +26,8 @@ if sys.platform != "win32":  # which has no such limit
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8787
+MAX_CONNECTIONS = 20_000
 BATCH = 64  # connections that are accepted at once, before others get their turn
 SPARE_FILES = 64
 FLUSH_TIMEOUT = 0.2  # s for what was written to be sent, at the end
@@ -47,13 +43,13 @@ def serve(
     strict: bool = False,
     max_connections: int = MAX_CONNECTIONS,
 ) -> Broker:
-    """Let any process ask a queue over HTTP, from a thread in the background, until it is closed.
+    """Serve a queue to any process over HTTP, from a thread in the background, until it is closed.
 
-    A client asks ``GET /?shard=N`` and waits without a byte until its shard may identify; the README
+    A client sends ``GET /?shard=N`` and waits without a byte until its shard may identify; the README
     has the whole protocol. ``HttpQueue`` needs an ``SqliteQueue`` or a ``RedisQueue``. The queue stays
     its owner's, who closes it.
 
-    Without a secret only programs of this machine may ask. A page in a browser gets no permit and gives
+    Without a secret only programs of this machine are served. A page in a browser gets no permit and gives
     no order, and sees no data under a name of its own that was pointed here.
 
     Args:
@@ -121,6 +117,7 @@ class Broker:
         await self._stopped.wait()
         for server in self._servers:
             server.close()
+        await asyncio.sleep(0)  # for what was about to be accepted
         self._futures = self._service.stop()
         give_up = self._loop.time() + FLUSH_TIMEOUT
         while self._service.connections and self._loop.time() < give_up:
@@ -134,10 +131,8 @@ class Broker:
             await asyncio.sleep(0)
 
     def _run_and_close(self) -> None:
-        try:
+        with closing(self._loop):
             self._loop.run_until_complete(self._run())
-        finally:
-            self._loop.close()
 
     def close(self) -> None:
         """Accept and grant no more, and close all connections; closing again changes nothing."""

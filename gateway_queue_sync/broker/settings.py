@@ -13,19 +13,13 @@ from urllib.parse import urlsplit
 from gateway_queue_sync.ledgers.http import checked_secret
 from gateway_queue_sync.models import whole_number
 
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8787
-MAX_CONNECTIONS = 20_000
 BACKLOG = 4_096  # connections that are not accepted yet: a whole fleet may come at once
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # a name's address that this machine lacks
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerSettings:
-    """The arguments of ``serve``.
-
-    Raises:
-        TypeError, ValueError: one is of the wrong kind or out of range, or the secret is missing.
-    """
+    """The arguments of ``serve``; raises ``TypeError`` or ``ValueError`` as that does."""
 
     host: str
     port: int
@@ -56,33 +50,29 @@ def listen(host: str, port: int) -> list[socket.socket]:
     """
     sockets: list[socket.socket] = []
     failure: OSError | None = None
-    for family, address in _addresses(host):
-        one = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            _listen(one, (address[0], port, *address[2:]))
-        except OSError as error:
-            one.close()
-            failure = error
-            if error.errno not in _NOT_HERE:
-                break
-        else:
+    with contextlib.ExitStack() as undo:
+        for family, address in _addresses(host):
+            one = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            if os.name == "posix":
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.setblocking(False)
+            try:
+                one.bind((address[0], port, *address[2:]))
+                one.listen(BACKLOG)
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                one.close()
+                failure = error
+                continue
             sockets.append(one)
             port = one.getsockname()[1]
-    if failure is not None and (not sockets or failure.errno not in _NOT_HERE):
-        for one in sockets:
-            one.close()
-        raise failure
+        if not sockets:
+            raise failure or OSError(f"{host!r} has no address")
+        undo.pop_all()
     return sockets
-
-
-def _listen(one: socket.socket, address: tuple[object, ...]) -> None:
-    if os.name == "posix":
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if one.family == socket.AF_INET6:
-        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    one.setblocking(False)
-    one.bind(address)
-    one.listen(BACKLOG)
 
 
 def _addresses(host: str) -> list[tuple[int, tuple[object, ...]]]:
@@ -93,22 +83,16 @@ def _addresses(host: str) -> list[tuple[int, tuple[object, ...]]]:
 def is_loopback(host: str) -> bool:
     """Return whether only this machine reaches an address."""
     try:
-        found = _addresses(host)
+        found = [str(address[0]).partition("%")[0] for _, address in _addresses(host)]
     except (OSError, UnicodeError) as error:
         raise ValueError(f"host {host!r} is no address of this machine: {error}") from None
-    return all(
-        ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for _, address in found
-    )
+    return all(ipaddress.ip_address(address).is_loopback for address in found)
 
 
 def names_loopback(host_header: str, served: str) -> bool:
     """Return whether a request's ``Host`` is what only this machine's clients would write."""
-    try:
-        name = (urlsplit(f"//{host_header}").hostname or "").rstrip(".")
-    except ValueError:
-        return False
-    if name in ("", "localhost", served.lower()) or name.endswith(".localhost"):
-        return True
     with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(name).is_loopback
+        name = (urlsplit(f"//{host_header}").hostname or "").rstrip(".")
+        is_local = name in ("", "localhost", served.lower()) or name.endswith(".localhost")
+        return is_local or ipaddress.ip_address(name).is_loopback
     return False

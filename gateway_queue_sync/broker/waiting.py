@@ -1,6 +1,6 @@
-"""Clients that wait for permits, apart from how they ask: futures in the queue's lines.
+"""Clients that wait for permits, apart from HTTP: futures in the queue's lines.
 
-All of it runs in the event loop; only to leave a line, which may call an observer, has a thread.
+All of it runs in the event loop; only leaving a line, which may call an observer, has a thread.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from gateway_queue_sync.broker.parser import PermitRequest
 from gateway_queue_sync.broker.positions import HeldPositions, Position
-from gateway_queue_sync.broker.responses import Header
+from gateway_queue_sync.broker.responses import GRANTED, Header, Response
 from gateway_queue_sync.errors import QueueClosed, SessionLimitExhausted
 from gateway_queue_sync.models import Permit
+from gateway_queue_sync.request_parser import PermitRequest
 from gateway_queue_sync.scheduler import Scheduler
 from gateway_queue_sync.token_bucket import US_PER_SECOND
 
 TICK = 1.0  # s between two looks at the session start limit
-MAX_REST = 60.0  # s before a used-up limit is looked at again for a client that is not told
+MAX_REST = 60.0  # s before a used-up limit is looked at again for a client that gets no status
 
 
 class Client(Protocol):
@@ -28,20 +28,15 @@ class Client(Protocol):
 
     legacy: bool
 
-    def grant(self) -> bool:
-        """Hand a permit over; return false if the client is gone."""
+    def respond(self, response: Response) -> bool:
+        """Give an answer; return false if the client is gone."""
 
     def refuse(self, status: int, reason: str, *headers: Header) -> None:
-        """Refuse a permit."""
+        """Give no permit."""
 
 
 class WaitingRoom:
-    """The clients of one broker that wait.
-
-    Attributes:
-        clients: all of them.
-        positions: of those that went away.
-    """
+    """The clients of one broker that wait, and the positions of those that went away."""
 
     def __init__(
         self,
@@ -49,9 +44,7 @@ class WaitingRoom:
         loop: asyncio.AbstractEventLoop,
         granted: Callable[[int, Permit], object],
     ) -> None:
-        self.scheduler = scheduler
-        self.loop = loop
-        self.granted = granted
+        self.scheduler, self.loop, self.granted = scheduler, loop, granted
         self.clients: set[WaitingClient] = set()
         self.positions = HeldPositions()
         self._leaving: set[Future[Permit]] = set()  # until the queue knows
@@ -84,12 +77,10 @@ class WaitingRoom:
 
     def stop(self) -> list[Future[Permit]]:
         """Let all clients wait no more, and return the futures that are to be given back."""
-        futures = list(self._leaving)
+        futures = [one.future for one in self.clients if one.future is not None]
         for one in list(self.clients):
-            if one.future is not None:
-                futures.append(one.future)
             one.end()
-        return futures
+        return [*self._leaving, *futures]
 
 
 class WaitingClient:
@@ -102,11 +93,10 @@ class WaitingClient:
     """
 
     def __init__(self, room: WaitingRoom, client: Client, request: PermitRequest) -> None:
-        self._room = room
-        self.client = client
-        self._request = request
+        self._room, self.client, self._request = room, client, request
         self.future: Future[Permit] | None = None
-        self._timers: list[asyncio.TimerHandle] = []
+        self._timeout: asyncio.TimerHandle | None = None
+        self._rest: asyncio.TimerHandle | None = None
         now_us = room.scheduler.now_us()
         self.position = Position(now_us, request.priority_us)
         held = None if request.key is None else room.positions.claim(request.key, now_us)
@@ -114,7 +104,7 @@ class WaitingClient:
             self.position = min(self.position, held, key=lambda one: one.sort_key)
         room.clients.add(self)
         if request.timeout is not None:
-            self._timers.append(room.loop.call_later(request.timeout, self._timed_out))
+            self._timeout = room.loop.call_later(request.timeout, self._timed_out)
         resets_in = 0.0 if client.legacy else room.exhausted_for()
         if resets_in:
             self.exhausted(resets_in)
@@ -144,28 +134,28 @@ class WaitingClient:
         """Give a permit to the client, if that is still there and the permit not too old."""
         if self.future is not future:
             return  # the client has left, and the future is being given back
-        failure, self.future = future.exception(), None
-        now_us = self._room.scheduler.now_us()
+        room, failure, self.future = self._room, future.exception(), None
+        now_us = room.scheduler.now_us()
         if isinstance(failure, SessionLimitExhausted):
             self.exhausted(failure.resets_in)
         elif failure is not None:
             self.end()
             self.client.refuse(503, str(failure) or type(failure).__name__)
-        elif not self._room.scheduler.is_in_time(future.result()):
+        elif not room.scheduler.is_in_time(future.result()):
             self._join()  # at its position, before the permit is given back
-            self._room.give_back(future)
-        elif self.client.grant():
+            room.give_back(future)
+        elif self.client.respond(GRANTED):
             self.end()
-            self._room.granted(now_us, future.result())
+            room.granted(now_us, future.result())
         else:
-            self._room.give_back(future)
+            room.give_back(future)
             self.leave()
 
     def exhausted(self, resets_in: float) -> None:
         """Tell the client when the limit resets; let it wait until then if it would not understand."""
         if self.client.legacy:
             rest = min(max(resets_in, TICK), MAX_REST)
-            self._timers.append(self._room.loop.call_later(rest, self._join))
+            self._rest = self._room.loop.call_later(rest, self._join)
         else:
             self.leave()
             again = ("Retry-After", str(math.ceil(resets_in)))
@@ -178,20 +168,20 @@ class WaitingClient:
     def leave(self) -> None:
         """Leave the line without a permit; the position is held for a while."""
         room, future = self._room, self.future
-        if self not in room.clients:
-            return
-        self.end()
-        if self._request.key is not None:
-            room.positions.hold(self._request.key, self.position, room.scheduler.now_us())
-        if future is not None:
-            room.give_back(future)
+        if self in room.clients:
+            self.end()
+            if self._request.key is not None:
+                room.positions.store(self._request.key, self.position, room.scheduler.now_us())
+            if future is not None:
+                room.give_back(future)
 
     def end(self) -> None:
         """Wait no more."""
         self._room.clients.discard(self)
         self.future = None
-        for timer in self._timers:
-            timer.cancel()
+        for timer in (self._timeout, self._rest):
+            if timer is not None:
+                timer.cancel()
 
 
 def give_back(future: Future[Permit]) -> None:

@@ -6,10 +6,11 @@ does not have, folded lines, a bare CR, lengths that are repeated or in conflict
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from typing import NamedTuple
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 from gateway_queue_sync.ledgers.http import OUR_HEADER
 from gateway_queue_sync.ledgers.wire import MAX_NUMBER
@@ -51,12 +52,16 @@ class Head(NamedTuple):
     headers: dict[str, str]
     keep_alive: bool
     body_length: int | None
-    expects_continue: bool
 
     @property
     def understands_status(self) -> bool:
         """Whether the client says that it does not take any status for a permit."""
         return _STATUS_HEADER in self.headers
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits with its body until it is called for."""
+        return self.headers.get("expect", "").lower() == "100-continue"
 
     @property
     def is_from_page(self) -> bool:
@@ -114,15 +119,10 @@ def _parse(raw: bytes) -> Head:
     body_length = _body_length(headers, is_old)
     origin = _ORIGIN.match(target)
     path, _, query = target[origin.end() if origin else 0 :].partition("#")[0].partition("?")
-    return Head(
-        method,
-        path or "/",
-        query,
-        headers,
-        keep_alive and body_length is not None,
-        body_length,
-        not is_old and headers.get("expect", "").lower() == "100-continue",
-    )
+    if is_old:
+        headers.pop("expect", None)
+    keep_alive = keep_alive and body_length is not None
+    return Head(method, path or "/", query, headers, keep_alive, body_length)
 
 
 def _headers(lines: list[bytes]) -> dict[str, str]:
@@ -165,42 +165,33 @@ class PermitRequest(NamedTuple):
 def parse_query(query: str) -> tuple[PermitRequest, list[str]]:
     """Return what a query asks for, and what is wrong with it: a bad shard counts as 0."""
     try:
-        fields = {name: values[-1] for name, values in parse_qs(query, max_num_fields=100).items()}
+        fields = dict(parse_qsl(query, max_num_fields=100))
     except ValueError as error:
         return PermitRequest(), [str(error)]
     wrong: list[str] = []
-    shard_id, key = 0, None
-    shard, ticket = fields.get("shard"), fields.get("ticket")
-    if shard is None:
-        wrong.append("no shard")
-    elif not re.fullmatch("[0-9]{1,16}", shard) or int(shard) > MAX_NUMBER:
-        wrong.append(f"shard must be a shard id, not {shard!r:.50}")
-    else:
-        shard_id = int(shard)
-        key = ("shard", shard_id) if ticket is None else ("ticket", ticket)
-    if ticket is not None and len(ticket) > MAX_TICKET:
+    shard, ticket = fields.get("shard"), fields.get("ticket", "")
+    is_known = shard is not None and re.fullmatch("[0-9]{1,16}", shard) and int(shard) <= MAX_NUMBER
+    shard_id = int(shard or 0) if is_known else 0
+    key = None if not is_known else ("ticket", ticket) if ticket else ("shard", shard_id)
+    if not is_known:
+        wrong.append(f"shard must be a shard id, not {shard!r:.50}" if shard else "no shard")
+    if len(ticket) > MAX_TICKET:
         wrong.append(f"ticket must be {MAX_TICKET} characters at most")
         key = None
-    priority = _seconds(fields, "priority", wrong) or 0.0
+    priority = _seconds(fields, "priority", -math.inf, wrong) or 0.0
     priority = max(-MAX_HEAD_START, min(priority, MAX_HEAD_START))
-    timeout = _seconds(fields, "timeout", wrong)
-    if timeout is not None and timeout < 0:
-        wrong.append(f"timeout must not be negative, not {timeout:g}")
-        timeout = None
-    if timeout is not None:
-        timeout = max(timeout, MIN_TIMEOUT)
+    timeout = _seconds(fields, "timeout", 0.0, wrong)
+    timeout = None if timeout is None else max(timeout, MIN_TIMEOUT)
     return PermitRequest(shard_id, to_us(priority), timeout, key), wrong
 
 
-def _seconds(fields: dict[str, str], name: str, wrong: list[str]) -> float | None:
+def _seconds(fields: dict[str, str], name: str, least: float, wrong: list[str]) -> float | None:
     """Return a field's number of seconds; one that is wrong counts as left out."""
     if name not in fields:
         return None
-    try:
-        number = float(fields[name])
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        wrong.append(f"{name} must be a number of seconds, not {fields[name]!r:.50}")
-        return None
-    return number
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(fields[name])) and number >= least:
+            return number
+    more = "" if math.isinf(least) else f" from {least:g} on"
+    wrong.append(f"{name} must be a number of seconds{more}, not {fields[name]!r:.50}")
+    return None

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from gateway_queue_sync.broker.parser import (
+from gateway_queue_sync.broker.positions import HOLD_US, MAX_HELD, HeldPositions, Position
+from gateway_queue_sync.request_parser import (
     MAX_HEAD,
     Head,
     Malformed,
@@ -16,7 +17,6 @@ from gateway_queue_sync.broker.parser import (
     parse_head,
     parse_query,
 )
-from gateway_queue_sync.broker.positions import HOLD_US, MAX_HELD, HeldPositions, Position
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n"
 
@@ -166,10 +166,12 @@ def test_a_value_of_blanks_costs_little() -> None:
 
 
 def test_random_requests_are_read_as_h11_reads_them() -> None:
-    fuzz_parser = pytest.importorskip("fuzz_parser", reason="h11 is not installed (the test extra)")
+    fuzz_request_parser = pytest.importorskip(
+        "fuzz_request_parser", reason="h11 is not installed (the test extra)"
+    )
     seed = random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}")
-    assert fuzz_parser.fuzz(seed, seconds=2.0) > 0
+    assert fuzz_request_parser.fuzz(seed, seconds=2.0) > 0
 
 
 # --- held positions -------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def test_ten_thousand_clients_under_one_key_return_at_little_cost() -> None:
     held, since = HeldPositions(), time.process_time()
     arrivals = random.Random(1).sample(range(10_000), 10_000)
     for arrived_us in arrivals:
-        held.hold("key", Position(arrived_us, 0), 0)
+        held.store("key", Position(arrived_us, 0), 0)
     claimed = [held.claim("key", 1) for _ in range(10_000)]
     assert claimed == [(arrived_us, 0) for arrived_us in range(10_000)]
     assert held.claim("key", 1) is None
@@ -188,8 +190,8 @@ def test_ten_thousand_clients_under_one_key_return_at_little_cost() -> None:
 
 def test_a_position_is_let_go_after_30_s() -> None:
     held = HeldPositions()
-    held.hold("key", Position(2, 0), 0)
-    held.hold("key", Position(1, 0), 5)
+    held.store("key", Position(2, 0), 0)
+    held.store("key", Position(1, 0), 5)
     assert held.claim("key", HOLD_US + 1) == (1, 0)
     assert held.claim("key", HOLD_US + 1) is None
     assert len(held) == 0
@@ -198,9 +200,9 @@ def test_a_position_is_let_go_after_30_s() -> None:
 def test_positions_that_come_and_go_leave_nothing_behind() -> None:
     held = HeldPositions()
     for number in range(50_000):
-        held.hold("key", Position(0, 0), number)
+        held.store("key", Position(0, 0), number)
         assert held.claim("key", number) is not None
-        held.hold(number % 7, Position(number, 0), number * 10_000)
+        held.store(number % 7, Position(number, 0), number * 10_000)
     assert len(held) <= 3_001
     assert held._stale <= len(held) + 16
     assert sum(map(len, held._by_key.values())) == len(held) + held._stale
@@ -209,7 +211,7 @@ def test_positions_that_come_and_go_leave_nothing_behind() -> None:
 def test_no_more_positions_are_held_than_there_may_be() -> None:
     held = HeldPositions()
     for number in range(MAX_HELD + 10):
-        held.hold(number, Position(number, 0), 0)
+        held.store(number, Position(number, 0), 0)
     assert len(held) == MAX_HELD
     assert held.claim(0, 0) is None
     assert held.claim(MAX_HELD, 0) == (MAX_HELD, 0)

@@ -1,6 +1,6 @@
 """Random requests, as the broker's parser and as h11 read them: where they differ is an error.
 
-As a command: ``python tests/fuzz_parser.py --seconds 60 [--seed N]``; it prints the seed.
+As a command: ``python tests/fuzz_request_parser.py --seconds 60 [--seed N]``; it prints the seed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import h11
 
-from gateway_queue_sync.broker import parser
-from gateway_queue_sync.broker.parser import Head
+from gateway_queue_sync import request_parser as parser
+from gateway_queue_sync.request_parser import Head
 
 # What this parser refuses although h11 reads it. All of it could be read in another way elsewhere.
 STRICTER = (

@@ -137,17 +137,17 @@ class Service:
             self.shared.give("/healthz", connection.respond)
 
     def _give_ledger(self, connection: Connection, _: Head, body: bytes) -> None:
-        asked = self._loop.run_in_executor(self.ledger.executor, self.ledger.answer, body)
-        asked.add_done_callback(partial(self._ledger_answered, connection))
+        answering = self._loop.run_in_executor(self.ledger.executor, self.ledger.answer, body)
+        answering.add_done_callback(partial(self._ledger_answered, connection))
 
     def _ledger_answered(
-        self, connection: Connection, asked: asyncio.Future[tuple[Response, Permit | None]]
+        self, connection: Connection, answering: asyncio.Future[tuple[Response, Permit | None]]
     ) -> None:
-        if (failure := asked.exception()) is not None:
+        if (failure := answering.exception()) is not None:
             log.error("a request to the ledger failed", exc_info=failure)
             connection.respond(responses.error(500, type(failure).__name__))
             return
-        response, permit = asked.result()
+        response, permit = answering.result()
         if permit is not None:
             self.reports.granted(self._scheduler.now_us(), permit)
         if response.status == 400:

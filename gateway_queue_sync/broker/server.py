@@ -49,7 +49,7 @@ def serve(
     has the whole protocol. ``HttpQueue`` needs an ``SqliteQueue`` or a ``RedisQueue``. The queue stays
     its owner's, who closes it.
 
-    Without a secret only programs of this machine are served. A page in a browser gets no permit and gives
+    Without a secret only programs of this machine are served. A page in a browser gets no permit, gives
     no order, and sees no data under a name of its own that was pointed here.
 
     Args:

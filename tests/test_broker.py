@@ -24,6 +24,7 @@ from gateway_queue_sync import (
     LargeBotQueue,
     LocalQueue,
     NoOpQueue,
+    QueueClosed,
     SessionStartLimit,
     ShardWaiting,
     SqliteQueue,
@@ -31,6 +32,7 @@ from gateway_queue_sync import (
 )
 from gateway_queue_sync.broker import connection, reports, routes, settings, waiting
 from gateway_queue_sync.broker.connection import State
+from gateway_queue_sync.queue import scheduler_of
 from gateway_queue_sync.testing import FakeClock
 
 WINDOW = 5.25
@@ -723,6 +725,36 @@ def test_who_waits_when_the_budget_is_used_up_is_told_if_it_knows_what_that_mean
         with clients_of(broker.port) as client:
             assert client("/?shard=0").granted
             assert client("/?shard=1", "GET", OURS).read()[0] == 429
+
+
+def test_who_waits_is_told_when_the_limit_is_used_up_by_others(queue, monkeypatch):
+    monkeypatch.setattr(waiting, "TICK", 0.02)
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0").granted
+        legacy, ours = client("/?shard=1"), client("/?shard=2", "GET", OURS)
+        wait_for_line(queue, 2)
+        queue.update(limit(1000, 0, 3600.0))
+        status, headers, _ = ours.read()
+        assert (status, headers["retry-after"]) == (429, "3600")
+        assert legacy.is_silent()
+
+
+def test_a_queue_that_is_closed_just_now_is_told(client, queue, monkeypatch):
+    def closed(*_):
+        raise QueueClosed
+
+    monkeypatch.setattr(scheduler_of(queue), "enqueue", closed)
+    assert client("/?shard=0", "GET", OURS).read()[0] == 503
+
+
+def test_an_error_at_the_ledgers_endpoint_is_logged_and_answered(tmp_path, caplog, monkeypatch):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
+        monkeypatch.setattr(ledger_of(queue), "carry", lambda *_: 1 / 0)
+        with clients_of(broker.port) as client:
+            good = json.dumps(WISH)
+            one = client("/ledger", "POST", JSON, f"Content-Length: {len(good)}").send(good)
+            assert json.loads(one.read()[2]) == {"error": "ZeroDivisionError"}
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_a_queue_that_raises_is_asked_again_for_who_would_not_understand(clock, monkeypatch):

@@ -155,7 +155,7 @@ class Talk:
     @property
     def permits(self) -> int:
         """How many permits were answered: with a body, to HEAD without, to HTTP/0.9 without a head."""
-        pages = self.answers.count(b"<!doctype html>")
+        pages = self.answers.count(b"\r\n\r\n<!doctype html>")
         headless = len(re.findall(rb'(?<!\r\n\r\n)\{"message"', self.answers))
         return len(re.findall(rb"HTTP/1\.[01] 200", self.answers)) - pages + headless
 

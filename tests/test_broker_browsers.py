@@ -79,7 +79,7 @@ for (const base of BASES) {
   tries.push(() => fetch(`${base}/ledger`, order));
   for (const one of tries) {
     try {
-      await Promise.race([Promise.resolve(one()).catch(() => null), pause(400)]);
+      await Promise.race([Promise.resolve(one()).catch(() => null), pause(200)]);
     } catch {}
   }
 }
@@ -116,6 +116,8 @@ class Attacker:
                     _pass_on(there, one)
                 return
             head = one.recv(65_536)
+            if not head:
+                return  # a browser has connected in advance
             path = head.split(b" ")[1].decode()
             self.asked.append(path)
             body = self.page if path == "/" else b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -823,6 +824,16 @@ def test_closing_grants_nobody_any_more(queue, clock):
         assert "closed" in repr(broker)
         with pytest.raises(ConnectionRefusedError):
             Client(broker.port)
+
+
+def test_closing_forgets_no_connection_that_is_just_being_accepted():
+    """Each that is forgotten is a ResourceWarning, when it is collected."""
+    with NoOpQueue() as queue:
+        for _ in range(50):
+            with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+                for _ in range(3):
+                    client()
+        gc.collect()
 
 
 def test_a_queue_that_is_closed_lets_its_clients_go(queue, short_tarpit):

@@ -29,9 +29,7 @@ class LedgerEndpoint:
         self._queue = queue
         self._reserve = scheduler_of(queue).reserve
         self._ledger: SharedLedger | None = getattr(scheduler_of(queue).ledger, "shared", None)
-        self.executor = ThreadPoolExecutor(
-            THREADS, thread_name_prefix="gateway-queue-broker-ledger"
-        )
+        self.executor = ThreadPoolExecutor(THREADS, "gateway-queue-broker-ledger")
 
     def look(self) -> QueueSnapshot:
         """Return who waits, without the queue's worker, which grants permits."""

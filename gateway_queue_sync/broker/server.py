@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self
@@ -115,16 +115,18 @@ class Broker:
 
     async def _run(self) -> None:
         await self._stopped.wait()
+        with suppress(NotImplementedError):  # Windows' loop accepts in another way
+            for one in self._sockets:
+                self._loop.remove_reader(one)
+        accepting = asyncio.all_tasks() - {asyncio.current_task()}
+        if accepting:  # a server that is closed would lose them
+            await asyncio.wait(accepting, timeout=FLUSH_TIMEOUT)
         for server in self._servers:
             server.close()
-        await asyncio.sleep(0)  # for what was about to be accepted
         self._futures = self._service.stop()
         give_up = self._loop.time() + FLUSH_TIMEOUT
         while self._service.connections and self._loop.time() < give_up:
             await asyncio.sleep(0.01)
-        accepting = asyncio.all_tasks() - {asyncio.current_task()}
-        if accepting:
-            await asyncio.wait(accepting, timeout=FLUSH_TIMEOUT)
         for connection in list(self._service.connections):
             connection.abort()
         for _ in range(3):  # until they are closed

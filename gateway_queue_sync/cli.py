@@ -12,10 +12,9 @@ import sys
 from collections.abc import Sequence
 
 import gateway_queue_sync
-from gateway_queue_sync import demo, planner, status
-from gateway_queue_sync.broker import command as serve
+from gateway_queue_sync import demo, planner, serve_command, status
 
-COMMANDS = (demo, planner, serve, status)
+COMMANDS = (demo, planner, serve_command, status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

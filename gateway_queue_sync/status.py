@@ -14,6 +14,7 @@ from dataclasses import asdict
 from datetime import datetime, timedelta
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK
+from gateway_queue_sync.environment import public_url, read_secret
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.format import format_duration, format_ranges, format_time
 from gateway_queue_sync.ledgers.adapter import snapshot
@@ -34,6 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
         ledger = _ledger(arguments)
     except (TypeError, ValueError, ImportError) as error:
         arguments.error(str(error))  # exits with 2
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
     try:
         while True:
             shown = _show(ledger, arguments)
@@ -45,11 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _ledger(arguments: argparse.Namespace) -> SharedLedger:
-    connect = (
-        redis_ledger(arguments.redis)
-        if arguments.sqlite is None
-        else sqlite_ledger(arguments.sqlite)
-    )
+    if arguments.sqlite is not None:
+        connect = sqlite_ledger(arguments.sqlite)
+    elif arguments.redis is not None:
+        connect = redis_ledger(public_url(arguments.redis))
+    else:
+        connect = redis_ledger(read_secret(arguments.redis_file, "the Redis URL's"))
     return connect(Settings(name=arguments.name).name, STRANGER, SYSTEM_CLOCK)
 
 
@@ -127,6 +132,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--redis",
         metavar="URL",
         help="the server of a RedisQueue; of a cluster, the one that has the account's slot",
+    )
+    ledger.add_argument(
+        "--redis-file", metavar="FILE", help="a file with that URL, which may hold a password"
     )
     parser.add_argument("--name", default="default", help="which account (default: %(default)s)")
     parser.add_argument(

@@ -52,7 +52,7 @@ class StubBroker:
             return 401, "{}"
         if at.path == "/status.json":
             return 200, json.dumps(asdict(self.queue.snapshot()))
-        return 200, '{"window": 5.25, "grants": []}'
+        return 200, '{"window": 5.25, "reserve": 0, "grants": []}'
 
 
 @contextlib.contextmanager

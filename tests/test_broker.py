@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -20,21 +21,25 @@ from redis_servers import until
 from wire_clients import PATIENCE, Client, clients_of, first_to_hear, timed, wait_for_line
 
 from gateway_queue_sync import (
+    HttpQueue,
     LargeBotQueue,
     LocalQueue,
     NoOpQueue,
+    QueueClosed,
     SessionStartLimit,
     ShardWaiting,
     SqliteQueue,
     serve,
 )
-from gateway_queue_sync.broker import address, connection, desk, server
+from gateway_queue_sync.broker import connection, reports, routes, settings, waiting
+from gateway_queue_sync.broker.connection import State
 from gateway_queue_sync.testing import FakeClock
 
 WINDOW = 5.25
 BODY = b'{"message": "You\'re free to connect now! :)"}'
 OURS = "Gateway-Queue: 1"
 JSON = "Content-Type: application/json"
+HTML = "Accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 DAY = 86_400.0
 
 
@@ -56,15 +61,15 @@ def client(queue):
 
 @pytest.fixture
 def strict(queue, monkeypatch):
-    monkeypatch.setattr(connection, "HOLD", (0.05, 0.06))
+    monkeypatch.setattr(connection, "TARPIT", (0.05, 0.06))
     with serve(queue, port=0, secret="s3cret", strict=True) as broker:
         with clients_of(broker.port) as client:
             yield client
 
 
 @pytest.fixture
-def short_hold(monkeypatch):
-    monkeypatch.setattr(connection, "HOLD", (0.05, 0.06))
+def short_tarpit(monkeypatch):
+    monkeypatch.setattr(connection, "TARPIT", (0.05, 0.06))
 
 
 SECRET = "Authorization: Bearer s3cret"
@@ -176,7 +181,7 @@ def test_a_connection_whose_body_has_no_known_end_is_closed_after_the_grant(clie
 
 def test_a_head_may_come_in_pieces(client):
     one = client()
-    for piece in ("GET /?sha", "rd=0 HT", "TP/1.1\r", "\nHost: h\r\n\r", "\n"):
+    for piece in ("GET /?sha", "rd=0 HT", "TP/1.1\r", "\nHost: localhost\r\n\r", "\n"):
         one.send(piece)
         assert one.is_silent() or piece == "\n"
     assert one.granted
@@ -226,7 +231,7 @@ def test_a_timeout_is_told_to_those_who_know_what_a_status_means(client, queue):
 
 
 def test_a_persons_browser_gets_the_page_and_no_permit(client, queue):
-    status, headers, _ = client("/", "GET", "Sec-Fetch-Site: none").read()
+    status, headers, _ = client("/", "GET", "Sec-Fetch-Site: none", HTML).read()
     assert (status, headers["location"]) == (303, "/status")
     assert client("/favicon.ico").read()[0] == 404
     assert queue.snapshot().granted == 0
@@ -313,9 +318,9 @@ def come_back_after(client, queue, clock, pause, ask, again):
 def test_of_several_kept_places_the_oldest_is_taken(client, queue, clock):
     queue.update(limit(1000, 0, 40.0))
     arrivals = []
-    for waiting in range(3):
+    for number in range(3):
         arrivals.append(client("/?shard=1"))
-        wait_for_line(queue, waiting + 1)
+        wait_for_line(queue, number + 1)
         clock.advance(1.0)
     for left, gone in enumerate(reversed(arrivals)):  # the newest goes first
         gone.close()
@@ -404,15 +409,15 @@ def test_a_permit_that_reaches_its_client_too_late_is_given_back_and_asked_for_a
     client, queue, clock, monkeypatch
 ):
     held = threading.Event()
-    hand_over = desk.Desk._hand_over
+    hand_over = waiting.WaitingClient._hand_over
 
-    def late(self, connection_, future):
+    def late(self, future):
         if not held.is_set():
             held.set()
             clock.advance(1.0)  # longer than the margin
-        hand_over(self, connection_, future)
+        hand_over(self, future)
 
-    monkeypatch.setattr(desk.Desk, "_hand_over", late)
+    monkeypatch.setattr(waiting.WaitingClient, "_hand_over", late)
     one = client("/?shard=1")
     assert one.granted
     assert held.is_set()
@@ -422,13 +427,13 @@ def test_a_permit_that_reaches_its_client_too_late_is_given_back_and_asked_for_a
 
 def test_a_permit_for_a_client_that_is_just_going_is_given_back(client, queue, clock, monkeypatch):
     """Its end was reset, and the loop has not come to that yet."""
-    hand_over = desk.Desk._hand_over
+    hand_over = waiting.WaitingClient._hand_over
 
-    def while_it_goes(self, one, future):
-        one._transport.abort()
-        hand_over(self, one, future)
+    def while_it_goes(self, future):
+        self.client._transport.abort()
+        hand_over(self, future)
 
-    monkeypatch.setattr(desk.Desk, "_hand_over", while_it_goes)
+    monkeypatch.setattr(waiting.WaitingClient, "_hand_over", while_it_goes)
     client("/?shard=1")
     until(lambda: queue.snapshot().granted == 1 and queue.snapshot().limit.remaining == 1000)
     assert b"wait_seconds_count 0" in client("/metrics").read()[2]
@@ -442,7 +447,7 @@ def test_a_client_leaves_the_line_before_its_connection_is_lost(queue, clock, mo
         monkeypatch.setattr(connection.Connection, "connection_lost", lambda *_: None)
         client("/?shard=1")
         wait_for_line(queue, 1)
-        (one,) = (one for one in broker._desk.connections if one.future is not None)
+        (one,) = (one for one in broker._service.connections if one.waiting is not None)
         going = one.close if end == "close" else one.eof_received
         broker._loop.call_soon_threadsafe(going)
         wait_for_line(queue, 0)
@@ -455,10 +460,10 @@ def test_clients_that_left_are_out_of_the_line_when_the_broker_is_closed(queue):
         gone = client("/?shard=1")
         wait_for_line(queue, 1)
         go_on = threading.Event()
-        for _ in range(server.POOL):
-            broker._pool.submit(go_on.wait)
+        for executor in (broker._service.room.executor, broker._service.shared.executor):
+            executor.submit(go_on.wait)
         gone.close()
-        until(lambda: len(broker._desk.connections) == 1)
+        until(lambda: len(broker._service.connections) == 1)
         broker.close()
         go_on.set()
         assert queue.snapshot().waiting == 0
@@ -502,6 +507,41 @@ def test_strictness_refuses_a_bad_shard(strict, queue):
     assert queue.snapshot().granted == 0
 
 
+def test_nonsense_is_answered_to_those_who_know_what_a_status_means(client):
+    for lines in ("no colon", "X: " + "y" * 9_000, "Content-Length: 1\r\nContent-Length: 2"):
+        one = client().send(f"GET / HTTP/1.1\r\n{OURS}\r\n{lines}\r\n\r\n")
+        status, headers, _ = one.read()
+        assert (status, headers["connection"]) == (431 if len(lines) > 999 else 400, "close")
+        assert one.is_closed_without_a_byte()
+
+
+def test_the_body_of_a_malformed_request_is_no_request(client, queue, short_tarpit):
+    one = client().send("POST /?shard=0 HTTP/1.1\r\nno colon\r\nContent-Length: 26\r\n\r\n")
+    one.send("GET /?shard=1 HTTP/1.1\r\n\r\n")
+    assert one.is_closed_without_a_byte()
+    assert queue.snapshot().granted == 0
+
+
+def test_an_empty_line_before_a_request_is_skipped(client):
+    assert client().send("\r\nGET /?shard=0 HTTP/1.1\r\n\r\n").granted
+
+
+def test_close_among_the_options_of_a_connection_closes_it(client):
+    one = client("/?shard=0", "GET", "Connection: TE, close")
+    assert one.read()[1]["connection"] == "close"
+    assert one.is_closed_without_a_byte()
+
+
+def test_a_body_that_is_expected_is_called_for(tmp_path):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0, secret="s3cret") as broker:
+        with clients_of(broker.port) as client:
+            expects = ("/ledger", "POST", JSON, "Content-Length: 2", "Expect: 100-continue")
+            one = client(*expects, SECRET)
+            assert one.socket.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            assert one.send("{}").read()[0] == 400
+            assert client(*expects).read()[0] == 401  # nothing is called for that is refused
+
+
 @pytest.mark.parametrize(
     "nonsense",
     [
@@ -527,7 +567,7 @@ def test_strictness_refuses_a_bad_shard(strict, queue):
         "no end",
     ],
 )
-def test_nonsense_gets_no_byte_and_no_permit(client, queue, short_hold, nonsense):
+def test_nonsense_gets_no_byte_and_no_permit(client, queue, short_tarpit, nonsense):
     assert client().send(nonsense).is_closed_without_a_byte()
     assert queue.snapshot().granted == 0
     assert client("/?shard=0").granted
@@ -573,13 +613,13 @@ def test_who_waits_and_talks_on_and_on_is_let_go(client, queue):
 
 
 def test_who_does_not_read_is_not_served_on_and_on(queue, monkeypatch):
-    monkeypatch.setattr(connection, "SEND_TIMEOUT", 0.5)
+    monkeypatch.setattr(connection, "FLUSH_TIMEOUT", 0.5)
     with serve(queue, port=0) as broker, clients_of(broker.port) as client:
         slow = deaf(client, 300)
-        until(lambda: any(one._paused for one in broker._desk.connections), "a full buffer")
-        (one,) = broker._desk.connections
+        until(lambda: _is_sending(broker), "a full buffer")
+        (one,) = broker._service.connections
         assert one._transport.get_write_buffer_size() < 200_000
-        until(lambda: not broker._desk.connections, "its end")
+        until(lambda: not broker._service.connections, "its end")
         with pytest.raises((AssertionError, ConnectionError)):
             [slow.read() for _ in range(300)]
 
@@ -593,10 +633,14 @@ def test_who_reads_late_gets_all(client):
 def test_closing_does_not_wait_for_who_does_not_read(queue):
     with serve(queue, port=0) as broker, clients_of(broker.port) as client:
         deaf(client, 300)
-        until(lambda: any(one._paused for one in broker._desk.connections), "a full buffer")
+        until(lambda: _is_sending(broker), "a full buffer")
         _, took = timed(broker.close)
         assert took < 1.0
-        assert not broker._desk.connections
+        assert not broker._service.connections
+
+
+def _is_sending(broker):
+    return any(one.state is State.SENDING for one in broker._service.connections)
 
 
 def deaf(client, times):
@@ -606,7 +650,7 @@ def deaf(client, times):
     return one.send("GET /status HTTP/1.1\r\n\r\n" * times)
 
 
-def test_too_many_connections_are_refused(queue, short_hold):
+def test_too_many_connections_are_refused(queue, short_tarpit):
     with serve(queue, port=0, max_connections=2) as broker, clients_of(broker.port) as client:
         assert client("/?shard=0").granted
         assert client("/healthz").read()[0] == 200
@@ -614,7 +658,7 @@ def test_too_many_connections_are_refused(queue, short_hold):
         assert client("/?shard=1", "GET", OURS).read()[0] == 503
 
 
-def test_who_was_let_in_is_served_however_many_come(queue, short_hold):
+def test_who_was_let_in_is_served_however_many_come(queue, short_tarpit):
     with serve(queue, port=0, max_connections=2) as broker, clients_of(broker.port) as client:
         let_in = [client("/healthz") for _ in range(2)]
         assert [one.read()[0] for one in let_in] == [200, 200]
@@ -628,7 +672,7 @@ def test_newcomers_over_the_most_keep_no_connection(queue):
         for _ in range(100):
             client()
         assert client().is_closed_without_a_byte()
-        until(lambda: len(broker._desk.connections) == 2 + desk.MAX_SURPLUS)
+        until(lambda: len(broker._service.connections) == 2 + routes.MAX_OVER_LIMIT)
         assert queue.try_acquire(0)
 
 
@@ -637,20 +681,20 @@ def test_there_is_room_again_when_somebody_has_gone(queue):
         first = client("/healthz")
         assert first.read()[0] == 200
         first.close()
-        until(lambda: not broker._desk.connections)
+        until(lambda: not broker._service.connections)
         assert client("/?shard=0", "GET", OURS).granted
 
 
 def test_a_name_of_several_addresses_is_listened_on_at_each(queue, monkeypatch):
     both = [(socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET, ("127.0.0.2", 0))]
     gone = (socket.AF_INET, ("203.0.113.1", 0))  # none of this machine's
-    monkeypatch.setattr(address, "_addresses", lambda _: [gone, *both])
-    monkeypatch.setattr(server, "is_loopback", lambda _: True)
+    monkeypatch.setattr(settings, "_addresses", lambda _: [gone, *both])
+    monkeypatch.setattr(settings, "is_loopback", lambda _: True)
     with serve(queue, "name", 0) as broker:
         for _, (where, _) in both:
             with socket.create_connection((where, broker.port), 5.0):
                 pass
-    monkeypatch.setattr(address, "_addresses", lambda _: [gone])
+    monkeypatch.setattr(settings, "_addresses", lambda _: [gone])
     with pytest.raises(OSError, match="assign"):
         serve(queue, "name", 0)
 
@@ -676,16 +720,46 @@ def test_a_used_up_budget_is_held_until_it_resets(clock):
 def test_who_waits_when_the_budget_is_used_up_is_told_if_it_knows_what_that_means(
     clock, monkeypatch
 ):
-    monkeypatch.setattr(desk, "TICK", 0.02)
+    monkeypatch.setattr(waiting, "TICK", 0.02)
     with LargeBotQueue(limit(10, 1, 3600.0), clock=clock) as queue, serve(queue, port=0) as broker:
         with clients_of(broker.port) as client:
             assert client("/?shard=0").granted
             assert client("/?shard=1", "GET", OURS).read()[0] == 429
 
 
+def test_who_waits_is_told_when_the_limit_is_used_up_by_others(queue, monkeypatch):
+    monkeypatch.setattr(waiting, "TICK", 0.02)
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        assert client("/?shard=0").granted
+        legacy, ours = client("/?shard=1"), client("/?shard=2", "GET", OURS)
+        wait_for_line(queue, 2)
+        queue.update(limit(1000, 0, 3600.0))
+        status, headers, _ = ours.read()
+        assert (status, headers["retry-after"]) == (429, "3600")
+        assert legacy.is_silent()
+
+
+def test_a_queue_that_is_closed_just_now_is_told(client, queue, monkeypatch):
+    def closed(*_):
+        raise QueueClosed
+
+    monkeypatch.setattr(waiting, "enqueue", closed)
+    assert client("/?shard=0", "GET", OURS).read()[0] == 503
+
+
+def test_an_error_at_the_ledgers_endpoint_is_logged_and_answered(tmp_path, caplog, monkeypatch):
+    with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
+        monkeypatch.setattr(ledger_of(queue), "carry", lambda *_: 1 / 0)
+        with clients_of(broker.port) as client:
+            good = json.dumps(WISH)
+            one = client("/ledger", "POST", JSON, f"Content-Length: {len(good)}").send(good)
+            assert json.loads(one.read()[2]) == {"error": "ZeroDivisionError"}
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_a_queue_that_raises_is_asked_again_for_who_would_not_understand(clock, monkeypatch):
-    monkeypatch.setattr(desk, "MAX_HOLD", 0.02)
-    monkeypatch.setattr(desk, "TICK", 0.01)
+    monkeypatch.setattr(waiting, "MAX_REST", 0.02)
+    monkeypatch.setattr(waiting, "TICK", 0.01)
     queue = LargeBotQueue(limit(10, 0, 3600.0), clock=clock, when_exhausted="raise")
     with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
         legacy = client("/?shard=0")
@@ -704,20 +778,20 @@ def test_a_timeout_holds_while_a_queue_that_raises_has_nothing_left(clock):
 
 
 def test_a_place_is_kept_while_a_queue_that_raises_has_nothing_left(clock, monkeypatch):
-    monkeypatch.setattr(desk, "MAX_HOLD", 0.02)
-    monkeypatch.setattr(desk, "TICK", 0.01)
+    monkeypatch.setattr(waiting, "MAX_REST", 0.02)
+    monkeypatch.setattr(waiting, "TICK", 0.01)
     queue = LargeBotQueue(limit(10, 0, 20.0), clock=clock, when_exhausted="raise")
     with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
-        kept = broker._desk._places
+        kept = broker._service.room.positions
         gone = client("/?shard=1")
-        until(lambda: any(one.place for one in broker._desk.connections), "its wait")
+        until(lambda: broker._service.room.clients, "its wait")
         gone.close()
         until(lambda: len(kept) == 1, "its place")
         clock.advance(10.0)
         client("/?shard=1")
         until(lambda: len(kept) == 0, "its return")
-        (back,) = (one for one in broker._desk.connections if one.place is not None)
-        assert back.place.arrived_us == clock.now_us() - 10_000_000
+        (back,) = broker._service.room.clients
+        assert back.position.arrived_us == clock.now_us() - 10_000_000
 
 
 def test_two_days_until_the_reset_are_told_and_waited_for(clock):
@@ -751,7 +825,17 @@ def test_closing_grants_nobody_any_more(queue, clock):
             Client(broker.port)
 
 
-def test_a_queue_that_is_closed_lets_its_clients_go(queue, short_hold):
+def test_closing_forgets_no_connection_that_is_just_being_accepted():
+    """Each that is forgotten is a ResourceWarning, when it is collected."""
+    with NoOpQueue() as queue:
+        for _ in range(50):
+            with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+                for _ in range(3):
+                    client()
+        gc.collect()
+
+
+def test_a_queue_that_is_closed_lets_its_clients_go(queue, short_tarpit):
     with serve(queue, port=0) as broker, clients_of(broker.port) as client:
         assert client("/?shard=0").granted
         legacy, ours = client("/?shard=1"), client("/?shard=2", "GET", OURS)
@@ -818,10 +902,11 @@ def test_the_latest_grants_are_told(client, clock):
     assert client("/?shard=7").granted
     clock.advance(2.0)
     told = json.loads(client("/recent.json").read()[2])
-    assert told == {"window": WINDOW, "grants": [{"shard_id": 7, "bucket": 0, "ago": 2.0}]}
+    assert told.pop("grants") == [{"shard_id": 7, "bucket": 0, "ago": 2.0}]
+    assert told == {"window": WINDOW, "reserve": 0}
 
 
-def test_the_metrics_are_prometheus(client, queue, clock, short_hold):
+def test_the_metrics_are_prometheus(client, queue, clock, short_tarpit):
     assert client("/?shard=0").granted
     client("/?shard=1")
     wait_for_line(queue, 1)
@@ -891,22 +976,57 @@ def test_all_who_ask_for_its_health_at_once_cost_one_look(tmp_path, monkeypatch)
         serve(queue, port=0) as broker,
         clients_of(broker.port) as client,
     ):
-        ledger, looks, go_on = ledger_of(queue), [], threading.Event()
-        look = ledger.look
+        shared, looks, go_on = ledger_of(queue), [], threading.Event()
+        peek = shared.peek
 
-        def slow(**settings):
-            looks.append(settings)
+        def slow():
+            looks.append(threading.current_thread().name)
             assert go_on.wait(PATIENCE)
-            return look(**settings)
+            return peek()
 
-        monkeypatch.setattr(ledger, "look", slow)
+        monkeypatch.setattr(shared, "peek", slow)
         many = [client("/healthz") for _ in range(20)]
-        until(lambda: len(broker._desk._ask_health) == 20)
+        until(lambda: len(broker._service.shared._receivers) == 20)
         many[0].close()
         go_on.set()
         assert all(one.read()[0] == 200 for one in many[1:])
         assert client("/healthz").read()[0] == 200
         assert len(looks) == 1
+
+
+def test_readers_share_one_look_a_second(queue, monkeypatch):
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        looks, look = [], queue.snapshot
+        monkeypatch.setattr(
+            queue, "snapshot", lambda: looks.append(threading.current_thread().name) or look()
+        )
+        since = time.monotonic()
+        readers = [client() for _ in range(20)]
+        for _ in range(10):
+            for reader in readers:
+                reader.ask("/status.json").ask("/metrics").ask("/recent.json").ask("/healthz")
+            assert all(reader.read()[0] == 200 for reader in readers for _ in range(4))
+        assert 1 <= len(looks) <= 2 + (time.monotonic() - since)
+        assert {name.rpartition("_")[0] for name in looks} == {"gateway-queue-broker-read"}
+
+
+def test_a_look_that_takes_long_delays_readers_alone(tmp_path, monkeypatch):
+    goes_on = threading.Event()
+    with (
+        SqliteQueue(tmp_path / "q", interval=0.05, margin=0.05) as queue,
+        serve(queue, port=0) as broker,
+        HttpQueue(broker.url, interval=0.05, margin=0.05) as other,
+        clients_of(broker.port) as client,
+    ):
+        monkeypatch.setattr(ledger_of(queue), "peek", lambda: goes_on.wait(PATIENCE) and 1 / 0)
+        readers = [client("/status.json"), client("/metrics"), client("/healthz")]
+        for shard in range(3):
+            assert client(f"/?shard={shard}").granted
+            assert other.acquire(shard, timeout=PATIENCE)
+        assert client("/status").read()[0] == 200
+        assert all(reader.is_silent() for reader in readers)
+        goes_on.set()
+        assert [reader.read()[0] for reader in readers] == [500] * 3
 
 
 @pytest.mark.parametrize(
@@ -918,8 +1038,10 @@ def test_what_probes_and_crawlers_ask_takes_no_permit(client, queue, path, statu
     assert queue.snapshot().granted == 0
 
 
-def test_a_ledger_out_of_reach_is_not_healthy(tmp_path, short_hold, monkeypatch):
-    monkeypatch.setattr(desk, "HEALTH_FOR", 0.1)
+def test_a_ledger_out_of_reach_is_not_healthy_and_the_log_alone_says_why(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(reports, "MAX_AGE", 0.1)
     path = tmp_path / "state.sqlite3"
     with (
         SqliteQueue(path) as queue,
@@ -929,9 +1051,14 @@ def test_a_ledger_out_of_reach_is_not_healthy(tmp_path, short_hold, monkeypatch)
         assert client("/healthz").read()[0] == 200
         path.write_bytes(b"no database" * 100)
         until(lambda: client("/healthz").read()[0] == 503)
-        status, _, body = client("/healthz").read()
+        for _ in range(3):
+            status, _, body = client("/healthz").read()
+            time.sleep(0.15)
         assert status == 503
-        assert "state.sqlite3" in json.loads(body)["error"]
+        assert json.loads(body) == {"error": "the state is unreachable"}
+    told = [text for text in caplog.messages if "the state is unreachable" in text]
+    assert len(told) == 1
+    assert "state.sqlite3" in told[0]
 
 
 def test_what_a_client_says_cannot_forge_log_lines(client, caplog):
@@ -941,7 +1068,8 @@ def test_what_a_client_says_cannot_forge_log_lines(client, caplog):
 
 
 def test_a_method_cannot_forge_log_lines_or_fill_them(client, caplog):
-    client().send("A\x1b[31m" + "x" * 3_000 + " / HTTP/1.1\r\n\r\n")
+    client().send("A\x1b[31m / HTTP/1.1\r\n\r\n")
+    client().send("A" * 3_000 + " / HTTP/1.1\r\n\r\n")
     until(lambda: "no shard" in caplog.text)
     assert "\x1b" not in caplog.text
     assert all(len(record.getMessage()) < 300 for record in caplog.records)
@@ -1024,7 +1152,7 @@ BROWSERS = [
 
 
 @pytest.mark.parametrize("says", BROWSERS)
-def test_no_page_in_a_browser_gets_a_permit_or_gives_an_order(tmp_path, says):
+def test_no_page_in_a_browser_gets_a_permit_or_gives_an_order(tmp_path, short_tarpit, says):
     with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
         with clients_of(broker.port) as client:
             before = asdict(queue.snapshot())["limit"]
@@ -1032,7 +1160,10 @@ def test_no_page_in_a_browser_gets_a_permit_or_gives_an_order(tmp_path, says):
             length = f"Content-Length: {len(order)}"
             assert client("/ledger", "POST", JSON, length, *says).send(order).read()[0] == 403
             for method in ("GET", "POST"):
-                assert client("/?shard=0", method, "Content-Length: 0", *says).read()[0] == 303
+                ask = ("/?shard=0", method, "Content-Length: 0", *says)
+                assert client(*ask).is_closed_without_a_byte()
+                assert client(*ask, OURS).read()[0] == 403
+                assert client(*ask, HTML).read()[1]["location"] == "/status"
             assert asdict(queue.snapshot())["limit"] == before
             assert queue.snapshot().granted == 0
 
@@ -1058,12 +1189,17 @@ LOCAL = [
 
 
 @pytest.mark.parametrize("host", FOREIGN)
-def test_a_page_under_a_name_that_was_pointed_here_sees_nothing(client, queue, host):
-    host = f"Host: {host}"
+@pytest.mark.parametrize("agent", ["Mozilla/5.0", "curl/8.5.0"])
+def test_a_page_under_a_name_that_was_pointed_here_gets_nothing(
+    client, queue, host, agent, short_tarpit
+):
+    """Whatever else it says: in Firefox ``fetch`` may set any User-Agent."""
+    host, agent = f"Host: {host}", f"User-Agent: {agent}"
     for path in ("/status.json", "/metrics", "/recent.json"):
         assert client(path, "GET", host).read()[0] == 403
     assert client("/ledger", "POST", JSON, "Content-Length: 2", host).send("{}").read()[0] == 403
-    assert client("/?shard=0", "GET", host, "User-Agent: Mozilla/5.0").read()[0] == 303
+    assert client("/?shard=0", "GET", host, agent).is_closed_without_a_byte()
+    assert client("/?shard=0", "GET", host, agent, OURS).read()[0] == 403
     assert queue.snapshot().granted == 0
 
 
@@ -1079,8 +1215,16 @@ def test_clients_without_a_host_are_served(client, request_):
     assert client().send(request_.format("/?shard=0")).granted
 
 
-def test_an_odd_host_costs_an_existing_client_nothing(client):
-    assert client("/?shard=0", "GET", "Host: gateway_queue:80, other").granted
+def test_who_loads_a_page_under_a_foreign_name_is_sent_to_ours(client, queue):
+    answer = client("/", "GET", "Host: bots.example", "User-Agent: Mozilla/5.0", HTML).read()
+    assert (answer[0], answer[1]["location"]) == (303, "/status")
+    assert queue.snapshot().granted == 0
+
+
+@pytest.mark.parametrize("accept", ["text/html, image/gif, */*; q=.2", "*/*"])
+def test_what_a_program_accepts_makes_it_no_browser(client, accept):
+    """Java's URL connections accept HTML, and bots take any status for a permit."""
+    assert client("/?shard=0", "GET", f"Accept: {accept}", "User-Agent: Java/21").granted
 
 
 def test_with_a_secret_any_name_will_do(strict):
@@ -1102,8 +1246,8 @@ def test_a_body_that_comes_in_crumbs_costs_little(tmp_path):
     with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
         with clients_of(broker.port) as client:
             one = client("/ledger", "POST", JSON, "Content-Length: 1000000").send(b"x" * 990_000)
-            until(lambda: any(len(one._received) == 990_000 for one in broker._desk.connections))
-            (served,) = broker._desk.connections
+            until(lambda: any(len(one._received) == 990_000 for one in broker._service.connections))
+            (served,) = broker._service.connections
             before = time.process_time()
             for _ in range(5_000):
                 broker._loop.call_soon_threadsafe(served.data_received, b"x")

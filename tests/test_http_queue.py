@@ -377,9 +377,9 @@ def test_who_waits_goes_on_when_the_broker_is_back_and_nobody_comes_early(state)
 
 def test_a_connection_that_was_closed_meanwhile_is_replaced(broker, queue):
     queue.acquire(0)
-    for one in list(broker._desk.connections):
+    for one in list(broker._service.connections):
         broker._loop.call_soon_threadsafe(one.close)
-    until(lambda: not broker._desk.connections)
+    until(lambda: not broker._service.connections)
     assert queue.acquire(1, timeout=PATIENCE).shard_id == 1
 
 
@@ -417,7 +417,7 @@ def test_closing_lets_go_of_the_connections_and_of_those_who_wait(broker):
     with pytest.raises(QueueClosed):
         future.result(PATIENCE)
     wait_for_line(broker.queue, 0)
-    until(lambda: not broker._desk.connections, "the end of the connections")
+    until(lambda: not broker._service.connections, "the end of the connections")
 
 
 def test_timeouts_cost_nothing(broker, queue):

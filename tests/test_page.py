@@ -94,7 +94,10 @@ def lasting(seconds: float) -> str:
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{minutes} min {seconds} s"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def without_clock(rows: list[str]) -> list[list[str]]:
@@ -144,9 +147,9 @@ def test_the_numbers_equal_the_snapshot(browser: Browser, clock: FakeClock) -> N
             assert browser.text(f"{card} [data-more]").startswith(
                 f"and 9 more, the last due in {lasting(bucket.shards[-1].eta or 0)} ("
             )
-        assert browser.text("#budget-text") == "898 of 1,000 left"
-        assert browser.text("#budget-resets").endswith(", in 1 h 59 min")
-        assert share(browser, "#budget-bar") == pytest.approx(0.898, abs=0.01)
+        assert browser.text("#limit-text") == "898 of 1,000 left"
+        assert browser.text("#limit-resets").endswith(", in 1 h 59 min")
+        assert share(browser, "#limit-bar") == pytest.approx(0.898, abs=0.01)
 
 
 def test_times_of_day_are_those_of_the_computer_that_shows_them(
@@ -157,7 +160,7 @@ def test_times_of_day_are_those_of_the_computer_that_shows_them(
         browser.do("Emulation.setTimezoneOverride", timezoneId="Asia/Kathmandu")
         watch(browser, broker.url)
         now = browser.run("return Date.now() / 1000")
-        shown = browser.text("#budget-resets")
+        shown = browser.text("#limit-resets")
         browser.do("Emulation.setTimezoneOverride", timezoneId="")
         at = re.search(r"(\d\d):(\d\d):(\d\d), in 2 h 0 min", shown)
         assert at is not None, shown
@@ -176,7 +179,9 @@ def test_it_changes_as_shards_are_granted(browser: Browser, clock: FakeClock) ->
         for left in (8, 6):
             browser.until(lambda left=left: browser.text("#waiting") == str(left), f"{left} left")
             assert browser.text("#granted") == str(10 - left)
-            assert browser.text("#fleet-text") == f"{8 - left} of 8 shards granted, {left} to go"
+            assert (
+                browser.text("#fleet-text") == f"{8 - left} of 8 shards have a permit, {left} wait"
+            )
             assert share(browser, "#fleet-bar") == pytest.approx((8 - left) / 8, abs=0.01)
             assert browser.text("[data-bucket='1'] tbody tr").startswith(f"{9 - left} ")
             assert browser.driver.title == f"{left} waiting · Gateway queue"
@@ -185,7 +190,7 @@ def test_it_changes_as_shards_are_granted(browser: Browser, clock: FakeClock) ->
             advance(queue, clock, 5.2, waiting=left)
         look_again(browser, "live")
         browser.until(lambda: browser.text("#waiting") == "0", "the end")
-        assert browser.text("#fleet-text") == "Done: 8 shards granted"
+        assert browser.text("#fleet-text") == "Done: 8 shards have a permit"
         assert share(browser, "#fleet-bar") == pytest.approx(1.0, abs=0.01)
 
 
@@ -198,7 +203,7 @@ def test_opened_in_the_midst_of_a_start_it_counts_what_was_granted(
         wait = [queue.enqueue(shard_id) for shard_id in range(2, 8)]
         clock.advance(5.0)
         watch(browser, broker.url)
-        assert browser.text("#fleet-text") == "2 of 8 shards granted, 6 to go"
+        assert browser.text("#fleet-text") == "2 of 8 shards have a permit, 6 wait"
         assert re.match(r"Last: shard 1, \d\.\d s ago$", browser.text("#timeline-past"))
         assert browser.text("#timeline-next").startswith("Next: shard 2, in 0.2 s (")
         past, future = (
@@ -215,20 +220,20 @@ def test_nobody_waits(browser: Browser, clock: FakeClock) -> None:
         assert browser.texts("#cards article") == browser.texts("#all") == []
         assert browser.text("#waiting") == "0"
         assert browser.text("#next-who") == browser.text("#last-at") == "nobody waits"
-        assert browser.text("#fleet-text") == "No fleet is starting"
-        assert browser.text("#timeline-past") == "No grant through this broker yet"
-        assert browser.text("#timeline-next") == "Nobody is next"
-        assert browser.text("#resting") == "Empty, and resting after a grant: bucket 3"
-        assert browser.text("#ready") == "Empty, and ready at once: buckets 0-2, 4"
+        assert browser.text("#fleet-text") == "No shards are starting"
+        assert browser.text("#timeline-past") == "No permit from this broker yet"
+        assert browser.text("#timeline-next") == "Nobody waits"
+        assert browser.text("#resting") == "Empty, and closed after a permit: bucket 3"
+        assert browser.text("#ready") == "Empty, and open: buckets 0-2, 4"
 
 
-def test_a_budget_that_is_not_kept_or_not_begun_or_all_reserve(
+def test_a_limit_that_is_not_kept_or_not_begun_or_all_reserve(
     browser: Browser, clock: FakeClock
 ) -> None:
     with LocalQueue(clock=clock) as queue, stub(queue, HOST, 0) as broker:
         watch(browser, broker.url)
-        assert browser.text("#budget-text") == "No budget is kept"
-        assert browser.texts("#budget-bar") == []
+        assert browser.text("#limit-text") == "This queue keeps no session start limit"
+        assert browser.texts("#limit-bar") == []
         assert browser.texts("#rows") == []
         picture = asdict(queue.snapshot())
         line = [{"shard_id": 4, "waited": 90.0, "eta": None}]
@@ -236,10 +241,87 @@ def test_a_budget_that_is_not_kept_or_not_begun_or_all_reserve(
         picture |= {"waiting": 1, "limit": {"total": 9, "remaining": 9, "resets_in": 0.0}}
         broker.instead["/status.json"] = 200, json.dumps(picture)
         watch(browser, broker.url)
-        assert browser.text("#budget-resets") == "The period begins with the next grant"
+        assert browser.text("#limit-resets") == "A new period begins with the next permit"
         assert without_clock(browser.texts("tbody tr")) == [["4", "1 min 30 s", "never"]]
         assert browser.text("#next-in") == browser.text("#last-in") == "never"
-        assert browser.text("#fleet-due").endswith("never: the budget is all reserve")
+        assert browser.text("#fleet-due").endswith("never: the reserve is the whole limit")
+
+
+@pytest.mark.parametrize(
+    ("remaining", "reserve", "text", "bars", "level"),
+    [
+        (900, 0, "900 of 1,000 left", (0.9, 0.0), "fine"),
+        (900, 50, "850 of 1,000 left, and 50 in reserve", (0.85, 0.05), "fine"),
+        (120, 50, "70 of 1,000 left, and 50 in reserve", (0.07, 0.05), "low"),
+        (999, 999, "Used up: the last 999 of 1,000 are kept in reserve", (0.0, 0.999), "out"),
+        (30, 50, "Used up: the last 30 of 1,000 are kept in reserve", (0.0, 0.03), "out"),
+        (0, 0, "Used up: 0 of 1,000 left", (0.0, 0.0), "out"),
+    ],
+)
+def test_the_reserve_is_not_shown_as_left(
+    browser: Browser,
+    clock: FakeClock,
+    remaining: int,
+    reserve: int,
+    text: str,
+    bars: tuple[float, float],
+    level: str,
+) -> None:
+    limit, usable = SessionStartLimit(1000, remaining, 7200.0, 2), remaining - reserve
+    with (
+        LargeBotQueue(limit, clock=clock, reserve=reserve) as queue,
+        serve(queue, HOST, 0) as broker,
+    ):
+        queue.enqueue(0), queue.enqueue(2)
+        watch(browser, broker.url)
+        text = text if level == "out" else text.replace(str(usable), str(usable - 1))
+        assert browser.text("#limit-text") == text
+        opens = "after the reset" if level == "out" else "in 5.3 s"
+        assert browser.text("[data-bucket='0'] [data-summary]").endswith(f"waiting, ready {opens}")
+        shown = """const bar = document.querySelector("#limit-bar");
+            return [...bar.children].map((e) => e.getBoundingClientRect().width / bar.clientWidth)"""
+        assert browser.run(shown) == pytest.approx(bars, abs=0.005)
+        assert browser.find("#limit").get_attribute("data-level") == level
+        assert browser.find("#limit-bar").get_attribute("aria-valuetext") == text
+
+
+def test_two_days_and_more_are_shown_as_days(browser: Browser, clock: FakeClock) -> None:
+    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
+        shards = [{"shard_id": 1, "waited": 172_700.0, "eta": 3 * 86_400.0 + 7_300}]
+        line = {"bucket": 0, "ready_in": 0.0, "shards": shards}
+        broker.instead["/status.json"] = 200, json.dumps(FINE_STATUS | {"buckets": [line]})
+        watch(browser, broker.url)
+        assert without_clock(browser.texts("tbody tr")) == [["1", "47 h 58 min", "3 d 2 h"]]
+
+
+def test_the_banner_stays_in_sight(browser: Browser, clock: FakeClock) -> None:
+    browser.size(360, 740)
+    with a_queue(clock, max_concurrency=16) as queue, stub(queue, HOST, 0) as broker:
+        wait_in_line(queue, 200)
+        watch(browser, broker.url)
+        broker.instead["/status.json"] = 500, ""
+        look_again(browser, "gone")
+        browser.run("scrollTo(0, 3000)")
+        browser.until(lambda: browser.run("return scrollY") > 1000, "the end of the page")
+        top, bottom = browser.run(
+            """const banner = document.querySelector("#trouble > div").getBoundingClientRect();
+            return [banner.top, banner.bottom]"""
+        )
+        assert 0 <= top < bottom < 740
+    assert drop_failed_requests(browser)
+
+
+@pytest.mark.parametrize("width", [360, 800, 1100])
+def test_no_heading_breaks_inside_a_word(browser: Browser, clock: FakeClock, width: int) -> None:
+    browser.size(width, 740)
+    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
+        broker.instead["/status.json"] = 200, json.dumps(WIDE_STATUS)
+        watch(browser, broker.url)
+        lines = """return [...document.querySelectorAll("th")].map((e) => {
+            const range = document.createRange();
+            range.selectNodeContents(e);
+            return range.getClientRects().length})"""
+        assert {*browser.run(lines)} == {1}
 
 
 def test_a_broker_that_is_gone_and_comes_back(browser: Browser, clock: FakeClock) -> None:
@@ -251,7 +333,7 @@ def test_a_broker_that_is_gone_and_comes_back(browser: Browser, clock: FakeClock
             colour = browser.find("#waiting").value_of_css_property("color")
         since = browser.run("return Date.now()")
         look_again(browser, "gone")
-        assert browser.text("#trouble strong") == "Broker gone"
+        assert browser.text("#trouble strong") == "Broker unavailable"
         assert "it does not answer" in browser.text("#trouble")
         told = browser.run("return Date.parse(document.querySelector('#trouble-since').dateTime)")
         assert since <= told <= browser.run("return Date.now()")
@@ -296,7 +378,12 @@ NONSENSE: dict[str, list[object]] = {
         *(a_line(A_SHARD | wrong) for wrong in ({"eta": "1"}, {"waited": -1}, {"shard_id": "<"})),
         *(a_line(A_SHARD | {"eta": wrong}) for wrong in (float("nan"), 1e999)),
     ],
-    "/recent.json": [None, {"window": 5, "grants": [{}]}, {"window": "5", "grants": []}],
+    "/recent.json": [
+        None,
+        {"window": 5, "reserve": 0, "grants": [{}]},
+        {"window": "5", "reserve": 0, "grants": []},
+        *({"window": 5, "reserve": wrong, "grants": []} for wrong in (None, -1, "0")),
+    ],
 }
 
 
@@ -307,7 +394,7 @@ def test_nonsense_is_told_from_a_snapshot(browser: Browser, clock: FakeClock) ->
             for text in texts:
                 broker.instead = {path: (200, text)}
                 watch(browser, broker.url, until="unreadable")
-                assert browser.text("#trouble strong") == "Answers unreadable", text
+                assert browser.text("#trouble strong") == "Broker unreadable", text
                 assert path[1:] in browser.text("#trouble"), text
         broker.instead = {}
         look_again(browser, "live")
@@ -456,7 +543,7 @@ def test_what_is_drawn_is_said_in_words_too(browser: Browser, clock: FakeClock) 
         assert fleet["value"]["value"] == 0
         budget = said["meter", "Session starts left today"]
         assert budget["value"]["value"] == 898
-        timeline = said["image", "Last and next grants"]
+        timeline = said["image", "Last and next permits"]
         assert "Next: shard 2, in 5.2 s" in timeline["description"]["value"]
         assert ("table", "The first in the line of bucket 0") in said
 

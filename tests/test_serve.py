@@ -30,9 +30,9 @@ from test_gateway_bot import TOKEN, answer
 from test_gateway_bot import serving as discord
 from wire_clients import Client, clients_of, timed
 
-from gateway_queue_sync import HttpQueue, SqliteQueue
-from gateway_queue_sync.broker import command
+from gateway_queue_sync import HttpQueue, SqliteQueue, serve_command
 from gateway_queue_sync.cli import main
+from gateway_queue_sync.serve_command import STATE_FILE
 
 PATIENCE = 20.0  # s
 SHORT = ("--interval", "0.2", "--margin", "0.05")
@@ -219,6 +219,45 @@ def test_more_connections_than_there_may_be_files_are_told_of(serving):
     assert "connections at most" not in fewer.text
 
 
+def test_fewer_connections_than_by_default_are_no_warning(serving):
+    served = serving(*SHORT)
+    lines = [line for line in served.text.splitlines() if "connections at most" in line]
+    assert all("INFO" in line for line in lines)
+
+
+def test_a_secret_file_that_all_may_read_is_warned_about(serving, tmp_path):
+    (tmp_path / "secret").write_text("hunter2\n")
+    (tmp_path / "secret").chmod(0o644)
+    served = serving("--secret-file", str(tmp_path / "secret"), *SHORT)
+    assert re.search(r"WARNING .*secret' can be read by every user", served.text)
+    (tmp_path / "secret").chmod(0o640)
+    served = serving("--secret-file", str(tmp_path / "secret"), *SHORT)
+    assert "can be read" not in served.text
+
+
+@needs_redis
+@pytest.mark.parametrize("where", ["file", "environment"])
+def test_a_redis_url_with_a_password_shows_nowhere(serving, tmp_path, where):
+    server = RedisServer(tmp_path)
+    with _stopping(server):
+        server.client().config_set("requirepass", "hunter2")
+        url, environment = f"redis://:hunter2@127.0.0.1:{server.port}/0", {}
+        (tmp_path / "url").write_text(url + "\n")
+        (tmp_path / "url").chmod(0o600)
+        if where == "environment":
+            environment["REDIS_URL"] = url
+        arguments = ("--redis-file", str(tmp_path / "url")) if where == "file" else ()
+        process = contextlib.closing(
+            Served(*arguments, "--port", "0", *SHORT, environment=environment)
+        )
+        with process as served:
+            assert ask_by_urllib(served.url) == BODY
+            command = Path(f"/proc/{served.process.pid}/cmdline")
+            assert not command.exists() or b"hunter2" not in command.read_bytes()
+            assert "hunter2" not in served.text
+            assert "the state is in a Redis server" in served.text
+
+
 def test_a_missing_secret_file_says_that_it_is_the_secrets(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     missing = str(tmp_path / "none")
@@ -251,8 +290,34 @@ def test_the_limit_is_read_from_discord_and_again_at_each_reset(serving):
         assert len(served.status()["buckets"]) == 16
         for _ in range(3):
             assert ask_by_urllib(served.url) == BODY
-        assert served.status()["limit"]["remaining"] in (697, 698)
+        until(lambda: served.status()["limit"]["remaining"] in (697, 698), "the limit as read")
         assert TOKEN not in served.text
+
+
+def test_without_discord_a_restart_goes_by_the_stored_limit(serving, tmp_path):
+    limit = {"total": 1000, "remaining": 700, "reset_after": 10**7, "max_concurrency": 2}
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    with discord() as api:
+        api.answers.append(answer({"session_start_limit": limit}))
+        first = serving("--base-url", api.url, *SHORT, environment={"DISCORD_TOKEN": TOKEN})
+        assert ask_by_urllib(first.url) == BODY
+        assert first.end() == 0
+    again = serving("--base-url", nowhere, *SHORT, environment={"DISCORD_TOKEN": TOKEN})
+    assert again.status()["limit"]["remaining"] == 699
+    assert len(again.status()["buckets"]) == 2
+    assert re.search("WARNING .*the stored limit counts until the next reset", again.text)
+    assert TOKEN not in again.text
+
+
+def test_without_discord_a_first_start_ends(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(serve_command, "ATTEMPTS", 1)
+    monkeypatch.setenv("DISCORD_TOKEN", TOKEN)
+    state = tmp_path / "s"
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    assert main(["serve", "--state", str(state), "--base-url", nowhere]) == 1
+    assert not state.exists()
+    assert TOKEN not in capsys.readouterr().err
 
 
 def test_a_wrong_token_or_address_says_so_and_ends(serving, tmp_path, monkeypatch, capsys):
@@ -275,13 +340,16 @@ def test_a_wrong_token_or_address_says_so_and_ends(serving, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [(["--port", "x"], "port must be a whole number"), (["--port", "70000"], "at most 65535"),
-     (["--host", "0.0.0.0"], "needs a secret"), (["--max-concurrency", "0"], "at least 1"),
+     (["--port", "99999"], "at most 65535"), (["--host", "0.0.0.0"], "needs a secret"),
+     (["--max-concurrency", "0"], "at least 1"),
      (["--max-concurrency", "10001"], "at most 10000"),
      (["--interval", "-1"], "interval"), (["--margin", "0"], "margin"), (["--reserve", "-1"], "reserve"),
      (["--reserve", "1000"], "reserve"), (["--redis", "nonsense"], "URL"), (["--name", "a b"], "name"),
      (["--max-connections", "-1"], "max_connections"), (["--secret-file", "EMPTY"], "is empty")],
 )  # fmt: skip
-def test_bad_settings_end_with_2_and_a_line(tmp_path, monkeypatch, capsys, arguments, says):
+def test_bad_settings_end_with_2_and_the_usage_alone(
+    tmp_path, monkeypatch, capsys, caplog, arguments, says
+):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     (tmp_path / "empty").write_text("\n")
     arguments = [str(tmp_path / "empty") if one == "EMPTY" else one for one in arguments]
@@ -289,7 +357,26 @@ def test_bad_settings_end_with_2_and_a_line(tmp_path, monkeypatch, capsys, argum
     with pytest.raises(SystemExit) as end:
         main(["serve", *state, *arguments])
     assert end.value.code == 2
-    assert says in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert printed.startswith("usage: ")
+    assert says in printed
+    assert not caplog.records
+    assert not (tmp_path / "s").exists()
+
+
+def test_bad_settings_make_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "made"))
+    with pytest.raises(SystemExit):
+        main(["serve", "--port", "99999"])
+    assert not (tmp_path / "made").exists()
+
+
+def test_each_flag_has_a_help_text(capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--max-connections N clients that may be connected at one time" in text
 
 
 def test_the_secret_is_read_from_a_file_and_never_shown(serving, tmp_path):
@@ -318,9 +405,22 @@ def test_the_state_is_in_the_platforms_folder_and_nobody_elses_to_read(
     given = {name: value.format(tmp_path) for name, value in environment.items()}
     with contextlib.closing(Served("--port", "0", *SHORT, environment=given)):
         kept = tmp_path / folder
-        assert (kept / command.STATE_FILE).is_file()
+        assert (kept / STATE_FILE).is_file()
         assert stat.S_IMODE(kept.stat().st_mode) == 0o700
-        assert stat.S_IMODE((kept / command.STATE_FILE).stat().st_mode) == 0o600
+        assert stat.S_IMODE((kept / STATE_FILE).stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+def test_the_readmes_systemd_unit_is_hardened(tmp_path):
+    unit = tmp_path / "gateway-queue.service"
+    unit.write_text(block("ini", "ExecStart"))
+    command = ["systemd-analyze", "security", "--offline=true", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    exposure = re.search(r"Overall exposure level.*: ([0-9.]+)", done.stdout)
+    if exposure is None:
+        pytest.skip(f"this systemd rates no files: {done.stderr}")
+    assert float(exposure[1]) < 2.0
+    assert "DynamicUser=yes" in unit.read_text()
 
 
 # --- signals, kills, and several brokers ----------------------------------------------------------
@@ -337,6 +437,17 @@ def test_a_signal_ends_it_within_a_second_whoever_waits(serving, number, many):
         assert took < 1.5  # one, and a loaded machine's half
         assert all(one.is_closed_without_a_byte() for one in waiting)
     assert "stopped" in served.text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_not_lost_while_the_process_is_stopped(serving, tmp_path, number):
+    for attempt in range(4):
+        served = serving("--state", str(tmp_path / f"s{attempt}"), *SHORT)
+        time.sleep(0.2)  # all its threads wait
+        served.process.send_signal(signal.SIGSTOP)
+        served.process.send_signal(number)
+        served.process.send_signal(signal.SIGCONT)
+        assert served.process.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize("signals", [1, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -133,19 +134,35 @@ def test_programs_get_the_fields_of_the_snapshot(file, capsys):
 @redis_servers.needs_redis
 def test_a_server_is_shown_and_its_password_is_not(tmp_path, capsys):
     server = redis_servers.RedisServer(tmp_path)
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
     try:
         server.client().config_set("requirepass", "hunter2")
-        url = f"redis://:hunter2@127.0.0.1:{server.port}/0"
-        with RedisQueue(url, LIMIT, name="mine") as queue:
+        right.write_text(f"redis://:hunter2@127.0.0.1:{server.port}/0\n")
+        wrong.write_text(f"redis://:hunter3@127.0.0.1:{server.port}/0\n")
+        with RedisQueue(right.read_text().strip(), LIMIT, name="mine") as queue:
             queue.enqueue(5)
-            assert cli.main(["status", "--redis", url, "--name", "mine"]) == 0
-        assert cli.main(["status", "--redis", f"redis://:hunter3@127.0.0.1:{server.port}/0"]) == 1
+            assert cli.main(["status", "--redis-file", str(right), "--name", "mine"]) == 0
+        assert cli.main(["status", "--redis-file", str(wrong)]) == 1
+        assert cli.main(["status", "--redis-file", str(tmp_path / "none")]) == 1
     finally:
         server.stop()
     printed = capsys.readouterr()
     assert printed.out.startswith(f"Redis server 127.0.0.1:{server.port}/0 (mine), ")
     assert "waiting     1, in 1 of 4 bucket(s)" in printed.out
     assert "hunter" not in printed.out + printed.err
+
+
+@pytest.mark.parametrize("command", ["status", "serve"])
+@pytest.mark.parametrize("url", ["redis://:hunter2@localhost/0", "redis://x/?password=hunter2"])
+def test_no_password_is_taken_from_the_command_line(monkeypatch, capsys, command, url):
+    """Every user of the machine can read it there."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--redis", url])
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert "--redis-file" in printed
+    assert "hunter2" not in printed
 
 
 def test_looking_leaves_no_trace(file):

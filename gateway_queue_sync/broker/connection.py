@@ -1,4 +1,4 @@
-"""One client's connection: reads requests one after another, and is held without a byte meanwhile."""
+"""One connection of a client: reads requests one after another, and sends what is answered."""
 
 from __future__ import annotations
 
@@ -6,120 +6,110 @@ import asyncio
 import random
 import socket
 from collections.abc import Callable
-from concurrent.futures import Future
-from http import HTTPStatus
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from gateway_queue_sync.broker import wire
-from gateway_queue_sync.broker.places import Place
-from gateway_queue_sync.ledgers.http import PATH
-from gateway_queue_sync.models import Permit
+from gateway_queue_sync import request_parser as parser
+from gateway_queue_sync.broker import responses
+from gateway_queue_sync.broker.responses import Header, Response
+from gateway_queue_sync.request_parser import Head, Malformed
 
 if TYPE_CHECKING:
-    from gateway_queue_sync.broker.desk import Desk
+    from gateway_queue_sync.broker.routes import Service
+    from gateway_queue_sync.broker.waiting import WaitingClient
 
-HEAD_TIMEOUT = 10.0  # s for a head to come in whole
+HEAD_TIMEOUT = 10.0  # s for a head, or a body, to come in whole
 IDLE_TIMEOUT = 75.0  # s between two requests
-SEND_TIMEOUT = 30.0  # s for a client to take what it is sent
-HOLD = (1.0, 10.0)  # s for which a refused client is held, which would take a status for a permit
-MAX_BODY = 1 << 20  # bytes that are read
-KEEPALIVE = {  # vanished hosts are noticed within a minute
-    "TCP_KEEPIDLE": 30,
-    "TCP_KEEPINTVL": 10,
-    "TCP_KEEPCNT": 3,
-    "TCP_USER_TIMEOUT": 60_000,
-}
+FLUSH_TIMEOUT = 30.0  # s for a client to take what it is sent
+TARPIT = (1.0, 10.0)  # s for which a client stays connected that would take a status for a permit
+# Vanished hosts are noticed within a minute:
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
+
+
+class State(Enum):
+    """What a connection does."""
+
+    HEAD = auto()  # waits for the head of a request
+    BODY = auto()  # waits for its body
+    BUSY = auto()  # the request is being answered
+    SENDING = auto()  # waits until the client has taken the response
+    TARPIT = auto()  # the client is refused, and will be closed without a byte
+    CLOSING = auto()  # will be closed when all is sent
+    CLOSED = auto()
 
 
 class Connection(asyncio.Protocol):
-    """A client, as the broker's loop sees it.
+    """A client, as the broker's event loop sees it.
 
-    It is *idle* (reads a head), *busy* (its request is answered elsewhere), or *doomed* (held, to be
-    closed without an answer). A client whose end of the connection is closed is gone, even if it might
-    still read.
+    A client that closes its end of the connection is gone, even if it might still read.
 
     Attributes:
-        future: of the permit it waits for.
-        place: where it stands meanwhile, or is to stand again when the budget resets.
-        until: when it has waited for long enough, in seconds of the loop's clock, if ever.
-        ask: what it asked for.
-        head: of the request that is being answered.
+        state: what it does.
+        legacy: the client would take any status for a permit.
+        reads_body: the request's body is read; else it is skipped.
+        waiting: the client's wait for a permit, if it waits.
     """
 
-    __slots__ = (
-        "_doomed",
-        "_paused",
-        "_received",
-        "_skip",
-        "_timer",
-        "_transport",
-        "_wants_body",
-        "ask",
-        "desk",
-        "future",
-        "head",
-        "place",
-        "until",
-    )
-
-    def __init__(self, desk: Desk) -> None:
-        self.desk = desk
-        self.future: Future[Permit] | None = None
-        self.place: Place | None = None
-        self.until: float | None = None
-        self.ask = wire.Ask()
-        self.head: wire.Head | None = None
+    def __init__(self, service: Service) -> None:
+        self._service = service
         self._received = bytearray()
         self._skip = 0  # bytes of a body that nobody reads
-        self._wants_body = False
-        self._doomed = False
-        self._paused = False  # until the client has taken what was sent
+        self._head: Head | None = None  # of the request that is being answered
+        self._handler: Callable[[bytes], object] | None = None  # called when its body is here
+        self._body_length = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._transport: asyncio.Transport | None = None
+        self._transport: asyncio.Transport
+        self.state = State.HEAD
+        self.legacy = True
+        self.reads_body = False
+        self.waiting: WaitingClient | None = None
 
-    # --- what asyncio calls -----------------------------------------------------------------------
+    def _enter(
+        self, state: State, seconds: float | None = None, then: Callable[[], object] | None = None
+    ) -> None:
+        """Enter a state, which ends after so many seconds unless another comes before."""
+        self.state = state
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if seconds is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(seconds, then or self.close)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         _keep_alive(transport.get_extra_info("socket"))
-        self.after(HEAD_TIMEOUT, self.close)
-        self.desk.arrived(self)
+        self._enter(State.HEAD, HEAD_TIMEOUT)
+        self._service.opened(self)
 
     def data_received(self, data: bytes) -> None:
-        """Take what came: the next request, or what a held client sends though nobody reads it."""
-        if self._doomed:
+        """Take what came: of this request, or the next one that comes early."""
+        skipped = min(self._skip, len(data))
+        self._skip -= skipped
+        data, begins = data[skipped:], not self._received
+        if not data or self.state in (State.TARPIT, State.CLOSING):
             return
-        if self._skip:
-            skipped = min(self._skip, len(data))
-            self._skip -= skipped
-            data = data[skipped:]
-            if not data:
-                return
-        was_empty = not self._received
         self._received += data
-        if self.head is not None:
-            if len(self._received) > (MAX_BODY if self._wants_body else wire.MAX_HEAD):
-                self.close()  # it is told nothing, and talks on and on
-            elif self._wants_body:
-                self._read_body()
-            return
-        if was_empty:
-            self.after(HEAD_TIMEOUT, self.close)
-        self._read_head()
+        if self.state is State.HEAD:
+            if begins:
+                self._enter(State.HEAD, HEAD_TIMEOUT)
+            self._read_head()
+        elif self.state is State.BODY:
+            self._read_body()
+        elif len(self._received) > parser.MAX_HEAD:
+            self.close()  # it sends on and on before it has an answer
 
     def pause_writing(self) -> None:
         """Read on when the client has taken what it was sent, and not before."""
-        assert self._transport is not None
-        self._paused = True
         self._transport.pause_reading()
-        self.after(SEND_TIMEOUT, self.abort)
+        if self.state is not State.CLOSING:
+            self._enter(State.SENDING, FLUSH_TIMEOUT, self.abort)
 
     def resume_writing(self) -> None:
         """Go on."""
-        self._paused = False
-        if self._transport is not None and not self._transport.is_closing():
+        if self.state is State.SENDING:
             self._transport.resume_reading()
             self._expect_next()
 
@@ -129,57 +119,47 @@ class Connection(asyncio.Protocol):
         return False
 
     def connection_lost(self, _: Exception | None) -> None:
-        """Leave."""
-        self._cancel_timer()
-        self._transport = None
-        self.desk.left(self)
-
-    # --- reading ----------------------------------------------------------------------------------
+        """End."""
+        self._enter(State.CLOSED)
+        self._stop_waiting()
+        self._service.closed(self)
 
     def _read_head(self) -> None:
-        end = wire.end_of_head(self._received)
-        if end is None:
-            if len(self._received) > wire.MAX_HEAD:
-                self.desk.metrics.refused[431] += 1
-                self._doom()
+        end = parser.end_of_head(self._received)
+        if end is not None:
+            head = parser.parse_head(self._take(end))
+        elif len(self._received) > parser.MAX_HEAD:
+            head = parser.too_large(self._received)
+        else:
             return
-        self.head = head = wire.read_head(self._take(end))
-        self._cancel_timer()
-        refusal = self._refusal(end, head)
-        if refusal is None and head.path == PATH:
-            self._wants_body = True
-            self.after(HEAD_TIMEOUT, self.close)
+        self.reads_body, self.legacy = False, not head.understands_status
+        if isinstance(head, Malformed):
+            self._head = None
+            self._enter(State.BUSY)
+            self.refuse(head.status, head.reason)
+            return
+        self._head = head
+        self._handler = self._service.route(self, head)
+        if self.reads_body and head.body_length is not None:
+            self._body_length = head.body_length
+            if head.expects_continue and not self._received:
+                self._transport.write(responses.CONTINUE)
+            self._enter(State.BODY, HEAD_TIMEOUT)
             self._read_body()
             return
-        length = head.body_length
-        if length is None:
-            self.head = head = head._replace(closes=True)  # where its body ends is not known
-            length = 1 << 62
+        length = 1 << 62 if head.body_length is None else head.body_length
         self._skip = length - len(self._take(length))
-        if refusal is None:
-            self.desk.asked(self, head)
-        else:
-            self.refuse(*refusal)
-
-    def _refusal(self, size: int, head: wire.Head) -> wire.Refusal | None:
-        """Return why a request is refused, before any of its body is read."""
-        if size > wire.MAX_HEAD:
-            return 431, "the head of the request is too large"
-        if head.refusal is not None:
-            return 400, head.refusal
-        refusal = self.desk.refusal(self, head)
-        length = head.body_length
-        if refusal is None and head.path == PATH and (length is None or length > MAX_BODY):
-            return 413, "the body must have a Content-Length of 1 MiB at most"
-        return refusal
+        self._answer(b"")
 
     def _read_body(self) -> None:
-        assert self.head is not None
-        length = self.head.body_length
-        if length is not None and len(self._received) >= length:
-            self._cancel_timer()
-            self._wants_body = False
-            self.desk.asked(self, self.head, self._take(length))
+        if len(self._received) >= self._body_length:
+            self._answer(self._take(self._body_length))
+
+    def _answer(self, body: bytes) -> None:
+        assert self._handler is not None
+        handler, self._handler = self._handler, None
+        self._enter(State.BUSY)
+        handler(body)
 
     def _take(self, length: int) -> bytes:
         """Return so many of the bytes that came, or all there are."""
@@ -187,76 +167,60 @@ class Connection(asyncio.Protocol):
         del self._received[:length]
         return taken
 
-    # --- answering --------------------------------------------------------------------------------
-
-    def answer(self, answer: wire.Answer) -> bool:
-        """Send an answer, and go on to the next request; return false if the client is gone."""
-        if self._transport is None or self._transport.is_closing():
+    def respond(self, response: Response) -> bool:
+        """Send a response, and go on to the next request; return false if the client is gone."""
+        if self.state is not State.BUSY or self._transport.is_closing():
             return False
-        assert self.head is not None
-        self._cancel_timer()
-        self._wants_body = False
-        head, self.head = self.head, None
-        self._transport.write(wire.response(answer, head))
-        if head.closes:
+        head, self._head, self.waiting = self._head, None, None
+        keep_alive = head is not None and head.keep_alive and response.status != 503
+        head_only = head is not None and head.method == "HEAD"
+        self._transport.write(response.encoded(keep_alive=keep_alive, head_only=head_only))
+        if not keep_alive:
             self.close()
-        elif not self._paused:
+        elif self.state is State.BUSY:  # else the client has not taken it yet
             self._expect_next()
         return True
 
+    def refuse(self, status: int, reason: str, *headers: Header) -> None:
+        """Send an error to a client that knows what it means, and nothing to any other."""
+        if self.state is not State.BUSY:
+            return
+        self._service.reports.refused[status] += 1
+        if not self.legacy:
+            self.respond(responses.error(status, reason, *headers))
+        elif status == 408:  # its own timeout is over
+            self.close()
+        else:
+            self._stop_waiting()
+            self._received.clear()
+            self._transport.pause_reading()
+            self._enter(State.TARPIT, random.uniform(*TARPIT))
+
     def _expect_next(self) -> None:
         """Go on to the next request, which may be here already."""
-        self.after(HEAD_TIMEOUT if self._received else IDLE_TIMEOUT, self.close)
+        self._enter(State.HEAD, HEAD_TIMEOUT if self._received else IDLE_TIMEOUT)
         if self._received:
             asyncio.get_running_loop().call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        if self.head is None and self._transport is not None and not self._paused:
+        if self.state is State.HEAD:
             self._read_head()
 
-    def refuse(self, status: int, what: str, *headers: tuple[str, str]) -> None:
-        """Answer an error to a client that knows what it means, and nothing to any other."""
-        assert self.head is not None
-        self.desk.metrics.refused[status] += 1
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            self.head = self.head._replace(closes=True)
-        if self.head.is_ours or self.head.is_reserved:
-            self.answer(wire.error(status, what, *headers))
-        else:
-            self._doom()
-
-    def _doom(self) -> None:
-        """Hold the client for a while, and close without a byte: it would take any for a permit."""
-        if self._transport is None or self._transport.is_closing():
-            return
-        self._doomed = True
-        self._received.clear()
-        self._transport.pause_reading()
-        self.after(random.uniform(*HOLD), self.close)
-
-    # --- time, and the end ------------------------------------------------------------------------
-
-    def after(self, delay: float, call: Callable[[], object]) -> None:
-        """Do something after so many seconds, unless something else is to be done by then."""
-        self._cancel_timer()
-        self._timer = asyncio.get_running_loop().call_later(delay, call)
-
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    def _stop_waiting(self) -> None:
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None:
+            waiting.leave()
 
     def close(self) -> None:
         """Leave the line at once, and close when what was written is sent, in 30 s at most."""
-        self.desk.leave_line(self)
-        if self._transport is not None and not self._transport.is_closing():
+        self._stop_waiting()
+        if self.state not in (State.CLOSING, State.CLOSED):
+            self._enter(State.CLOSING, FLUSH_TIMEOUT, self.abort)
             self._transport.close()
-            self.after(SEND_TIMEOUT, self.abort)
 
     def abort(self) -> None:
         """Close at once."""
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
 
 def _keep_alive(client: socket.socket) -> None:

@@ -1,0 +1,136 @@
+"""What the broker tells those who watch: computed at most once a second, for all of them at once.
+
+One thread, apart from those that grant permits, looks at the queue and writes all answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+
+from gateway_queue_sync.broker import responses
+from gateway_queue_sync.broker.responses import Response
+from gateway_queue_sync.errors import LedgerError
+from gateway_queue_sync.models import US_PER_SECOND, Permit, QueueSnapshot
+from gateway_queue_sync.scheduler import Scheduler
+
+log = logging.getLogger("gateway_queue_sync.broker")
+
+MAX_AGE = 1.0  # s
+PAUSE = 0.02  # s before each answer: who reads on and on must not take the time of permits
+WAITS = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)  # s
+RECENT = 200  # permits
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+Answers = dict[str, Response]
+Sample = float | tuple[str, float]
+"""A value, or its labels and the value."""
+
+
+class SharedAnswers:
+    """Answers that cost much, computed at most once a second in a thread of their own."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, compute: Callable[[], Answers]) -> None:
+        self._loop = loop
+        self._compute = compute
+        self._answers: Answers = {}
+        self._fresh_until = 0.0
+        self._receivers: list[tuple[str, Callable[[Response], object]]] = []  # of the next answers
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="gateway-queue-broker-read")
+
+    def give(self, path: str, receiver: Callable[[Response], object]) -> None:
+        """Call a receiver with the answer at a path, in a moment or when it is computed."""
+        if self._loop.time() < self._fresh_until:
+            self._loop.call_later(PAUSE, receiver, self._answers[path])
+            return
+        self._receivers.append((path, receiver))
+        if len(self._receivers) == 1:
+            computing = self._loop.run_in_executor(self.executor, self._compute)
+            computing.add_done_callback(self._computed)
+
+    def _computed(self, computing: asyncio.Future[Answers]) -> None:
+        self._answers, self._fresh_until = computing.result(), self._loop.time() + MAX_AGE
+        receivers, self._receivers = self._receivers, []
+        for path, receiver in receivers:
+            receiver(self._answers[path])
+
+
+class Reports:
+    """What one broker counts (``refused``: requests, by status), and what it sees of its queue."""
+
+    def __init__(self, look: Callable[[], QueueSnapshot], scheduler: Scheduler) -> None:
+        self._look = look
+        self._scheduler = scheduler
+        self._unreachable = False
+        self.refused: Counter[int] = Counter()
+        self._recent: deque[tuple[int, int, int]] = deque(maxlen=RECENT)  # instant, shard, bucket
+        self._waits = [0] * (len(WAITS) + 1)
+        self._waited = 0.0
+
+    def granted(self, at_us: int, permit: Permit) -> None:
+        """Count a permit that was sent at that time."""
+        self._recent.append((at_us, permit.shard_id, permit.bucket))
+        self._waits[bisect_left(WAITS, permit.waited)] += 1
+        self._waited += permit.waited
+
+    def compute(self, connections: int) -> Answers:
+        """Return the answers of all paths; what they cost grows with those who wait."""
+        failed, recent = None, {"/recent.json": self._recent_permits()}
+        try:
+            seen = self._look()
+            text = "\n".join([*self._metrics(seen, connections), ""]).encode()
+            status, healthy = responses.as_json(seen), responses.as_json({"status": "ok"})
+            answers = {"/status.json": status, "/metrics": Response(200, text, METRICS)}
+            return recent | answers | {"/healthz": healthy}
+        except LedgerError as error:
+            failed = responses.error(503, "the state is unreachable")
+            if not self._unreachable:
+                log.warning("the state is unreachable: %s", error)
+        except Exception as error:
+            failed = responses.error(500, type(error).__name__)
+            log.exception("the state could not be read")
+        finally:
+            self._unreachable = failed is not None
+        return recent | dict.fromkeys(("/status.json", "/metrics", "/healthz"), failed)
+
+    def _recent_permits(self) -> Response:
+        now_us, window_us = self._scheduler.now_us(), self._scheduler.ledger.window_us
+        grants = [
+            {"shard_id": shard, "bucket": bucket, "ago": max(0, now_us - at_us) / US_PER_SECOND}
+            for at_us, shard, bucket in self._recent.copy()
+        ]
+        seen = {"window": window_us / US_PER_SECOND, "reserve": self._scheduler.reserve}
+        return responses.as_json(seen | {"grants": grants})
+
+    def _metrics(self, seen: QueueSnapshot, connections: int) -> Iterator[str]:
+        """Yield the lines of Prometheus' text format."""
+        counts, limit, reserve = list(accumulate(self._waits)), seen.limit, self._scheduler.reserve
+        waiting = [(f'{{bucket="{one.bucket}"}}', len(one.shards)) for one in seen.buckets]
+        most = [*WAITS, "+Inf"]
+        waits = [(f'_bucket{{le="{s}"}}', n) for s, n in zip(most, counts, strict=True)]
+        summed = [("_sum", round(self._waited, 6)), ("_count", counts[-1])]
+        refused = [(f'{{status="{code}"}}', n) for code, n in sorted(self.refused.copy().items())]
+        yield from _family("granted_total", "counter", "Permits of the state.", seen.granted)
+        yield from _family("waiting", "gauge", "Shards that wait, by bucket.", *waiting)
+        yield from _family("wait_seconds", "histogram", "Waits for permits here.", *waits, *summed)
+        yield from _family("refused_total", "counter", "Requests refused, by status.", *refused)
+        yield from _family("connections", "gauge", "Open connections.", connections)
+        if limit is not None:
+            resets_in = round(limit.resets_in, 3)
+            yield from _family("remaining", "gauge", "Session starts left.", limit.remaining)
+            yield from _family("reserve", "gauge", "Session starts never used up.", reserve)
+            yield from _family("limit", "gauge", "Session starts of a period.", limit.total)
+            yield from _family("resets_in_seconds", "gauge", "0: no period has begun.", resets_in)
+
+
+def _family(name: str, kind: str, what: str, *samples: Sample) -> Iterator[str]:
+    yield f"# HELP gateway_queue_{name} {what}"
+    yield f"# TYPE gateway_queue_{name} {kind}"
+    for sample in samples:
+        labels, value = sample if isinstance(sample, tuple) else ("", sample)
+        yield f"gateway_queue_{name}{labels} {value}"

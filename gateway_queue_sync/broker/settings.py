@@ -1,0 +1,98 @@
+"""The settings of a broker, checked, and the addresses it listens on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from gateway_queue_sync.ledgers.http import checked_secret
+from gateway_queue_sync.models import whole_number
+
+BACKLOG = 4_096  # connections that are not accepted yet: a whole fleet may come at once
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # a name's address that this machine lacks
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerSettings:
+    """The arguments of ``serve``; raises ``TypeError`` or ``ValueError`` as that does."""
+
+    host: str
+    port: int
+    secret: str | None
+    strict: bool
+    max_connections: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.host, str):
+            raise TypeError(f"host must be a str, not {type(self.host).__name__}")
+        if whole_number("port", self.port) > 65_535:
+            raise ValueError(f"port must be at most 65535, not {self.port}")
+        whole_number("max_connections", self.max_connections)
+        if self.secret is not None:
+            checked_secret(self.secret)
+        elif not is_loopback(self.host):
+            raise ValueError(
+                f"{self.host!r} is no loopback address: whoever reaches it could use up the bot's "
+                "session starts, so it needs a secret"
+            )
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Return a socket that listens for each address of a host, all on one port.
+
+    Raises:
+        OSError: none can be listened on.
+    """
+    sockets: list[socket.socket] = []
+    failure: OSError | None = None
+    with contextlib.ExitStack() as undo:
+        for family, address in _addresses(host):
+            one = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            if os.name == "posix":
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            one.setblocking(False)
+            try:
+                one.bind((address[0], port, *address[2:]))
+                one.listen(BACKLOG)
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                one.close()
+                failure = error
+                continue
+            sockets.append(one)
+            port = one.getsockname()[1]
+        if not sockets:
+            raise failure or OSError(f"{host!r} has no address")
+        undo.pop_all()
+    return sockets
+
+
+def _addresses(host: str) -> list[tuple[int, tuple[object, ...]]]:
+    found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address."""
+    try:
+        found = [str(address[0]).partition("%")[0] for _, address in _addresses(host)]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"host {host!r} is no address of this machine: {error}") from None
+    return all(ipaddress.ip_address(address).is_loopback for address in found)
+
+
+def names_loopback(host_header: str, served: str) -> bool:
+    """Return whether a request's ``Host`` is what only this machine's clients would write."""
+    with contextlib.suppress(ValueError):
+        name = (urlsplit(f"//{host_header}").hostname or "").rstrip(".")
+        is_local = name in ("", "localhost", served.lower()) or name.endswith(".localhost")
+        return is_local or ipaddress.ip_address(name).is_loopback
+    return False

@@ -1,0 +1,190 @@
+"""Clients that wait for permits, apart from HTTP: futures in the queue's lines.
+
+All of it runs in the event loop; only leaving a line, which may call an observer, has a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from gateway_queue_sync.broker.positions import HeldPositions, Position
+from gateway_queue_sync.broker.responses import GRANTED, Header, Response
+from gateway_queue_sync.errors import QueueClosed, SessionLimitExhausted
+from gateway_queue_sync.models import US_PER_SECOND, Permit
+from gateway_queue_sync.request_parser import PermitRequest
+from gateway_queue_sync.scheduler import Scheduler
+from gateway_queue_sync.worker import enqueue
+
+TICK = 1.0  # s between two looks at the session start limit
+MAX_REST = 60.0  # s before a used-up limit is looked at again for a client that gets no status
+
+
+class Client(Protocol):
+    """Whoever waits."""
+
+    legacy: bool
+
+    def respond(self, response: Response) -> bool:
+        """Give an answer; return false if the client is gone."""
+
+    def refuse(self, status: int, reason: str, *headers: Header) -> None:
+        """Give no permit."""
+
+
+class WaitingRoom:
+    """The clients of one broker that wait, and the positions of those that went away."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        loop: asyncio.AbstractEventLoop,
+        granted: Callable[[int, Permit], object],
+    ) -> None:
+        self.scheduler, self.loop, self.granted = scheduler, loop, granted
+        self.clients: set[WaitingClient] = set()
+        self.positions = HeldPositions()
+        self._leaving: set[Future[Permit]] = set()  # until the queue knows
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="gateway-queue-broker-leave")
+        loop.call_later(TICK, self._tick)
+
+    def exhausted_for(self) -> float:
+        """Return for how many seconds the session start limit is used up; 0: it is not."""
+        left = self.scheduler.ledger.budget()
+        if left is None or left.remaining > self.scheduler.reserve:
+            return 0.0
+        return left.resets_in_us / US_PER_SECOND
+
+    def _tick(self) -> None:
+        self.loop.call_later(TICK, self._tick)
+        self.positions.expire(self.scheduler.now_us())
+        resets_in = self.exhausted_for()
+        for one in list(self.clients) if resets_in else ():
+            if not one.client.legacy:
+                one.exhausted(resets_in)
+
+    def give_back(self, future: Future[Permit]) -> None:
+        """Leave the line, or give back the permit that has come, in another thread."""
+        self._leaving.add(future)
+        self.executor.submit(self._give_back, future)
+
+    def _give_back(self, future: Future[Permit]) -> None:
+        give_back(future)
+        self._leaving.discard(future)
+
+    def stop(self) -> list[Future[Permit]]:
+        """Let all clients wait no more, and return the futures that are to be given back."""
+        futures = [one.future for one in self.clients if one.future is not None]
+        for one in list(self.clients):
+            one.end()
+        return [*self._leaving, *futures]
+
+
+class WaitingClient:
+    """A client that waits for one permit, at the position that it had or at the end of the line.
+
+    Attributes:
+        client: whoever waits.
+        position: where it stands, or will stand again when the session start limit resets.
+        future: of the permit; ``None`` while it stands in no line.
+    """
+
+    def __init__(self, room: WaitingRoom, client: Client, request: PermitRequest) -> None:
+        self._room, self.client, self._request = room, client, request
+        self.future: Future[Permit] | None = None
+        self._timeout: asyncio.TimerHandle | None = None
+        self._rest: asyncio.TimerHandle | None = None
+        now_us = room.scheduler.now_us()
+        self.position = Position(now_us, request.priority_us)
+        held = None if request.key is None else room.positions.claim(request.key, now_us)
+        if held is not None:
+            self.position = min(self.position, held, key=lambda one: one.sort_key)
+        room.clients.add(self)
+        if request.timeout is not None:
+            self._timeout = room.loop.call_later(request.timeout, self._timed_out)
+        resets_in = 0.0 if client.legacy else room.exhausted_for()
+        if resets_in:
+            self.exhausted(resets_in)
+        else:
+            self._join()
+
+    def _join(self) -> None:
+        arrived_us, priority_us = self.position
+        try:
+            future = enqueue(self._room.scheduler, self._request.shard_id, priority_us, arrived_us)
+        except QueueClosed:
+            self.end()
+            self.client.refuse(503, "the queue is closed")
+            return
+        self.future = future
+        future.add_done_callback(self._completed)
+
+    def _completed(self, future: Future[Permit]) -> None:
+        """Take a permit to the event loop, from the thread that got it."""
+        if not future.cancelled():
+            try:
+                self._room.loop.call_soon_threadsafe(self._hand_over, future)
+            except RuntimeError:  # the loop is closed
+                give_back(future)
+
+    def _hand_over(self, future: Future[Permit]) -> None:
+        """Give a permit to the client, if that is still there and the permit not too old."""
+        if self.future is not future:
+            return  # the client has left, and the future is being given back
+        room, failure, self.future = self._room, future.exception(), None
+        now_us = room.scheduler.now_us()
+        if isinstance(failure, SessionLimitExhausted):
+            self.exhausted(failure.resets_in)
+        elif failure is not None:
+            self.end()
+            self.client.refuse(503, str(failure) or type(failure).__name__)
+        elif not room.scheduler.is_in_time(future.result()):
+            self._join()  # at its position, before the permit is given back
+            room.give_back(future)
+        elif self.client.respond(GRANTED):
+            self.end()
+            room.granted(now_us, future.result())
+        else:
+            room.give_back(future)
+            self.leave()
+
+    def exhausted(self, resets_in: float) -> None:
+        """Tell the client when the limit resets; let it wait until then if it would not understand."""
+        if self.client.legacy:
+            rest = min(max(resets_in, TICK), MAX_REST)
+            self._rest = self._room.loop.call_later(rest, self._join)
+        else:
+            self.leave()
+            again = ("Retry-After", str(math.ceil(resets_in)))
+            self.client.refuse(429, "the session start limit is used up", again)
+
+    def _timed_out(self) -> None:
+        self.leave()
+        self.client.refuse(408, f"no permit within {self._request.timeout:g} s")
+
+    def leave(self) -> None:
+        """Leave the line without a permit; the position is held for a while."""
+        room, future = self._room, self.future
+        if self in room.clients:
+            self.end()
+            if self._request.key is not None:
+                room.positions.store(self._request.key, self.position, room.scheduler.now_us())
+            if future is not None:
+                room.give_back(future)
+
+    def end(self) -> None:
+        """Wait no more."""
+        self._room.clients.discard(self)
+        self.future = None
+        for timer in (self._timeout, self._rest):
+            if timer is not None:
+                timer.cancel()
+
+
+def give_back(future: Future[Permit]) -> None:
+    """Leave the line, or give back the permit that came nevertheless."""
+    if not future.cancel() and future.exception() is None:
+        future.result().unused()

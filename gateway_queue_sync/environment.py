@@ -1,0 +1,67 @@
+"""What commands take from outside: files that hold secrets, URLs of servers, the folder for state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+log = logging.getLogger("gateway_queue_sync")
+
+
+def read_secret(file: str, what: str) -> str:
+    """Return the text of a file that holds a secret, such as ``the secret``; warn if all may read it.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is empty, or no text.
+    """
+    try:
+        path = Path(file)
+        secret = path.read_text("utf-8").strip()
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise OSError(f"cannot read {what} file {file!r}: {error.strerror}") from error
+    except UnicodeError:
+        raise ValueError(f"{what} file {file!r} is no text") from None
+    if not secret:
+        raise ValueError(f"{what} file {file!r} is empty")
+    if os.name == "posix" and mode & stat.S_IROTH:
+        log.warning("%s file %r can be read by every user of this machine (chmod o-r)", what, file)
+    return secret
+
+
+def public_url(url: str) -> str:
+    """Return a server's URL that stood on a command line.
+
+    Raises:
+        ValueError: it holds a password; the message does not.
+    """
+    try:
+        parts = urlsplit(url)
+        hides = parts.password is not None or "password" in parse_qs(parts.query)
+    except ValueError:
+        hides = "@" in url
+    if hides:
+        raise ValueError(
+            "--redis must hold no password, because every user of this machine can see the command "
+            "line: put the URL into a file (--redis-file)"
+        )
+    return url
+
+
+def state_folder(environment: Mapping[str, str]) -> tuple[Path, str]:
+    """Return the folder for a service's state, and why it is that one."""
+    if environment.get("STATE_DIRECTORY"):  # systemd's
+        return Path(environment["STATE_DIRECTORY"].split(":")[0]), "STATE_DIRECTORY"
+    if sys.platform == "win32":
+        home = Path(environment.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        home = Path.home() / "Library" / "Application Support"
+    else:
+        home = Path(environment.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return home / "gateway-queue-sync", "the default"

@@ -1,0 +1,350 @@
+"""The ``serve`` command: a broker, its settings from flags, the environment and what is stored."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from gateway_queue_sync.broker.ledger import MAX_BUCKETS
+from gateway_queue_sync.broker.server import (
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    MAX_CONNECTIONS,
+    SPARE_FILES,
+    Broker,
+)
+from gateway_queue_sync.broker.settings import BrokerSettings
+from gateway_queue_sync.clock import SYSTEM_CLOCK
+from gateway_queue_sync.environment import public_url, read_secret, state_folder
+from gateway_queue_sync.errors import GatewayBotError, LedgerError
+from gateway_queue_sync.gateway_bot import ATTEMPTS, GatewayBot
+from gateway_queue_sync.ledgers.shared import DISCORDS_DEFAULT, MIN_MARGIN, STRANGER
+from gateway_queue_sync.log import shards
+from gateway_queue_sync.models import (
+    DEFAULT_MARGIN,
+    IDENTIFY_INTERVAL,
+    MAX_RESET_AFTER,
+    US_PER_SECOND,
+    SessionStartLimit,
+    check_limit,
+)
+from gateway_queue_sync.policies import RedisQueue, SqliteQueue, redis_ledger, sqlite_ledger
+from gateway_queue_sync.queue import GatewayQueue, scheduler_of
+from gateway_queue_sync.settings import Settings
+
+if sys.platform != "win32":
+    import resource
+
+log = logging.getLogger("gateway_queue_sync.broker")
+
+STATE_FILE = "broker.sqlite3"
+MAX_END = 0.9  # s for the last calls to a ledger, after a signal
+WRONG_TOKEN = 401
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal comes; return 0, or 1 if it could not begin."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    shards.setLevel(logging.WARNING)  # a line for each of thousands: the page tells that
+    stop = _Stop()
+    try:
+        settings = _Settings.gathered(arguments, os.environ)
+        settings.log()
+        queue = settings.queue()
+    except (TypeError, ValueError, ImportError) as error:
+        arguments.error(str(error))  # exits with 2
+    except (LedgerError, GatewayBotError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    with queue:
+        try:
+            broker = Broker(queue, settings.broker)
+        except OSError as error:
+            where = f"{settings.broker.host}:{settings.broker.port}"
+            print(f"cannot listen on {where}: {error}", file=sys.stderr)
+            return 1
+        with broker:
+            log.info("serving at %s; its state is at %r", broker.url, scheduler_of(queue).ledger)
+            stop.wait()
+            log.info("stopping")
+    log.info("stopped")
+    return 0
+
+
+class _Stop:
+    """What ends the command: SIGTERM or SIGINT; a second one, or a ledger that hangs, at once.
+
+    The main thread waits for a byte that the signal writes, not for a lock: another thread may be
+    the one that the system interrupts, and then a lock would not wake up.
+    """
+
+    def __init__(self) -> None:
+        self._stopping = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._received)
+
+    def _received(self, number: int, _: FrameType | None) -> None:
+        if self._stopping:
+            os._exit(128 + number)
+        self._stopping = True
+        timer = threading.Timer(MAX_END, os._exit, [0])
+        timer.daemon = True
+        timer.start()
+
+    def wait(self) -> None:
+        """Block until a signal has come."""
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        with reader, writer:
+            signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+            while not self._stopping:
+                reader.recv(1)
+            signal.set_wakeup_fd(-1)
+
+
+@dataclass
+class _Settings:
+    """What to serve, and where; all is checked, and nothing made yet."""
+
+    broker: BrokerSettings
+    max_connections_given: bool
+    token: str | None
+    base_url: str | None
+    max_concurrency: int | None
+    make: type[SqliteQueue | RedisQueue]
+    where: str
+    queue_settings: dict[str, Any]
+    sources: list[str]  # what to log of where each setting is from
+
+    @classmethod
+    def gathered(cls, arguments: argparse.Namespace, environment: Mapping[str, str]) -> _Settings:
+        """Take each setting from its flag, else from the environment."""
+        sources = []
+
+        def chosen(flag: str, variable: str = "", default: Any = None) -> Any:
+            value, source = getattr(arguments, flag), f"--{flag.replace('_', '-')}"
+            if value is None and environment.get(variable):
+                value, source = environment[variable], f"the environment's {variable}"
+            elif value is None:
+                value, source = default, "the default"
+            if value is not None:
+                sources.append(f"{flag} is {value} ({source})")
+            return value
+
+        secret, concurrency = None, chosen("max_concurrency", "CONCURRENCY")
+        interval = chosen("interval", default=IDENTIFY_INTERVAL)
+        margin = chosen("margin", default=DEFAULT_MARGIN)
+        reserve = chosen("reserve", default=0)
+        Settings(name=arguments.name, interval=interval, margin=margin, reserve=reserve)
+        if margin < MIN_MARGIN:
+            raise ValueError(f"margin must be at least {MIN_MARGIN} s, not {margin:g}")
+        if arguments.secret_file is not None:
+            secret = read_secret(arguments.secret_file, "the secret")
+            sources.append(f"the secret is read from {arguments.secret_file} (--secret-file)")
+        most = chosen("max_connections", default=MAX_CONNECTIONS)
+        host, port = chosen("host", "HOST", DEFAULT_HOST), chosen("port", "PORT", DEFAULT_PORT)
+        broker = BrokerSettings(host, _whole("port", port), secret, arguments.strict, most)
+        make, where = _state(arguments, environment, sources)
+        token = environment.get("DISCORD_TOKEN") or None
+        if token is not None:
+            GatewayBot(token, base_url=arguments.base_url)
+        buckets = None if concurrency is None else _whole("max_concurrency", concurrency)
+        if buckets is not None and not 1 <= buckets <= MAX_BUCKETS:
+            raise ValueError(
+                f"max_concurrency must be at least 1 and at most {MAX_BUCKETS}, not {buckets}"
+            )
+        if token is None and make is SqliteQueue and not Path(where).exists():
+            check_limit(DISCORDS_DEFAULT, reserve)
+        return cls(
+            broker,
+            arguments.max_connections is not None,
+            token,
+            arguments.base_url,
+            buckets,
+            make,
+            where,
+            {"name": arguments.name, "interval": interval, "margin": margin, "reserve": reserve},
+            sources,
+        )
+
+    def log(self) -> None:
+        """Log where each setting is from, and allow this process the files that connections need."""
+        for source in self.sources:
+            log.info("%s", source)
+        if sys.platform == "win32":
+            return
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = self.broker.max_connections + SPARE_FILES
+        if resource.RLIM_INFINITY != hard < wanted:
+            log.log(
+                logging.WARNING if self.max_connections_given else logging.INFO,
+                "%d connections at most, not %d: this process may open no more than %d files",
+                max(1, hard - SPARE_FILES),
+                self.broker.max_connections,
+                hard,
+            )
+            wanted = hard
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+    def queue(self) -> GatewayQueue:
+        """Make the queue, with Discord's limit if there is a token, else with the stored one."""
+        stored, limit = self._stored(), None
+        if self.token is not None:
+            limit = self._from_discord(self.token, stored)
+        elif self.max_concurrency is not None:
+            limit = self._with_concurrency(stored or DISCORDS_DEFAULT)
+        if self.make is SqliteQueue and not Path(self.where).parent.exists():
+            Path(self.where).parent.mkdir(mode=0o700, parents=True)
+        queue = self.make(self.where, limit, **self.queue_settings)
+        ledger = scheduler_of(queue).ledger
+        left = ledger.budget()
+        assert left is not None
+        log.info(
+            "%d of %d session starts are left, in %d bucket(s)%s",
+            left.remaining,
+            left.total,
+            ledger.max_concurrency,
+            "" if limit is not None else " (as stored, or Discord's default)",
+        )
+        return queue
+
+    def _from_discord(
+        self, token: str, stored: SessionStartLimit | None
+    ) -> SessionStartLimit | None:
+        """Return the limit to begin with, which is read again at each reset."""
+        attempts = ATTEMPTS if stored is None else 2
+        reads = GatewayBot(token, base_url=self.base_url, attempts=2).session_start_limit
+        self.queue_settings["refresh"] = lambda: self._with_concurrency(reads())
+        bot = GatewayBot(token, base_url=self.base_url, attempts=attempts)
+        try:
+            limit = bot.session_start_limit()
+        except GatewayBotError as error:
+            if stored is None or error.status == WRONG_TOKEN:
+                raise
+            log.warning("%s; the stored limit counts until the next reset: %s", error, stored)
+            return None if self.max_concurrency is None else self._with_concurrency(stored)
+        log.info("the limit is Discord's, read with DISCORD_TOKEN: %s", limit)
+        if self.max_concurrency is not None and self.max_concurrency > limit.max_concurrency:
+            log.warning(
+                "max_concurrency %d is more than Discord's %d: shards will be refused",
+                self.max_concurrency,
+                limit.max_concurrency,
+            )
+        return self._with_concurrency(limit)
+
+    def _with_concurrency(self, limit: SessionStartLimit) -> SessionStartLimit:
+        if self.max_concurrency is None:
+            return limit
+        return replace(limit, max_concurrency=self.max_concurrency)
+
+    def _stored(self) -> SessionStartLimit | None:
+        """Return the stored limit, if there is one that can be read; no trace is left."""
+        connect = redis_ledger if self.make is RedisQueue else sqlite_ledger
+        ledger = connect(self.where)(self.queue_settings["name"], STRANGER, SYSTEM_CLOCK)
+        try:
+            seen = ledger.peek()
+        except LedgerError:
+            return None  # what is wrong shows when the queue is made
+        finally:
+            ledger.close()
+        if not seen.known:
+            return None
+        resets_in = min(seen.resets_in_us / US_PER_SECOND, MAX_RESET_AFTER)
+        return SessionStartLimit(seen.total, seen.remaining, resets_in, seen.max_concurrency)
+
+
+def _state(
+    arguments: argparse.Namespace, environment: Mapping[str, str], sources: list[str]
+) -> tuple[type[SqliteQueue | RedisQueue], str]:
+    """Return what keeps the state, and where; nothing is made."""
+    url, source = None, "--redis"
+    if arguments.redis is not None:
+        url = public_url(arguments.redis)
+    elif arguments.redis_file is not None:
+        url, source = read_secret(arguments.redis_file, "the Redis URL's"), "--redis-file"
+    elif arguments.state is None and environment.get("REDIS_URL"):
+        url, source = environment["REDIS_URL"], "the environment's REDIS_URL"
+    if url is not None:
+        from gateway_queue_sync.ledgers.redis import made_from  # noqa: PLC0415 - an extra
+
+        made_from(url).close()
+        sources.append(f"the state is in a Redis server ({source})")
+        return RedisQueue, url
+    if arguments.state is not None:
+        file, source = arguments.state, "--state"
+    else:
+        folder, source = state_folder(environment)
+        file = str(folder / STATE_FILE)
+    sources.append(f"state is {file} ({source})")
+    return SqliteQueue, file
+
+
+def _whole(name: str, written: object) -> int:
+    if not str(written).isdecimal():
+        raise ValueError(f"{name} must be a whole number, not {written!r}")
+    return int(str(written))
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to those of the command line."""
+    what = "run a broker: one queue for bots in any language, over HTTP"
+    parser = subparsers.add_parser(
+        "serve",
+        help=what,
+        description=f"{what.capitalize()}. Flags win over the environment (HOST, PORT, CONCURRENCY, "
+        "REDIS_URL; DISCORD_TOKEN to read the limit from Discord), the environment over what is "
+        "stored.",
+    )
+    parser.add_argument("--host", help=f"the address to listen on (default: {DEFAULT_HOST})")
+    parser.add_argument("--port", help=f"the port; 0: a free one (default: {DEFAULT_PORT})")
+    parser.add_argument("--max-concurrency", metavar="N", help="buckets (default: as stored, or 1)")
+    ledger = parser.add_mutually_exclusive_group()
+    ledger.add_argument(
+        "--state", metavar="FILE", help="an SQLite file (default: in the platform's state folder)"
+    )
+    ledger.add_argument(
+        "--redis",
+        metavar="URL",
+        help="a Redis server: several brokers, one count; no password here",
+    )
+    ledger.add_argument(
+        "--redis-file", metavar="FILE", help="a file with the URL of a Redis server"
+    )
+    parser.add_argument("--name", default="default", help="which account (default: %(default)s)")
+    parser.add_argument(
+        "--secret-file", metavar="FILE", help="what clients must send: Authorization: Bearer ..."
+    )
+    for name, default, unit in (
+        ("interval", IDENTIFY_INTERVAL, "seconds between two permits of a bucket"),
+        ("margin", DEFAULT_MARGIN, "seconds added to it, for the way"),
+    ):
+        help_ = f"{unit} (default: {default})"
+        parser.add_argument(f"--{name}", type=float, metavar="SECONDS", help=help_)
+    parser.add_argument(
+        "--reserve", type=int, metavar="N", help="session starts never to use up (default: 0)"
+    )
+    parser.add_argument("--base-url", metavar="URL", help="Discord's REST API, if not at Discord")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse requests without a valid shard"
+    )
+    parser.add_argument(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="clients that may be connected at one time; further ones are refused (default: "
+        f"{MAX_CONNECTIONS}, or what the limit of open files leaves)",
+    )
+    parser.set_defaults(func=run, error=parser.error)

@@ -132,9 +132,10 @@ def take(
     number = shard_id % account.max_concurrency
     bucket = account.buckets.get(number)
     if bucket is None:
-        bucket = account.buckets[number] = _new_bucket(TokenBucket)
+        bucket = _new_bucket(TokenBucket)
         if account.default_bucket.last_us > NEVER:
             bucket.__dict__.update(vars(account.default_bucket))
+        account.buckets[number] = bucket  # when it is complete: an interrupt can come after each call
     last_us = bucket.last_us
     wait_us = 0
     if (

@@ -146,6 +146,25 @@ def test_an_interrupt_at_any_point_of_a_try(clock):
     assert run_interrupted_everywhere(call, check) > 15
 
 
+def test_an_interrupt_at_any_point_of_a_try_after_a_change_of_buckets_opens_none_early(clock):
+    """The first look at a bucket lays it out: it could lose what it had from the others."""
+    queue = LargeBotQueue(limit(10**6, 10**6), clock=clock, period=1e9)
+    buckets = [1]
+
+    def prepare():
+        clock.advance(60)
+        buckets[0] = 3 - buckets[0]
+        queue.acquire(0)
+        queue.update(limit(10**6, 10**6, max_concurrency=buckets[0]))
+
+    def check(outcome, injector):
+        assert outcome is None
+        assert queue.try_acquire(0) is None, injector.where
+        assert is_whole(queue), injector.where
+
+    assert run_interrupted_everywhere(lambda: queue.try_acquire(0), check, prepare) > 5
+
+
 def test_an_interrupt_at_any_point_of_a_wait():
     """With really sleeping threads: the first in line, with somebody behind it, every time."""
     queue = LargeBotQueue(limit(10**6, 10**6), interval=0.001, margin=0)

@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gateway_queue_sync.models import US_PER_SECOND, SessionStartLimit, to_us
-from gateway_queue_sync.token_bucket import Account, TokenBucket, resets_in
+from gateway_queue_sync.token_bucket import UNSEEN_US, Account, TokenBucket, resets_in
 
 MIN_REREAD_US = 1 * US_PER_SECOND
-
-UNSEEN_US = 60 * US_PER_SECOND
-"""How long a session start may take to show in what Discord answers."""
 
 SAME_RESET_US = 300 * US_PER_SECOND
 """Two resets that are no further apart are one."""

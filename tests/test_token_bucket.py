@@ -504,6 +504,39 @@ def test_no_refund_exceeds_what_other_programs_left():
     assert left(kept, 50 * S) == 300
 
 
+def test_no_refund_exceeds_what_was_read_when_the_permit_no_longer_counted_on_top():
+    """Other programs have used nearly all; this permit had been granted, but not sent."""
+    kept = with_reads()
+    permit = granted(kept, 0)
+    read(kept, 2 * MINUTE, 10)
+    token_bucket.unused(kept, permit)
+    assert (left(kept, 2 * MINUTE), kept.used) == (10, 0)
+
+
+def test_a_permit_given_back_long_after_it_was_granted_is_refunded_if_nothing_was_read_since():
+    kept = with_reads()
+    permit = granted(kept, 0)
+    granted(kept, 10 * MINUTE)
+    token_bucket.unused(kept, permit)
+    assert left(kept, 10 * MINUTE) == 999
+
+
+def test_what_is_remembered_of_permits_does_not_grow_over_periods_in_which_no_read_succeeds():
+    kept = with_reads(total=10)
+    kept.period_us = HOUR
+    for number in range(100):
+        granted(kept, number * HOUR // 10)
+    assert len(kept.recent) <= 10
+
+
+def test_a_permit_of_the_last_minute_before_a_reset_is_remembered_after_it():
+    kept = with_reads()
+    granted(kept, HOUR - 61 * S)
+    granted(kept, HOUR - 10 * S)
+    granted(kept, HOUR)
+    assert set(kept.recent) == {2, 3}
+
+
 def test_a_read_that_shows_more_than_the_total_less_own_permits_gives_none_back():
     kept = with_reads()
     for number in range(5):

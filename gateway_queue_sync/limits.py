@@ -52,14 +52,23 @@ def adopt(account: Account, limit: SessionStartLimit, wall_us: int) -> None:
 
 
 def rebucket(account: Account, max_concurrency: int) -> None:
-    """Lay out other buckets, if there are others: each starts from the latest grant of all."""
+    """Lay out other buckets, if there are others: each starts from the latest grant of all.
+
+    Each goes on with the longest row of rejections, too.
+    """
     if max_concurrency == account.max_concurrency:
         return
     known = [account.default_bucket, *account.buckets.values()]
+    rows = [
+        bucket.rejections
+        for bucket in known
+        if bucket.rejected_serial in (bucket.serial, bucket.previous_serial)
+    ]
     default = TokenBucket(
         max(bucket.last_us for bucket in known),
         closed_until_us=max(bucket.closed_until_us for bucket in known),
-        rejections=max(bucket.rejections for bucket in known),
+        rejections=max(rows, default=0),
+        rejected_serial=0 if rows else -1,  # 0 is the serial of a bucket that has not granted
     )
     buckets: dict[int, TokenBucket] = {}
     account.buckets, account.default_bucket = buckets, default

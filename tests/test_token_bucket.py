@@ -1308,6 +1308,23 @@ def test_new_buckets_stay_closed_for_as_long_as_an_old_one_after_many_rejections
     assert [wait(kept, now_us, shard_id) for shard_id in range(2)] == [15 * MINUTE] * 2
 
 
+def test_a_row_of_rejections_goes_on_in_other_buckets():
+    kept = with_budget(max_concurrency=1)
+    now_us = sum(row_of_rejections(kept, 11))
+    for max_concurrency in (2, 3):
+        limits.adopt(kept, limit(max_concurrency=max_concurrency), now_us)
+    assert row_of_rejections(kept, 1, now_us) == [15 * MINUTE]
+
+
+def test_a_row_of_rejections_that_had_ended_does_not_go_on_in_other_buckets():
+    kept = with_budget(max_concurrency=1)
+    now_us = sum(row_of_rejections(kept, 11))
+    for number in range(2):
+        granted(kept, now_us + number * W)
+    limits.adopt(kept, limit(max_concurrency=2), now_us + 2 * W)
+    assert row_of_rejections(kept, 1, now_us + 2 * W) == [2 * W]
+
+
 def test_the_same_number_of_buckets_are_the_same_buckets():
     kept = with_budget(max_concurrency=2)
     granted(kept, 0, shard_id=1)

@@ -70,7 +70,7 @@ class Scheduler:
         self._owner_name = owner
         self.closed = False
         self.forks = 0
-        self._observers = Observers(settings, ledger.budget)
+        self.observers = Observers(settings, ledger.budget)
         self._observed = settings.observer is not None
         self.lock = OwnedLock()
         self.locked, self.complete = self.lock.run, self.lock.complete
@@ -148,7 +148,7 @@ class Scheduler:
                 return None
             remaining = permit.remaining
             if self._observed or (
-                remaining is not None and remaining <= self._observers.log.grants_up_to
+                remaining is not None and remaining <= self.observers.log.grants_up_to
             ):
                 self._announce_free_grant(permit, ident)
             margin_us = self.ledger.margin_us
@@ -182,7 +182,7 @@ class Scheduler:
         waiter.permit = late
         if late is not None and late.waiter:  # its event was emitted
             waiter.number = late.waiter
-            self._observers.note_granted(waiter.number)
+            self.observers.note_granted(waiter.number)
         return waiter
 
     # --- threads ----------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ class Scheduler:
                 self._moving = self.lines.waiters()
             self.lines = Lines(self.ledger.max_concurrency, self._moving)
             self._moving = None
-        self._observers.log.limit_changed()
+        self.observers.log.limit_changed()
         self._ask_again(self.lines.heads())
 
     def step(self, waiter: Waiter) -> Permit | events.Event | None:
@@ -357,7 +357,7 @@ class Scheduler:
         if self._raises:
             resets_in = answer.resets_in_us / US_PER_SECOND
             waiter.error = errors.SessionLimitExhausted(answer.remaining, resets_in)
-        return self._observers.exhausted(answer, now_us)
+        return self.observers.exhausted(answer, now_us)
 
     def hand_over(self, waiter: Waiter, permit: Permit) -> bool:
         """Leave the line with a permit; false if it was in none, or if the permit's bucket is gone."""
@@ -414,14 +414,14 @@ class Scheduler:
 
     def emit(self, event: events.Event) -> None:
         """Pass an event to the log and the observer; without the lock."""
-        self._observers.emit(event, in_worker=self.worker.is_current())
+        self.observers.emit(event, in_worker=self.worker.is_current())
 
     def listens(self, permit: Permit | None = None) -> bool:
         """Return whether somebody listens to the events of those who wait, or to that of a permit."""
         few = (
             permit is not None
             and permit.remaining is not None
-            and (permit.remaining <= self._observers.log.grants_up_to)
+            and (permit.remaining <= self.observers.log.grants_up_to)
         )
         return few or self._observed or shards.isEnabledFor(logging.INFO)
 
@@ -431,7 +431,7 @@ class Scheduler:
         Where the ledger has to be asked for the position, the worker emits it.
         """
         tries = self.remote is not None and waiter.once
-        if tries or not self.listens() or not self._observers.follow_wait(waiter, left_us):
+        if tries or not self.listens() or not self.observers.follow_wait(waiter, left_us):
             return None
         if self.remote is not None:
             self.remote.unseen.append(waiter)
@@ -439,12 +439,12 @@ class Scheduler:
             return None
         position = self.lines.position(waiter)
         bucket, eta = waiter.shard_id % self.lines.max_concurrency, self._eta(waiter, position)
-        return events.ShardWaiting(waiter.shard_id, bucket, position, eta, waiter.number)
+        return self.observers.waiting(waiter, bucket, position, eta)
 
     def deliver(self, waiter: Waiter, permit: Permit) -> bool:
         """Announce a permit and hand it over; false if it has to be asked for again."""
         if waiter.entry is not None:
-            event = self._observers.granted(waiter, permit)
+            event = self.locked(self.observers.granted, waiter, permit)
             if event is not None:
                 self.emit(event)
             if not self.locked(self.hand_over, waiter, permit):
@@ -452,8 +452,8 @@ class Scheduler:
         margin_us = self.ledger.margin_us
         if margin_us and self.now_us() - permit.stamp_us > margin_us:
             return False
-        if self._observers.latest:
-            self._observers.forget(waiter.number)
+        if self.observers.latest:
+            self.observers.forget(waiter.number)
         return True
 
     def is_in_time(self, permit: Permit) -> bool:
@@ -464,13 +464,13 @@ class Scheduler:
     def leave(self, waiter: Waiter, error: BaseException | None, *, caller: int = 0) -> None:
         """Leave without a permit, because of an error or (``None``) because a future was cancelled.
 
-        What was granted is given back, and the new head is woken.
+        What was granted is given back, and the new head is woken. Nobody else completes the future.
         """
         latest: type[events.Event] | None = None
 
         def change() -> None:
             nonlocal latest
-            latest = latest or self._observers.forget(waiter.number)
+            latest, waiter.future = latest or self.observers.forget(waiter.number), None
             if waiter.entry is not None and self.remote is not None:
                 self.remote.left(waiter)
                 self.worker.wake(self)
@@ -482,7 +482,8 @@ class Scheduler:
 
         self.complete(change)
         if latest is not None:
-            self.emit(left_event(waiter, error, self.now_us()))
+            emit = self.emit if error is not None else partial(self.worker.emit_later, self)
+            emit(left_event(waiter, error, self.now_us()))
 
     # --- the queue as a whole ----------------------------------------------------------------------
 

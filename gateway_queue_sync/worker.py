@@ -94,6 +94,11 @@ class Worker:
         heapq.heappush(self._due, (head.ask_at_us, bucket, head.number, head))
         self._condition.notify()
 
+    def emit_later(self, scheduler: Scheduler, event: Event) -> None:
+        """Have the worker emit an event, after those about the same future that it has emitted."""
+        self.events.append(event)
+        scheduler.complete(partial(self.wake, scheduler))
+
     def discard(self, future: Waiter) -> None:
         """Note that a future has left its line."""
         self.futures.discard(future)
@@ -178,7 +183,8 @@ def enqueue(
 ) -> PermitFuture:
     """Return the future of a permit.
 
-    If ``arrived_us`` is given (by the broker), the permit and all events come from the worker.
+    All events about one that waits come from the worker, so that they come in order. If
+    ``arrived_us`` is given (by the broker), its permit does, too.
     """
     future = PermitFuture()
     permit: Permit | None = None
@@ -193,9 +199,7 @@ def enqueue(
             waiter.future = future
             future.on_cancel = partial(_leave_cancelled, scheduler, waiter, scheduler.forks)
             with scheduler.clock.inside():
-                event = scheduler.locked(_join, scheduler, waiter, emits=arrived_us is None)
-                if event is not None:
-                    scheduler.emit(event)
+                scheduler.locked(_join, scheduler, waiter)
     except BaseException:
         # Cancelling leaves the line. If that comes too late, the permit is in the future.
         if not future.cancel() and future.done() and future.exception() is None:
@@ -206,15 +210,13 @@ def enqueue(
     return future
 
 
-def _join(scheduler: Scheduler, waiter: Waiter, *, emits: bool) -> Event | None:
-    """Stand in line, and return the event to emit; or leave it to the worker."""
+def _join(scheduler: Scheduler, waiter: Waiter) -> None:
+    """Stand in line, and have the worker emit that."""
     scheduler.join(waiter)
     event = scheduler.waiting_event(waiter, FOREVER_US)
-    if event is not None and not emits:
+    if event is not None:
         scheduler.worker.events.append(event)
-        event = None
     scheduler.worker.start(scheduler)
-    return event
 
 
 def _leave_cancelled(scheduler: Scheduler, waiter: Waiter, forks: int) -> None:

@@ -21,6 +21,7 @@ from gateway_queue_sync import (
 )
 from gateway_queue_sync.future import PermitFuture
 from gateway_queue_sync.lines import Waiter
+from gateway_queue_sync.queue import scheduler_of
 
 WINDOW = 5.25
 
@@ -422,6 +423,49 @@ def test_relined_futures_go_on_in_their_new_buckets(account, clock):
     assert [future.result(10).bucket for future in futures] == [0, 1, 2, 3]
 
 
+@pytest.mark.accounts("memory")
+def test_a_future_waits_before_it_is_granted_however_slow_the_observer_is(account, clock):
+    heard, granted, main = [], threading.Event(), threading.current_thread()
+
+    def observer(event):
+        if isinstance(event, ShardGranted) and event.shard_id == 0:
+            granted.set()
+        elif isinstance(event, ShardWaiting):
+            clock.advance(WINDOW)
+            if threading.current_thread() is main:  # the worker is not held up
+                assert granted.wait(10)
+        heard.append(type(event))
+
+    queue = account.local(clock=clock, observer=observer)
+    queue.acquire(9)
+    heard.clear()
+    queue.enqueue(0).result(10)
+    wait_for_no_worker(clock)
+    assert heard == [ShardWaiting, ShardGranted]
+    assert not scheduler_of(queue).observers.latest
+
+
+def test_a_future_waits_before_it_is_cancelled_however_slow_the_observer_is(account, clock):
+    heard, waits, cancelled = [], threading.Event(), threading.Event()
+
+    def observer(event):
+        if isinstance(event, ShardWaiting):
+            waits.set()
+            assert cancelled.wait(10)
+        heard.append(type(event))
+
+    queue = account.local(clock=clock, observer=observer)
+    queue.acquire(9)
+    heard.clear()
+    future = queue.enqueue(0)
+    assert waits.wait(10)
+    future.cancel()
+    cancelled.set()
+    wait_for_no_worker(clock)
+    assert heard == [ShardWaiting, ShardLeft]
+    assert not scheduler_of(queue).observers.latest
+
+
 def test_observers_hear_of_futures(account, clock):
     heard = []
     queue = account.local(clock=clock, observer=heard.append)
@@ -430,6 +474,7 @@ def test_observers_hear_of_futures(account, clock):
     future = queue.enqueue(3)
     clock.settle(0)
     future.cancel()
+    clock.settle(0)
     assert heard == [ShardWaiting(3, 0, 0, WINDOW), ShardLeft(3, 0.0, "cancelled")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import threading
 import time
@@ -360,6 +361,85 @@ def test_callbacks_run_and_one_that_raises_stops_nobody(account, clock, caplog):
         future.result(10)
     wait_for_no_worker(clock)
     assert called == [0, 1, 2]
+
+
+@pytest.mark.accounts("memory")
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, ValueError])
+def test_all_callbacks_of_a_future_run_whatever_one_raises(account, clock, caplog, raised):
+    queue = account.local(clock=clock)
+    queue.acquire(9)
+    called = []
+
+    def callback(future):
+        raise raised
+
+    future = queue.enqueue(0)
+    future.add_done_callback(callback)
+    future.add_done_callback(called.append)
+    clock.settle(0)
+    clock.advance(WINDOW)
+    wait_for_no_worker(clock)
+    assert called == [future]
+    assert raised.__name__ in caplog.text
+
+
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt])
+def test_a_callback_that_raises_as_its_future_is_cancelled_keeps_nobody_in_line(
+    account, clock, caplog, raised
+):
+    queue = account.local(clock=clock)
+    queue.acquire(9)
+    called = []
+
+    def callback(future):
+        raise raised
+
+    future = queue.enqueue(0)
+    future.add_done_callback(callback)
+    future.add_done_callback(called.append)
+    with pytest.raises(raised):
+        future.cancel()
+    assert called == [future]
+    assert queue.snapshot().waiting == 0
+    assert wait([future], timeout=10).done == {future}
+    assert future.cancel()
+
+
+@pytest.mark.accounts("memory")
+def test_ctrl_c_in_a_callback_that_is_called_at_once_is_raised(account, clock, caplog):
+    def callback(future):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        account.local(clock=clock).enqueue(0).add_done_callback(callback)
+
+
+@pytest.mark.accounts("memory")
+def test_a_future_whose_lock_somebody_holds_holds_up_nobody_else(account, clock, crew):
+    queue = account.local(clock=clock)
+    queue.acquire(9)
+    future = queue.enqueue(0)
+    clock.settle(0)
+    with future._condition:
+        clock.advance(WINDOW)
+        while crew(queue.snapshot).result(5).granted < 2:
+            pass
+    assert future.result(10).shard_id == 0
+
+
+@pytest.mark.accounts("memory")
+def test_an_asynchronous_exception_does_not_end_the_worker(account, clock, caplog):
+    queue = account.local(clock=clock)
+    queue.acquire(9)
+    future = queue.enqueue(0)
+    clock.settle(0)
+    (worker,) = workers()
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit)
+    )
+    clock.advance(WINDOW)  # it comes when the sleep ends
+    assert future.result(10).shard_id == 0
+    assert "SystemExit" in caplog.text
 
 
 def test_a_callback_that_would_block_on_its_own_queue_is_told_so(account, clock):

@@ -279,6 +279,41 @@ def test_a_child_that_an_observer_forks_inside_a_call_gets_no_permit(waits):
 
 
 @needs_fork
+@pytest.mark.parametrize("by", ["observer", "callback"])
+def test_a_child_that_is_forked_in_the_worker_gets_no_permit_and_ends(by):
+    outcome = python(
+        FORKS
+        + f"""
+    def fork_in(place, shard_id):
+        if place == {by!r} and shard_id == 1:
+            fork()
+
+    def observer(event):
+        if isinstance(event, ShardGranted):
+            fork_in("observer", event.shard_id)
+
+    def note(future):
+        os.write(1, f"{{os.getpid() == parent}} {{future.result().shard_id}}\\n".encode())
+
+    parent = os.getpid()
+    queue = LargeBotQueue(
+        SessionStartLimit(10, 10, 600.0, 1), interval=0.05, margin=0.5, observer=observer
+    )
+    queue.acquire(0)
+    futures = [queue.enqueue(1), queue.enqueue(2)]
+    for future in futures:
+        future.add_done_callback(lambda future: fork_in("callback", future.result().shard_id))
+        future.add_done_callback(note)
+    for future in futures:
+        future.result(10)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), queue.snapshot().granted, flush=True)
+        """
+    )
+    printed = sorted(outcome.stdout.splitlines())
+    assert (printed, outcome.stderr) == (["0 3", "True 1", "True 2"], "")
+
+
+@needs_fork
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("call", ["acquire", "try_acquire", "enqueue"])
 def test_a_child_that_a_signal_handler_forks_inside_a_call_gets_no_permit(call, waits):

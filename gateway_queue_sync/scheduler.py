@@ -16,7 +16,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TypeVar
 
 from gateway_queue_sync import errors, events, forecast, process
 from gateway_queue_sync.clock import FOREVER_US, OwnedLock
@@ -39,10 +38,7 @@ from gateway_queue_sync.worker import Worker
 
 log = logging.getLogger("gateway_queue_sync")
 
-T = TypeVar("T")
-
-MAX_SLEEP_US = int(threading.TIMEOUT_MAX) * US_PER_SECOND
-MAX_RESET_SLEEP_US = 60 * US_PER_SECOND  # then it looks again: the limit may have been read
+MAX_SLEEP_US = 60 * US_PER_SECOND  # then it looks again: the machine may have been suspended
 MAX_POSITION = 1_000  # a time-out with more waiters ahead has no ``eta``
 
 
@@ -87,14 +83,13 @@ class Scheduler:
 
     # --- who may call -----------------------------------------------------------------------------
 
-    def blocking(self, work: Callable[[], T]) -> T:
+    def blocking(self, work: Callable[[], None]) -> None:
         """Run ``work``, which waits, with the lock held; a handler in this thread cannot call then."""
         ident = self._get_ident()
         with self.clock.inside():
             try:
                 self._callers.add(ident)
-                result = self.locked(work)
-                return result  # noqa: RET504 - as in ``locked``
+                self.locked(work)
             finally:
                 self._callers.discard(ident)
 
@@ -144,6 +139,8 @@ class Scheduler:
                     lock.release()
                 except RuntimeError:
                     pass  # as in ``locked``
+            if self.reader is not None:
+                self.reader.log_failure()
             if type(permit) is not Permit:
                 return None
             remaining = permit.remaining
@@ -254,8 +251,7 @@ class Scheduler:
     def _timed_out(self, waiter: Waiter, timeout: float) -> Exception:
         """Return what to raise for a waiter whose time is up, with the lock held."""
         if self.remote is not None:
-            is_head = self.lines.is_head(waiter)
-            error = self.remote.timed_out(waiter, timeout, is_head=is_head)
+            error = self.remote.timed_out(waiter, timeout, is_head=self.lines.is_head(waiter))
             if error is not None:
                 return error
         position = self.lines.position(waiter, MAX_POSITION)
@@ -353,7 +349,7 @@ class Scheduler:
         waiter.ask_at_us = now_us + answer.wait_us
         if answer.reason is not Reason.BUDGET:
             return None
-        waiter.ask_at_us = now_us + min(answer.wait_us, MAX_RESET_SLEEP_US)
+        waiter.ask_at_us = now_us + min(answer.wait_us, MAX_SLEEP_US)
         if self._raises:
             resets_in = answer.resets_in_us / US_PER_SECOND
             waiter.error = errors.SessionLimitExhausted(answer.remaining, resets_in)

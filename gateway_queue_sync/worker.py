@@ -31,6 +31,8 @@ LINGER_US = 5 * US_PER_SECOND
 """How long the worker stays when there is nothing to do."""
 
 MAX_REST_US = 60 * US_PER_SECOND
+"""How long it sleeps at most: no sleep gets shorter while the machine is suspended."""
+
 RETRY_US = 1 * US_PER_SECOND
 
 
@@ -177,7 +179,7 @@ class Worker:
             wake_us = min(wake_us, scheduler.remote.wake_us(closed=scheduler.closed))
             waiting = bool(scheduler.lines.by_bucket)
         if wake_us < FOREVER_US:
-            return max(0, wake_us - now_us)
+            return max(0, min(wake_us - now_us, MAX_REST_US))
         rest_us = MAX_REST_US if waiting else self._idle_since_us + LINGER_US - now_us
         if scheduler.closed or rest_us <= 0:
             self.thread = None

@@ -210,6 +210,8 @@ class RemoteLedger:
         answers = self.ledger.exchange(wants)
         events = scheduler.locked(self._take_in, scheduler, wants, answers)
         self._log_reach()
+        if scheduler.reader is not None:
+            scheduler.reader.log_failure()
         for event in events:
             scheduler.emit(event)
         return True

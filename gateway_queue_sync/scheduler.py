@@ -107,7 +107,7 @@ class Scheduler:
 
     # --- permits without waiting ------------------------------------------------------------------
 
-    def try_free(self, shard_id: int) -> Permit | None:
+    def try_free(self, shard_id: int, *, waits: bool = True) -> Permit | None:
         """Take a permit if the bucket is free and nobody waits for it; else the caller must wait.
 
         A permit without a ``reporter`` is older than the margin: the caller must wait with it, so that
@@ -115,7 +115,7 @@ class Scheduler:
         """
         ident, lock, local = self._get_ident(), self.lock, self.local
         if lock.owner == ident or self.forks or (self._callers and ident in self._callers):
-            self.check_caller(waits=True)
+            self.check_caller(waits=waits)
         permit: Permit | Denial | None = None
         try:
             try:
@@ -158,16 +158,15 @@ class Scheduler:
             raise
 
     def _announce_free_grant(self, permit: Permit, ident: int) -> None:
-        permit.waiter = next(waiter_numbers)
+        permit.waiter = number = next(waiter_numbers)
+        shard_id, bucket, remaining = permit.shard_id, permit.bucket, permit.remaining
+        outer = ident in self._callers  # an observer may enqueue
         try:
             self._callers.add(ident)
-            self.emit(
-                events.ShardGranted(
-                    permit.shard_id, permit.bucket, 0.0, permit.remaining, permit.waiter
-                )
-            )
+            self.emit(events.ShardGranted(shard_id, bucket, 0.0, remaining, number))
         finally:
-            self._callers.discard(ident)
+            if not outer:
+                self._callers.discard(ident)
 
     def waiter(
         self, shard_id: int, arrived_us: int | None, priority_us: int, late: Permit | None

@@ -189,9 +189,7 @@ def _wait_for_read(account: Account, wall_us: int, due: bool, can_refresh: bool)
     if due and account.resets_at_us is not None:
         patience_us = account.resets_at_us + account.patience_us - wall_us
     if (can_refresh and (due or account.refresh_owed)) or patience_us > 0:
-        return Denial(
-            max(0, patience_us), Reason.RESET, period=account.period, granted=account.granted
-        )
+        return Denial(max(0, patience_us), Reason.RESET, 0, 0, account.period, account.granted)
     return None
 
 
@@ -228,9 +226,8 @@ def resets_in(account: Account, wall_us: int) -> int:
 def closed_for_us(account: Account, bucket: TokenBucket, now_us: int) -> int:
     """Return how long the bucket stays closed; negative: since when it is open."""
     last_us = min(bucket.last_us, now_us)  # a clock that was set back never adds to that
-    closed_until_us = min(
-        bucket.closed_until_us, now_us + _max_closure_us(account, bucket.rejections)
-    )
+    max_us = _max_closure_us(account, bucket.rejections)
+    closed_until_us = min(bucket.closed_until_us, now_us + max_us)
     return max(last_us + account.window_us, closed_until_us) - now_us
 
 

@@ -209,7 +209,7 @@ def enqueue(
     permit: Permit | None = None
     try:
         if arrived_us is None:
-            permit = scheduler.try_free(shard_id)
+            permit = scheduler.try_free(shard_id, waits=False)
         if permit is not None and permit.reporter is not None:
             _complete(future, permit)
         else:

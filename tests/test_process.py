@@ -317,8 +317,9 @@ def test_a_child_that_is_forked_in_the_worker_gets_no_permit_and_ends(by):
 
     def note(future):
         os.write(1, f"{{os.getpid() == parent}} {{future.result().shard_id}}\\n".encode())
+        noted.release()
 
-    parent = os.getpid()
+    parent, noted = os.getpid(), threading.Semaphore(0)
     queue = LargeBotQueue(
         SessionStartLimit(10, 10, 600.0, 1), interval=0.05, margin=0.5, observer=observer
     )
@@ -328,7 +329,7 @@ def test_a_child_that_is_forked_in_the_worker_gets_no_permit_and_ends(by):
         future.add_done_callback(lambda future: fork_in("callback", future.result().shard_id))
         future.add_done_callback(note)
     for future in futures:
-        future.result(10)
+        assert noted.acquire(timeout=10)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), queue.snapshot().granted, flush=True)
         """
     )

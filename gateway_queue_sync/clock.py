@@ -127,6 +127,26 @@ class OwnedLock:
         self.release()
 
 
+def unmasked(error: BaseException) -> BaseException:
+    """Return the interrupt in place of the ``RuntimeError`` that it led to, else the error itself.
+
+    If an interrupt makes ``Condition.wait`` return without its lock, releasing that fails, and the
+    failure takes the place of the interrupt (CPython #118433).
+    """
+    interrupt = error.__context__
+    if isinstance(error, RuntimeError) and interrupt is not None:
+        return error if isinstance(interrupt, Exception) else interrupt
+    return error
+
+
+def start(thread: threading.Thread) -> None:
+    """Start a thread; if an interrupt comes meanwhile it is raised, and the thread may run."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise unmasked(error) from None
+
+
 class Clock(Protocol):
     """What a queue asks of a clock."""
 

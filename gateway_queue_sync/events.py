@@ -1,9 +1,10 @@
 """What an observer is given: one frozen value for each thing that happens in a queue.
 
 An observer is one callable that takes an event. It is called without any lock held, in the thread in
-which the thing happened, so it must be quick, and it must not wait for a permit itself. If it raises,
-the error is logged and the queue goes on. A permit that is older than the margin when its observer
-returns is given back and asked for again; ``ShardGranted`` is sent once for it.
+which the thing happened, so it must be quick, and it must not wait for a permit itself. For a future
+that waits, that is the queue's worker. If an observer raises, the error is logged and the queue goes
+on. A permit that is older than the margin when its observer returns is given back and asked for again;
+``ShardGranted`` is sent once for it.
 """
 
 from __future__ import annotations

@@ -2,26 +2,145 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any, ParamSpec, TypeVar
 
-from gateway_queue_sync.clock import make_small
+from gateway_queue_sync.clock import make_small, unmasked
 from gateway_queue_sync.models import Permit
+
+log = logging.getLogger("gateway_queue_sync")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_here = threading.local()  # interrupt: what a callback has raised in this thread
+
+
+def _unlocked_at_exit(method: Callable[P, T]) -> Callable[P, T]:
+    """Make a method of a future release its lock if an interrupt would leave that locked.
+
+    ``Condition.__enter__`` is written in Python, so an interrupt can come between taking the lock and
+    entering the block that releases it.
+    """
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        future: Any = args[0]
+        condition = future._condition
+        is_outer = not condition._is_owned()
+        try:
+            return method(*args, **kwargs)
+        except BaseException as error:
+            if is_outer:
+                with contextlib.suppress(RuntimeError):  # it is free
+                    while True:
+                        condition.release()
+            interrupt = unmasked(error)
+            if interrupt is error:
+                raise
+            raise interrupt from None
+
+    return call
 
 
 class PermitFuture(Future[Permit]):
-    """A future that leaves its line as soon as it is cancelled."""
+    """A future that leaves its line as soon as it is cancelled.
 
-    on_cancel: Callable[[], None] | None = None
+    The lock of a future is never taken with a queue's lock held: others may hold it for long.
+
+    Attributes:
+        on_cancel: leaves the line, and may be called again if it was interrupted; ``None`` if there
+            is nothing to leave.
+    """
+
+    on_cancel: Callable[[PermitFuture], None] | None = None
+    _process = 0  # the one that completes it, while it does
 
     def __init__(self) -> None:
         super().__init__()
         make_small(self._condition)
 
+    @_unlocked_at_exit
     def cancel(self) -> bool:
         """Cancel as any future does, and leave the line."""
-        cancelled = super().cancel()
-        on_cancel = self.on_cancel
-        if cancelled and on_cancel is not None:
-            on_cancel()
+        try:
+            cancelled = super().cancel()
+        finally:
+            try:
+                self._leave()
+            finally:
+                self._leave()  # does nothing, unless it was interrupted
+        _raise_interrupt()
         return cancelled
+
+    def _leave(self) -> None:
+        on_cancel = self.on_cancel
+        if on_cancel is not None and self.cancelled():
+            on_cancel(self)
+
+    @_unlocked_at_exit
+    def add_done_callback(self, fn: Callable[[Future[Permit]], object]) -> None:
+        """Call ``fn`` with the future when that is done; whatever it raises, the others are called."""
+        super().add_done_callback(functools.partial(_call_back, fn))
+        _raise_interrupt()  # it was called at once
+
+    @_unlocked_at_exit
+    def set_running_or_notify_cancel(self) -> bool:
+        """Begin to complete the future; false if it was cancelled, also if that was notified before."""
+        with self._condition:
+            return (
+                self._state != "CANCELLED_AND_NOTIFIED" and super().set_running_or_notify_cancel()
+            )
+
+    @_unlocked_at_exit
+    def set_result(self, result: Permit) -> None:
+        """Complete the future, in this process alone: a callback may fork."""
+        try:
+            self._process = os.getpid()
+            super().set_result(result)
+        finally:
+            self._process, _here.interrupt = 0, None
+
+    @_unlocked_at_exit
+    def set_exception(self, exception: BaseException | None) -> None:
+        """Complete the future with an error."""
+        try:
+            super().set_exception(exception)
+        finally:
+            _here.interrupt = None
+
+    cancelled = _unlocked_at_exit(Future.cancelled)
+    running = _unlocked_at_exit(Future.running)
+    done = _unlocked_at_exit(Future.done)
+    result = _unlocked_at_exit(Future.result)
+    exception = _unlocked_at_exit(Future.exception)
+
+
+def _call_back(fn: Callable[[Future[Permit]], object], future: PermitFuture) -> None:
+    """Call a callback; what interrupts it is logged, and raised in a caller when all were called."""
+    if future._process not in (0, os.getpid()):
+        return  # an earlier callback has forked, and this is the child: the permit is its parent's
+    try:
+        fn(future)
+    except Exception:
+        raise  # any future logs that
+    except BaseException as error:
+        log.exception("a callback of %r raised; the others are called", future)
+        _here.interrupt = error
+
+
+def _raise_interrupt() -> None:
+    """Raise what has interrupted a callback in this thread."""
+    interrupt: BaseException | None = getattr(_here, "interrupt", None)
+    if interrupt is not None:
+        _here.interrupt = None
+        try:
+            raise interrupt
+        finally:
+            interrupt = None  # its traceback holds this frame

@@ -9,7 +9,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from gateway_queue_sync import limits
-from gateway_queue_sync.clock import FOREVER_US
+from gateway_queue_sync.clock import FOREVER_US, start
 from gateway_queue_sync.events import Event, LimitUpdated
 from gateway_queue_sync.limits import CONFIRM_US
 from gateway_queue_sync.models import US_PER_SECOND, SessionStartLimit, check_limit, to_us
@@ -45,6 +45,7 @@ class LimitReader:
         self._pause_us = self._sent_us = 0
         self.reading = self.outdated = self._warned = False
         self.due_us = min(self._now_us() + self._reread_us, FOREVER_US)
+        self._unlogged: tuple[int, BaseException, int] | None = None  # the latest failure
 
     def can_read(self, now_us: int) -> bool:
         """Return whether a reset may wait for a read: none failed just now, and none takes too long."""
@@ -61,14 +62,16 @@ class LimitReader:
         """Read in a new thread, unless a read goes on or failed just now; with the lock held."""
         if self.reading or not self.can_read(now_us):
             return
-        self.reading, self.outdated, self.due_us, self._sent_us = True, False, FOREVER_US, now_us
-        args = weakref.ref(scheduler), now_us
-        thread = threading.Thread(
-            target=self._read, args=args, name="gateway-queue-limit", daemon=True
-        )
         try:
-            thread.start()
+            self.reading, self.outdated = True, False
+            self.due_us, self._sent_us = FOREVER_US, now_us
+            args = weakref.ref(scheduler), now_us
+            thread = threading.Thread(
+                target=self._read, args=args, name="gateway-queue-limit", daemon=True
+            )
+            start(thread)
         except BaseException as error:
+            self.reading, self.due_us = False, now_us  # if an interrupt comes once more
             self._failed(error)
             if not isinstance(error, RuntimeError):  # the system gives no more threads
                 raise
@@ -80,6 +83,7 @@ class LimitReader:
             limit = check_limit(refresh(), self._settings.reserve)
         except BaseException as error:  # noqa: BLE001 - whatever it is, the queue goes on without
             self._failed(error)
+            self.log_failure()
         scheduler = ref()
         if scheduler is not None:
             self._take_in(scheduler, limit, sent_us)
@@ -121,7 +125,7 @@ class LimitReader:
         self.reading = False
 
     def _failed(self, error: BaseException) -> None:
-        """Note that a read failed, and when the next may be; warn at the first of several."""
+        """Note that a read failed, and when the next may be; ``log_failure`` logs it."""
         first = not self._pause_us and not self.outdated
         self._pause_us = min(2 * self._pause_us or FIRST_PAUSE_US, MAX_PAUSE_US)
         pause_us = int(self._pause_us * random.uniform(0.5, 1.0))
@@ -130,8 +134,16 @@ class LimitReader:
             pause_us = max(pause_us, to_us(asked))
         self.due_us = self._now_us() + pause_us
         self.reading = False
+        self._unlogged = (logging.WARNING if first else logging.INFO, error, pause_us)
+
+    def log_failure(self) -> None:
+        """Log a failed read, a warning for the first of several; without the scheduler's lock."""
+        unlogged, self._unlogged = self._unlogged, None
+        if unlogged is None:
+            return
+        level, error, pause_us = unlogged
         log.log(
-            logging.WARNING if first else logging.INFO,
+            level,
             "could not read the session start limit (%s: %s); at its reset the last known total counts; "
             "the limit is read again in %.0f s",
             type(error).__name__,

@@ -9,12 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gateway_queue_sync.models import US_PER_SECOND, SessionStartLimit, to_us
-from gateway_queue_sync.token_bucket import Account, TokenBucket, resets_in
+from gateway_queue_sync.token_bucket import UNSEEN_US, Account, TokenBucket, resets_in
 
 MIN_REREAD_US = 1 * US_PER_SECOND
-
-UNSEEN_US = 60 * US_PER_SECOND
-"""How long a session start may take to show in what Discord answers."""
 
 SAME_RESET_US = 300 * US_PER_SECOND
 """Two resets that are no further apart are one."""
@@ -55,14 +52,23 @@ def adopt(account: Account, limit: SessionStartLimit, wall_us: int) -> None:
 
 
 def rebucket(account: Account, max_concurrency: int) -> None:
-    """Lay out other buckets, if there are others: each starts from the latest grant of all."""
+    """Lay out other buckets, if there are others: each starts from the latest grant of all.
+
+    Each goes on with the longest row of rejections, too.
+    """
     if max_concurrency == account.max_concurrency:
         return
     known = [account.default_bucket, *account.buckets.values()]
+    rows = [
+        bucket.rejections
+        for bucket in known
+        if bucket.rejected_serial in (bucket.serial, bucket.previous_serial)
+    ]
     default = TokenBucket(
         max(bucket.last_us for bucket in known),
         closed_until_us=max(bucket.closed_until_us for bucket in known),
-        rejections=max(bucket.rejections for bucket in known),
+        rejections=max(rows, default=0),
+        rejected_serial=0 if rows else -1,  # 0 is the serial of a bucket that has not granted
     )
     buckets: dict[int, TokenBucket] = {}
     account.buckets, account.default_bucket = buckets, default

@@ -130,7 +130,7 @@ class Lines:
         line.join(waiter)
 
     def leave(self, waiter: Waiter) -> Waiter | None:
-        """Stand in line no longer, and return the head of that line now."""
+        """Stand in line no longer; return the head if the waiter stood before it, also if repeated."""
         number = waiter.shard_id % self.max_concurrency
         line = self.by_bucket.get(number)
         if line is None:
@@ -140,7 +140,9 @@ class Lines:
         head = line.head
         if head is None:
             del self.by_bucket[number]
-        return head
+        elif (waiter.position_us, waiter.number) < (head.position_us, head.number):
+            return head
+        return None
 
     def head(self, shard_id: int) -> Waiter | None:
         """Return the head of the line of a shard's bucket, ``None`` if nobody waits there."""

@@ -96,8 +96,6 @@ class Log:
                     self._reserve,
                     _when(event.resets_in),
                 )
-            case events.LimitUpdated():
-                self.limit_changed()
 
     def _log_waiting(self, event: events.ShardWaiting, eta: float) -> None:
         skipped = self._begun.count(self._now_us()) if shards.isEnabledFor(logging.INFO) else None

@@ -33,6 +33,9 @@ SAME_END_US = 60 * US_PER_SECOND
 class Observers:
     """Passes events on, and remembers the latest about each waiter.
 
+    All events about a waiter are passed on by one thread, in order: its own, or the worker for a
+    future. What is remembered of a waiter is changed with the scheduler's lock held.
+
     Args:
         settings: the queue's settings.
         budget: returns what is left of the limit now.
@@ -50,8 +53,6 @@ class Observers:
 
     def emit(self, event: Event, *, in_worker: bool) -> None:
         """Pass an event on; without the lock. Only what interrupts a caller is raised."""
-        if isinstance(event, ShardWaiting):
-            self.latest[event.waiter] = ShardWaiting
         for observer in (self.log, self._observer):
             if observer is not None:
                 try:
@@ -70,9 +71,14 @@ class Observers:
         self.latest[waiter.number] = None
         return True
 
+    def waiting(self, waiter: Waiter, bucket: int, position: int, eta: float | None) -> Event:
+        """Return the event that one waits."""
+        self.latest[waiter.number] = ShardWaiting
+        return ShardWaiting(waiter.shard_id, bucket, position, eta, waiter.number)
+
     def granted(self, waiter: Waiter, permit: Permit) -> Event | None:
-        """Return the event of a permit, ``None`` if its waiter had one before, which came too late."""
-        if self.latest.get(waiter.number) is ShardGranted:
+        """Return the event of a permit, ``None`` if its waiter has left, or had one before."""
+        if waiter.entry is None or self.latest.get(waiter.number) is ShardGranted:
             return None
         self.latest[waiter.number] = ShardGranted
         shard_id, bucket, number = permit.shard_id, permit.bucket, waiter.number

@@ -125,6 +125,8 @@ class LargeBotQueue(_ReadsLimit):
             ``reread_after`` says. It runs in a thread of its own. If it raises, the last known total
             counts from 5 seconds after the reset on, with a WARNING, and it is called again after a
             pause that grows from 5 seconds to 5 minutes (not less than the error's ``retry_after``).
+            If it never returns, the limit is not read again, and the last known total counts: give
+            it a timeout.
         reread_after: seconds after which the limit is read again when the queue is used, since other
             programs may start sessions with the same token; ``None`` reads at resets only.
         reserve: session starts never to use up: at ``remaining <= reserve`` the queue is exhausted.
@@ -238,8 +240,9 @@ class SqliteQueue(_ReadsLimit):
             stored, or Discord's default (1000 a day, ``max_concurrency`` 1).
         name: which account in the file: one for each bot.
         refresh: called without arguments when the limit is due to reset, to read it anew; one process
-            does that for all. If it raises, the last known total counts, with a WARNING, and the
-            next permit asks again.
+            does that for all. If it raises, the last known total counts, with a WARNING, and it is
+            called again after a pause that grows from 5 seconds to 5 minutes. If it never returns,
+            this process does not read the limit again: give it a timeout.
         reserve: session starts never to use up: at ``remaining <= reserve`` the queue is exhausted.
         when_exhausted: ``"wait"`` for the reset, or ``"raise"`` ``SessionLimitExhausted``.
         period: seconds from the first grant after a reset to the next reset. Give all processes the

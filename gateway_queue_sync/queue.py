@@ -131,7 +131,7 @@ class GatewayQueue:
         Raises:
             QueueClosed: the queue is closed.
             TypeError, ValueError: an argument is no shard id or no priority.
-            RuntimeError: as ``acquire`` does.
+            RuntimeError: as ``acquire`` does, but an observer may enqueue.
         """
         shard_id = whole_number("shard_id", shard_id)
         scheduler = self._scheduler
@@ -191,7 +191,8 @@ class GatewayQueue:
         left = scheduler.ledger.budget()
         limit = "" if left is None else f" remaining={left.remaining}/{left.total}"
         state = " closed" if scheduler.closed else ""
-        waiting, granted = len(scheduler.lines), scheduler.ledger.granted
+        lines, granted = scheduler.lines, scheduler.ledger.granted
+        waiting = len(lines) if scheduler.lock.is_held() else scheduler.locked(lines.__len__)
         return f"<{type(self).__name__} waiting={waiting} granted={granted}{limit}{state}>"
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -16,7 +16,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TypeVar
 
 from gateway_queue_sync import errors, events, forecast, process
 from gateway_queue_sync.clock import FOREVER_US, OwnedLock
@@ -39,10 +38,7 @@ from gateway_queue_sync.worker import Worker
 
 log = logging.getLogger("gateway_queue_sync")
 
-T = TypeVar("T")
-
-MAX_SLEEP_US = int(threading.TIMEOUT_MAX) * US_PER_SECOND
-MAX_RESET_SLEEP_US = 60 * US_PER_SECOND  # then it looks again: the limit may have been read
+MAX_SLEEP_US = 60 * US_PER_SECOND  # then it looks again: the machine may have been suspended
 MAX_POSITION = 1_000  # a time-out with more waiters ahead has no ``eta``
 
 
@@ -70,7 +66,7 @@ class Scheduler:
         self._owner_name = owner
         self.closed = False
         self.forks = 0
-        self._observers = Observers(settings, ledger.budget)
+        self.observers = Observers(settings, ledger.budget)
         self._observed = settings.observer is not None
         self.lock = OwnedLock()
         self.locked, self.complete = self.lock.run, self.lock.complete
@@ -87,14 +83,13 @@ class Scheduler:
 
     # --- who may call -----------------------------------------------------------------------------
 
-    def blocking(self, work: Callable[[], T]) -> T:
+    def blocking(self, work: Callable[[], None]) -> None:
         """Run ``work``, which waits, with the lock held; a handler in this thread cannot call then."""
         ident = self._get_ident()
         with self.clock.inside():
             try:
                 self._callers.add(ident)
-                result = self.locked(work)
-                return result  # noqa: RET504 - as in ``locked``
+                self.locked(work)
             finally:
                 self._callers.discard(ident)
 
@@ -112,7 +107,7 @@ class Scheduler:
 
     # --- permits without waiting ------------------------------------------------------------------
 
-    def try_free(self, shard_id: int) -> Permit | None:
+    def try_free(self, shard_id: int, *, waits: bool = True) -> Permit | None:
         """Take a permit if the bucket is free and nobody waits for it; else the caller must wait.
 
         A permit without a ``reporter`` is older than the margin: the caller must wait with it, so that
@@ -120,7 +115,7 @@ class Scheduler:
         """
         ident, lock, local = self._get_ident(), self.lock, self.local
         if lock.owner == ident or self.forks or (self._callers and ident in self._callers):
-            self.check_caller(waits=True)
+            self.check_caller(waits=waits)
         permit: Permit | Denial | None = None
         try:
             try:
@@ -144,11 +139,13 @@ class Scheduler:
                     lock.release()
                 except RuntimeError:
                     pass  # as in ``locked``
+            if self.reader is not None:
+                self.reader.log_failure()
             if type(permit) is not Permit:
                 return None
             remaining = permit.remaining
             if self._observed or (
-                remaining is not None and remaining <= self._observers.log.grants_up_to
+                remaining is not None and remaining <= self.observers.log.grants_up_to
             ):
                 self._announce_free_grant(permit, ident)
             margin_us = self.ledger.margin_us
@@ -161,16 +158,15 @@ class Scheduler:
             raise
 
     def _announce_free_grant(self, permit: Permit, ident: int) -> None:
-        permit.waiter = next(waiter_numbers)
+        permit.waiter = number = next(waiter_numbers)
+        shard_id, bucket, remaining = permit.shard_id, permit.bucket, permit.remaining
+        outer = ident in self._callers  # an observer may enqueue
         try:
             self._callers.add(ident)
-            self.emit(
-                events.ShardGranted(
-                    permit.shard_id, permit.bucket, 0.0, permit.remaining, permit.waiter
-                )
-            )
+            self.emit(events.ShardGranted(shard_id, bucket, 0.0, remaining, number))
         finally:
-            self._callers.discard(ident)
+            if not outer:
+                self._callers.discard(ident)
 
     def waiter(
         self, shard_id: int, arrived_us: int | None, priority_us: int, late: Permit | None
@@ -182,7 +178,7 @@ class Scheduler:
         waiter.permit = late
         if late is not None and late.waiter:  # its event was emitted
             waiter.number = late.waiter
-            self._observers.note_granted(waiter.number)
+            self.observers.note_granted(waiter.number)
         return waiter
 
     # --- threads ----------------------------------------------------------------------------------
@@ -254,8 +250,7 @@ class Scheduler:
     def _timed_out(self, waiter: Waiter, timeout: float) -> Exception:
         """Return what to raise for a waiter whose time is up, with the lock held."""
         if self.remote is not None:
-            is_head = self.lines.is_head(waiter)
-            error = self.remote.timed_out(waiter, timeout, is_head=is_head)
+            error = self.remote.timed_out(waiter, timeout, is_head=self.lines.is_head(waiter))
             if error is not None:
                 return error
         position = self.lines.position(waiter, MAX_POSITION)
@@ -311,7 +306,7 @@ class Scheduler:
                 self._moving = self.lines.waiters()
             self.lines = Lines(self.ledger.max_concurrency, self._moving)
             self._moving = None
-        self._observers.log.limit_changed()
+        self.observers.log.limit_changed()
         self._ask_again(self.lines.heads())
 
     def step(self, waiter: Waiter) -> Permit | events.Event | None:
@@ -353,11 +348,11 @@ class Scheduler:
         waiter.ask_at_us = now_us + answer.wait_us
         if answer.reason is not Reason.BUDGET:
             return None
-        waiter.ask_at_us = now_us + min(answer.wait_us, MAX_RESET_SLEEP_US)
+        waiter.ask_at_us = now_us + min(answer.wait_us, MAX_SLEEP_US)
         if self._raises:
             resets_in = answer.resets_in_us / US_PER_SECOND
             waiter.error = errors.SessionLimitExhausted(answer.remaining, resets_in)
-        return self._observers.exhausted(answer, now_us)
+        return self.observers.exhausted(answer, now_us)
 
     def hand_over(self, waiter: Waiter, permit: Permit) -> bool:
         """Leave the line with a permit; false if it was in none, or if the permit's bucket is gone."""
@@ -414,14 +409,14 @@ class Scheduler:
 
     def emit(self, event: events.Event) -> None:
         """Pass an event to the log and the observer; without the lock."""
-        self._observers.emit(event, in_worker=self.worker.is_current())
+        self.observers.emit(event, in_worker=self.worker.is_current())
 
     def listens(self, permit: Permit | None = None) -> bool:
         """Return whether somebody listens to the events of those who wait, or to that of a permit."""
         few = (
             permit is not None
             and permit.remaining is not None
-            and (permit.remaining <= self._observers.log.grants_up_to)
+            and (permit.remaining <= self.observers.log.grants_up_to)
         )
         return few or self._observed or shards.isEnabledFor(logging.INFO)
 
@@ -431,7 +426,7 @@ class Scheduler:
         Where the ledger has to be asked for the position, the worker emits it.
         """
         tries = self.remote is not None and waiter.once
-        if tries or not self.listens() or not self._observers.follow_wait(waiter, left_us):
+        if tries or not self.listens() or not self.observers.follow_wait(waiter, left_us):
             return None
         if self.remote is not None:
             self.remote.unseen.append(waiter)
@@ -439,12 +434,12 @@ class Scheduler:
             return None
         position = self.lines.position(waiter)
         bucket, eta = waiter.shard_id % self.lines.max_concurrency, self._eta(waiter, position)
-        return events.ShardWaiting(waiter.shard_id, bucket, position, eta, waiter.number)
+        return self.observers.waiting(waiter, bucket, position, eta)
 
     def deliver(self, waiter: Waiter, permit: Permit) -> bool:
         """Announce a permit and hand it over; false if it has to be asked for again."""
         if waiter.entry is not None:
-            event = self._observers.granted(waiter, permit)
+            event = self.locked(self.observers.granted, waiter, permit)
             if event is not None:
                 self.emit(event)
             if not self.locked(self.hand_over, waiter, permit):
@@ -452,8 +447,8 @@ class Scheduler:
         margin_us = self.ledger.margin_us
         if margin_us and self.now_us() - permit.stamp_us > margin_us:
             return False
-        if self._observers.latest:
-            self._observers.forget(waiter.number)
+        if self.observers.latest:
+            self.observers.forget(waiter.number)
         return True
 
     def is_in_time(self, permit: Permit) -> bool:
@@ -464,13 +459,13 @@ class Scheduler:
     def leave(self, waiter: Waiter, error: BaseException | None, *, caller: int = 0) -> None:
         """Leave without a permit, because of an error or (``None``) because a future was cancelled.
 
-        What was granted is given back, and the new head is woken.
+        What was granted is given back, and the new head is woken. Nobody else completes the future.
         """
         latest: type[events.Event] | None = None
 
         def change() -> None:
             nonlocal latest
-            latest = latest or self._observers.forget(waiter.number)
+            latest, waiter.future = latest or self.observers.forget(waiter.number), None
             if waiter.entry is not None and self.remote is not None:
                 self.remote.left(waiter)
                 self.worker.wake(self)
@@ -482,7 +477,8 @@ class Scheduler:
 
         self.complete(change)
         if latest is not None:
-            self.emit(left_event(waiter, error, self.now_us()))
+            emit = self.emit if error is not None else partial(self.worker.emit_later, self)
+            emit(left_event(waiter, error, self.now_us()))
 
     # --- the queue as a whole ----------------------------------------------------------------------
 

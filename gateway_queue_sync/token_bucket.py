@@ -24,6 +24,7 @@ MAX_CLOSURE_US = 60 * US_PER_SECOND
 MANY_REJECTIONS = 10  # in a row; from then on a bucket may close for longer
 MAX_LONG_CLOSURE_US = 900 * US_PER_SECOND
 MAX_REJECTIONS = 32  # that are counted in a row; more make no difference
+UNSEEN_US = 60 * US_PER_SECOND  # how long a session start may take to show in what Discord answers
 
 
 @dataclass
@@ -132,9 +133,10 @@ def take(
     number = shard_id % account.max_concurrency
     bucket = account.buckets.get(number)
     if bucket is None:
-        bucket = account.buckets[number] = _new_bucket(TokenBucket)
+        bucket = _new_bucket(TokenBucket)
         if account.default_bucket.last_us > NEVER:
             bucket.__dict__.update(vars(account.default_bucket))
+        account.buckets[number] = bucket  # last: an interrupt can come after each call
     last_us = bucket.last_us
     wait_us = 0
     if (
@@ -187,9 +189,7 @@ def _wait_for_read(account: Account, wall_us: int, due: bool, can_refresh: bool)
     if due and account.resets_at_us is not None:
         patience_us = account.resets_at_us + account.patience_us - wall_us
     if (can_refresh and (due or account.refresh_owed)) or patience_us > 0:
-        return Denial(
-            max(0, patience_us), Reason.RESET, period=account.period, granted=account.granted
-        )
+        return Denial(max(0, patience_us), Reason.RESET, 0, 0, account.period, account.granted)
     return None
 
 
@@ -200,7 +200,9 @@ def _next_period(account: Account, wall_us: int, due: bool) -> tuple[int, int]:
     account.max_reset_us = account.period_us
     if due:
         account.other_reset = None
-        account.refresh_owed = account.refresh_owed or account.recent is not None
+        if account.recent is not None:  # what is older counts in no read, and gets no refund
+            since_us, account.refresh_owed = wall_us - UNSEEN_US, True
+            account.recent = {key: at for key, at in account.recent.items() if at >= since_us}
     return wall_us + account.period_us, account.period + due
 
 
@@ -224,9 +226,8 @@ def resets_in(account: Account, wall_us: int) -> int:
 def closed_for_us(account: Account, bucket: TokenBucket, now_us: int) -> int:
     """Return how long the bucket stays closed; negative: since when it is open."""
     last_us = min(bucket.last_us, now_us)  # a clock that was set back never adds to that
-    closed_until_us = min(
-        bucket.closed_until_us, now_us + _max_closure_us(account, bucket.rejections)
-    )
+    max_us = _max_closure_us(account, bucket.rejections)
+    closed_until_us = min(bucket.closed_until_us, now_us + max_us)
     return max(last_us + account.window_us, closed_until_us) - now_us
 
 
@@ -281,15 +282,17 @@ def unused(account: Account, permit: Permit) -> None:
     last_us, serial = bucket.last_us, bucket.serial
     if serial == permit.serial:
         last_us, serial = bucket.previous_us, bucket.previous_serial
-    remaining, used = account.remaining, account.used
+    remaining, used, recent = account.remaining, account.used, account.recent
     if account.total is not None and account.period == permit.period:
-        remaining, used = min(remaining + 1, account.total), max(0, used - 1)
-    if account.recent is not None:
-        account.recent.pop(permit.serial, None)
+        used = max(0, used - 1)
+        if recent is None or permit.serial in recent:  # else what was read since decides
+            remaining = min(remaining + 1, account.total)
     # From here on there are only assignments: no interrupt can come between them.
     permit.returned = True
     account.remaining, account.used = remaining, used
     bucket.last_us, bucket.serial = last_us, serial
+    if recent is not None:
+        recent.pop(permit.serial, None)
 
 
 def rejected(account: Account, permit: Permit, now_us: int) -> int:

@@ -364,7 +364,8 @@ class _Turn:
             self._open_with(order.limit)
         else:
             limits.adopt(account, order.limit, self.wall_us)
-        self.account.default_bucket.rejections = 0  # which the ledgers do not store
+        default = self.account.default_bucket
+        default.rejections, default.rejected_serial = 0, -1  # which the ledgers do not store
         if other_buckets or order.kind != "open":  # which gives nobody more than there was
             self._open_by_surprise()
         return True

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gateway_queue_sync.clock import FOREVER_US, Clock, OwnedLock
+from gateway_queue_sync.clock import FOREVER_US, Clock, OwnedLock, start
 from gateway_queue_sync.errors import QueueClosed
 from gateway_queue_sync.events import Event
 from gateway_queue_sync.future import PermitFuture
@@ -31,13 +31,16 @@ LINGER_US = 5 * US_PER_SECOND
 """How long the worker stays when there is nothing to do."""
 
 MAX_REST_US = 60 * US_PER_SECOND
+"""How long it sleeps at most: no sleep gets shorter while the machine is suspended."""
+
+RETRY_US = 1 * US_PER_SECOND
 
 
 class Worker:
     """Serves the heads of lines that are futures, and with a remote ledger all heads.
 
-    Its methods are called with the scheduler's lock held, except ``turn``, ``is_current``,
-    ``is_alive`` and ``join``.
+    Its methods are called with the scheduler's lock held, except ``emit_later``, ``turn``,
+    ``is_current``, ``is_alive`` and ``join``.
 
     Attributes:
         thread: the worker, ``None`` while there is none.
@@ -71,16 +74,18 @@ class Worker:
         visit = self._clock.inside(worker=True)
         self.thread = threading.Thread(
             target=_serve,
-            args=(weakref.ref(scheduler, partial(_wake, self._condition)), self._condition, visit),
+            args=(
+                weakref.ref(scheduler, partial(_wake, self._condition)),
+                self._condition,
+                visit,
+                scheduler.forks,
+            ),
             name="gateway-queue-worker",
             daemon=True,
         )
         try:
-            self.thread.start()
-        except RuntimeError as error:
-            interrupt = error.__context__
-            if interrupt is not None and not isinstance(interrupt, Exception):
-                raise interrupt from None  # start() waits, and then fails to release a lock (#118433)
+            start(self.thread)
+        except RuntimeError:
             visit.__exit__(None, None, None)  # the system or the interpreter gives no more threads
             raise
 
@@ -93,6 +98,11 @@ class Worker:
         """Ask for a head when it may ask; an entry is outdated if its head's time has changed."""
         heapq.heappush(self._due, (head.ask_at_us, bucket, head.number, head))
         self._condition.notify()
+
+    def emit_later(self, scheduler: Scheduler, event: Event) -> None:
+        """Have the worker emit an event, after those about the same future that it has emitted."""
+        self.events.append(event)
+        scheduler.complete(partial(self.wake, scheduler))
 
     def discard(self, future: Waiter) -> None:
         """Note that a future has left its line."""
@@ -115,15 +125,21 @@ class Worker:
         """Do what there is to do now; return whether there was anything."""
         if not self.is_current():
             return False
+        forks = scheduler.forks
         heads, closing, events = scheduler.locked(self._to_do, scheduler)
         for event in events:
-            scheduler.emit(event)
+            if scheduler.forks == forks:  # else an observer has forked, and this is the child
+                scheduler.emit(event)
         for waiter in closing:
-            _fail(scheduler, waiter, QueueClosed())
-        sent = scheduler.remote is not None and scheduler.remote.exchange(scheduler, heads)
+            _fail(scheduler, waiter, QueueClosed(), forks)
+        sent = (
+            scheduler.remote is not None
+            and scheduler.forks == forks
+            and scheduler.remote.exchange(scheduler, heads)
+        )
         for waiter in heads:
             if waiter.future is not None:
-                _serve_future(scheduler, waiter)
+                _serve_future(scheduler, waiter, forks)
         if not (heads or closing or events or sent):
             return False
         self._idle_since_us = scheduler.now_us()
@@ -140,6 +156,14 @@ class Worker:
         events, self.events = self.events, []
         return list(heads), list(self.futures) if scheduler.closed else [], events
 
+    def ask_again(self, scheduler: Scheduler) -> None:
+        """Ask for all heads in a second: a turn that was to ask for some was interrupted."""
+        soon_us = scheduler.now_us() + RETRY_US
+        for head in scheduler.lines.heads():
+            if head.permit is None and (head.future is not None or scheduler.remote is not None):
+                head.ask_at_us = max(head.ask_at_us, soon_us)
+                scheduler.notify_head(head)
+
     def rest_us(self, scheduler: Scheduler) -> int | None:
         """Return how long it may sleep, ``None`` to end."""
         if not self.is_current():
@@ -155,7 +179,7 @@ class Worker:
             wake_us = min(wake_us, scheduler.remote.wake_us(closed=scheduler.closed))
             waiting = bool(scheduler.lines.by_bucket)
         if wake_us < FOREVER_US:
-            return max(0, wake_us - now_us)
+            return max(0, min(wake_us - now_us, MAX_REST_US))
         rest_us = MAX_REST_US if waiting else self._idle_since_us + LINGER_US - now_us
         if scheduler.closed or rest_us <= 0:
             self.thread = None
@@ -178,13 +202,14 @@ def enqueue(
 ) -> PermitFuture:
     """Return the future of a permit.
 
-    If ``arrived_us`` is given (by the broker), the permit and all events come from the worker.
+    All events about one that waits come from the worker, so that they come in order. If
+    ``arrived_us`` is given (by the broker), its permit does, too.
     """
     future = PermitFuture()
     permit: Permit | None = None
     try:
         if arrived_us is None:
-            permit = scheduler.try_free(shard_id)
+            permit = scheduler.try_free(shard_id, waits=False)
         if permit is not None and permit.reporter is not None:
             _complete(future, permit)
         else:
@@ -193,9 +218,7 @@ def enqueue(
             waiter.future = future
             future.on_cancel = partial(_leave_cancelled, scheduler, waiter, scheduler.forks)
             with scheduler.clock.inside():
-                event = scheduler.locked(_join, scheduler, waiter, emits=arrived_us is None)
-                if event is not None:
-                    scheduler.emit(event)
+                scheduler.locked(_join, scheduler, waiter)
     except BaseException:
         # Cancelling leaves the line. If that comes too late, the permit is in the future.
         if not future.cancel() and future.done() and future.exception() is None:
@@ -206,35 +229,41 @@ def enqueue(
     return future
 
 
-def _join(scheduler: Scheduler, waiter: Waiter, *, emits: bool) -> Event | None:
-    """Stand in line, and return the event to emit; or leave it to the worker."""
+def _join(scheduler: Scheduler, waiter: Waiter) -> None:
+    """Stand in line, and have the worker emit that."""
     scheduler.join(waiter)
     event = scheduler.waiting_event(waiter, FOREVER_US)
-    if event is not None and not emits:
+    if event is not None:
         scheduler.worker.events.append(event)
-        event = None
     scheduler.worker.start(scheduler)
-    return event
 
 
-def _leave_cancelled(scheduler: Scheduler, waiter: Waiter, forks: int) -> None:
-    """Take a future that was cancelled out of its line, and notify those who wait for it."""
+def _leave_cancelled(
+    scheduler: Scheduler, waiter: Waiter, forks: int, future: PermitFuture
+) -> None:
+    """Take a future that was cancelled out of its line, and notify those who wait for it.
+
+    Harmless when repeated, which completes what was interrupted.
+    """
     if scheduler.forks != forks:
         return  # it is a copy of the parent's
     if scheduler.lock.is_held():  # a signal handler: right after what it interrupts
-        args = scheduler, waiter, forks
+        args = scheduler, waiter, forks, future
         threading.Thread(target=_leave_cancelled, args=args, name="gateway-queue-cancel").start()
         return
-    future = scheduler.locked(_claim, waiter)
-    scheduler.leave(waiter, None)
-    if future is not None:
-        future.on_cancel = None
+    try:
+        scheduler.leave(waiter, None)
+    finally:
         future.set_running_or_notify_cancel()
+    future.on_cancel = None
 
 
 def _step(scheduler: Scheduler, waiter: Waiter) -> Permit | Event | None:
-    """Ask for a future as a thread would, if it still waits; with the lock held."""
-    if waiter.future is None or waiter.future.cancelled():
+    """Ask for a future as a thread would, if it still waits; with the lock held.
+
+    It does not ask the future: that takes a lock, which somebody else may hold for long.
+    """
+    if waiter.future is None:
         return None
     if waiter.entry is None and waiter.permit is not None:  # it was delivered too late
         scheduler.join(waiter)
@@ -244,8 +273,11 @@ def _step(scheduler: Scheduler, waiter: Waiter) -> Permit | Event | None:
     return answer
 
 
-def _serve_future(scheduler: Scheduler, waiter: Waiter) -> None:
-    """Ask for a future that is the head of its line, and complete it if that has an answer."""
+def _serve_future(scheduler: Scheduler, waiter: Waiter, forks: int) -> None:
+    """Ask for a future that is the head of its line, and complete it if that has an answer.
+
+    In a child that an observer or a callback has forked meanwhile, the permit is the parent's.
+    """
     try:
         while True:
             answer = scheduler.locked(_step, scheduler, waiter)
@@ -256,9 +288,9 @@ def _serve_future(scheduler: Scheduler, waiter: Waiter) -> None:
             elif scheduler.deliver(waiter, answer):
                 break
     except BaseException as error:  # noqa: BLE001 - the future's holder gets it
-        _fail(scheduler, waiter, error)
+        _fail(scheduler, waiter, error, forks)
         return
-    future = scheduler.locked(_claim, waiter, with_permit=True)
+    future = scheduler.locked(_claim, waiter) if scheduler.forks == forks else None
     if future is None:
         return  # it was cancelled, and ``leave`` has given the permit back
     try:
@@ -267,9 +299,11 @@ def _serve_future(scheduler: Scheduler, waiter: Waiter) -> None:
         log.exception("a callback of shard %d's future raised; the queue goes on", waiter.shard_id)
 
 
-def _fail(scheduler: Scheduler, waiter: Waiter, error: BaseException) -> None:
-    """Complete a future with an error."""
-    future, waiter.error = scheduler.locked(_claim, waiter), None
+def _fail(scheduler: Scheduler, waiter: Waiter, error: BaseException, forks: int) -> None:
+    """Complete a future with an error, unless this is a child, and the future its parent's."""
+    if scheduler.forks != forks:
+        return
+    future, waiter.error = waiter.future, None
     try:
         scheduler.leave(waiter, error)
         error.__traceback__ = None  # its frames hold the future
@@ -281,10 +315,10 @@ def _fail(scheduler: Scheduler, waiter: Waiter, error: BaseException) -> None:
         log.exception("a callback of shard %d's future raised; the queue goes on", waiter.shard_id)
 
 
-def _claim(waiter: Waiter, *, with_permit: bool = False) -> PermitFuture | None:
-    """Return a future for the caller to complete, ``None`` if somebody else does; with the lock held."""
+def _claim(waiter: Waiter) -> PermitFuture | None:
+    """Return a future to be completed with its permit, ``None`` if it has left; with the lock held."""
     future, waiter.future = waiter.future, None
-    if with_permit and future is not None:
+    if future is not None:
         waiter.permit = None  # it is the caller's
     return future
 
@@ -307,26 +341,48 @@ def _serve(
     ref: weakref.ref[Scheduler],
     condition: threading.Condition,
     visit: AbstractContextManager[object],
+    forks: int,
 ) -> None:
-    """Serve a scheduler for as long as there is something to do, and it exists."""
+    """Serve a scheduler for as long as there is something to do, and it exists, in one process."""
+    goes_on = True
     with visit:
-        while (scheduler := ref()) is not None:
+        while goes_on:
             try:
-                if scheduler.worker.turn(scheduler):
-                    continue
+                goes_on = _serve_or_sleep(ref, condition, forks)
             except BaseException:
-                log.exception("the worker of a queue failed; it goes on")
-            try:
-                condition.acquire()
-                rest_us = scheduler.worker.rest_us(scheduler)
-                del scheduler
-                if rest_us is None or ref() is None:
-                    return
-                if rest_us > 0:
-                    condition.wait(rest_us / US_PER_SECOND)
-            finally:
-                with contextlib.suppress(RuntimeError):  # as in Scheduler.locked
-                    condition.release()
+                with contextlib.suppress(BaseException):
+                    log.exception("the worker of a queue was interrupted; it goes on")
+
+
+def _serve_or_sleep(
+    ref: weakref.ref[Scheduler], condition: threading.Condition, forks: int
+) -> bool:
+    """Do what there is to do, or sleep; return whether to go on."""
+    scheduler = ref()
+    if scheduler is None or scheduler.forks != forks:
+        return False
+    try:
+        if scheduler.worker.turn(scheduler):
+            return True
+    except BaseException:
+        log.exception("the worker of a queue failed; it goes on")
+        if scheduler.forks != forks:
+            return False
+        scheduler.complete(partial(scheduler.worker.ask_again, scheduler))
+    if scheduler.forks != forks:
+        return False
+    try:
+        condition.acquire()
+        rest_us = scheduler.worker.rest_us(scheduler)
+        del scheduler
+        if rest_us is None or ref() is None:
+            return False
+        if rest_us > 0:
+            condition.wait(rest_us / US_PER_SECOND)
+        return True
+    finally:
+        with contextlib.suppress(RuntimeError):  # as in Scheduler.locked
+            condition.release()
 
 
 def _wake(condition: threading.Condition, _: weakref.ref[Scheduler]) -> None:

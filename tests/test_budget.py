@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 
@@ -18,6 +19,7 @@ from gateway_queue_sync import (
     LimitUpdated,
     SessionLimitExhausted,
 )
+from gateway_queue_sync.queue import scheduler_of
 
 WINDOW = 5.25
 DAY = 86_400.0
@@ -611,7 +613,112 @@ def test_a_reset_while_the_machine_is_suspended_is_noticed_within_a_minute(
     assert call.result(20).remaining == 9
 
 
+@memory
+@pytest.mark.parametrize("way", ["acquire", "enqueue"])
+def test_a_window_that_ends_while_the_machine_is_suspended_ends_within_a_minute(
+    account, clock, crew, way
+):
+    queue = account.local(clock=clock, interval=3600.0)
+    queue.acquire(9)
+    if way == "acquire":
+        (call,) = in_line(queue, crew, clock, [0])
+    else:
+        call = queue.enqueue(0)
+        clock.settle(0)
+    clock.suspend(2 * 3600.0)
+    clock.advance(60)
+    assert call.result(20).shard_id == 0
+
+
+@memory
+def test_a_deadline_that_ends_while_the_machine_is_suspended_ends_within_a_minute(
+    account, clock, crew
+):
+    queue = account.local(clock=clock, interval=7200.0)
+    queue.acquire(9)
+    calls = in_line(queue, crew, clock, [0], timeout=5400.0)
+    calls += in_line(queue, crew, clock, [1], timeout=1800.0)
+    clock.suspend(6000.0)
+    clock.advance(60)
+    for call in calls:
+        assert isinstance(call.exception(20), AcquireTimeout)
+
+
 # --- limits that are read again -------------------------------------------------------------------
+
+
+def start_that_raises(error, context=None):
+    def start(self):
+        try:
+            if context is not None:
+                raise context
+        finally:
+            raise error
+
+    return start
+
+
+@memory
+def test_ctrl_c_while_the_thread_that_reads_the_limit_is_started_is_raised(
+    account, clock, monkeypatch
+):
+    """``Thread.start`` waits for the thread, and then fails to release a lock (CPython #118433)."""
+    refresh = Answers(limit(100, 40, DAY))
+    queue = account.large(limit(100, 50, DAY), refresh=refresh, clock=clock)
+    clock.advance(600)
+    error = RuntimeError("release unlocked lock")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_that_raises(error, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            queue.acquire(0)
+    clock.advance(600)
+    assert queue.acquire(0).remaining == 49
+    while queue.snapshot().limit.remaining != 39:
+        pass
+
+
+@memory
+def test_an_interrupt_at_any_point_of_a_call_that_reads_the_limit_ends_no_reads(
+    account, clock, monkeypatch
+):
+    started = []
+    queue = account.large(
+        limit(1000, 1000, DAY), refresh=list, clock=clock, reread_after=60.0, interval=1.0
+    )
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: started.append(thread) or 1 / 0)
+
+    def call():
+        with contextlib.suppress(ZeroDivisionError):
+            queue.acquire(0)
+
+    def check(outcome, injector):
+        clock.advance(600)
+        started.clear()
+        call()
+        assert started, injector.where
+
+    assert run_interrupted_everywhere(call, check, lambda: clock.advance(600)) > 5
+
+
+@memory
+def test_that_no_thread_can_read_the_limit_is_logged_without_the_lock(account, clock, monkeypatch):
+    queue = account.large(limit(100, 50, DAY), refresh=Answers(), clock=clock)
+    clock.advance(600)
+    held = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            held.append(scheduler_of(queue).lock.is_held())
+
+    handler, logger = Handler(), logging.getLogger("gateway_queue_sync")
+    logger.addHandler(handler)
+    try:
+        error = RuntimeError("can't start new thread")
+        monkeypatch.setattr(threading.Thread, "start", start_that_raises(error))
+        assert queue.acquire(0).remaining == 49
+    finally:
+        logger.removeHandler(handler)
+    assert held == [False]
 
 
 def reread(account, clock, crew, known, *answers, **settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import threading
 import time
@@ -21,6 +22,7 @@ from gateway_queue_sync import (
 )
 from gateway_queue_sync.future import PermitFuture
 from gateway_queue_sync.lines import Waiter
+from gateway_queue_sync.queue import scheduler_of
 
 WINDOW = 5.25
 
@@ -361,6 +363,85 @@ def test_callbacks_run_and_one_that_raises_stops_nobody(account, clock, caplog):
     assert called == [0, 1, 2]
 
 
+@pytest.mark.accounts("memory")
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt, ValueError])
+def test_all_callbacks_of_a_future_run_whatever_one_raises(account, clock, caplog, raised):
+    queue = account.local(clock=clock)
+    queue.acquire(9)
+    called = []
+
+    def callback(future):
+        raise raised
+
+    future = queue.enqueue(0)
+    future.add_done_callback(callback)
+    future.add_done_callback(called.append)
+    clock.settle(0)
+    clock.advance(WINDOW)
+    wait_for_no_worker(clock)
+    assert called == [future]
+    assert raised.__name__ in caplog.text
+
+
+@pytest.mark.parametrize("raised", [SystemExit, KeyboardInterrupt])
+def test_a_callback_that_raises_as_its_future_is_cancelled_keeps_nobody_in_line(
+    account, clock, caplog, raised
+):
+    queue = account.local(clock=clock)
+    queue.acquire(9)
+    called = []
+
+    def callback(future):
+        raise raised
+
+    future = queue.enqueue(0)
+    future.add_done_callback(callback)
+    future.add_done_callback(called.append)
+    with pytest.raises(raised):
+        future.cancel()
+    assert called == [future]
+    assert queue.snapshot().waiting == 0
+    assert wait([future], timeout=10).done == {future}
+    assert future.cancel()
+
+
+@pytest.mark.accounts("memory")
+def test_ctrl_c_in_a_callback_that_is_called_at_once_is_raised(account, clock, caplog):
+    def callback(future):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        account.local(clock=clock).enqueue(0).add_done_callback(callback)
+
+
+@pytest.mark.accounts("memory")
+def test_a_future_whose_lock_somebody_holds_holds_up_nobody_else(account, clock, crew):
+    queue = account.local(clock=clock)
+    queue.acquire(9)
+    future = queue.enqueue(0)
+    clock.settle(0)
+    with future._condition:
+        clock.advance(WINDOW)
+        while crew(queue.snapshot).result(5).granted < 2:
+            pass
+    assert future.result(10).shard_id == 0
+
+
+@pytest.mark.accounts("memory")
+def test_an_asynchronous_exception_does_not_end_the_worker(account, clock, caplog):
+    queue = account.local(clock=clock)
+    queue.acquire(9)
+    future = queue.enqueue(0)
+    clock.settle(0)
+    (worker,) = workers()
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit)
+    )
+    clock.advance(WINDOW)  # it comes when the sleep ends
+    assert future.result(10).shard_id == 0
+    assert "SystemExit" in caplog.text
+
+
 def test_a_callback_that_would_block_on_its_own_queue_is_told_so(account, clock):
     queue = account.local(clock=clock)
     queue.acquire(9)
@@ -422,6 +503,49 @@ def test_relined_futures_go_on_in_their_new_buckets(account, clock):
     assert [future.result(10).bucket for future in futures] == [0, 1, 2, 3]
 
 
+@pytest.mark.accounts("memory")
+def test_a_future_waits_before_it_is_granted_however_slow_the_observer_is(account, clock):
+    heard, granted, main = [], threading.Event(), threading.current_thread()
+
+    def observer(event):
+        if isinstance(event, ShardGranted) and event.shard_id == 0:
+            granted.set()
+        elif isinstance(event, ShardWaiting):
+            clock.advance(WINDOW)
+            if threading.current_thread() is main:  # the worker is not held up
+                assert granted.wait(10)
+        heard.append(type(event))
+
+    queue = account.local(clock=clock, observer=observer)
+    queue.acquire(9)
+    heard.clear()
+    queue.enqueue(0).result(10)
+    wait_for_no_worker(clock)
+    assert heard == [ShardWaiting, ShardGranted]
+    assert not scheduler_of(queue).observers.latest
+
+
+def test_a_future_waits_before_it_is_cancelled_however_slow_the_observer_is(account, clock):
+    heard, waits, cancelled = [], threading.Event(), threading.Event()
+
+    def observer(event):
+        if isinstance(event, ShardWaiting):
+            waits.set()
+            assert cancelled.wait(10)
+        heard.append(type(event))
+
+    queue = account.local(clock=clock, observer=observer)
+    queue.acquire(9)
+    heard.clear()
+    future = queue.enqueue(0)
+    assert waits.wait(10)
+    future.cancel()
+    cancelled.set()
+    wait_for_no_worker(clock)
+    assert heard == [ShardWaiting, ShardLeft]
+    assert not scheduler_of(queue).observers.latest
+
+
 def test_observers_hear_of_futures(account, clock):
     heard = []
     queue = account.local(clock=clock, observer=heard.append)
@@ -430,6 +554,7 @@ def test_observers_hear_of_futures(account, clock):
     future = queue.enqueue(3)
     clock.settle(0)
     future.cancel()
+    clock.settle(0)
     assert heard == [ShardWaiting(3, 0, 0, WINDOW), ShardLeft(3, 0.0, "cancelled")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dis
 import random
@@ -146,6 +147,25 @@ def test_an_interrupt_at_any_point_of_a_try(clock):
     assert run_interrupted_everywhere(call, check) > 15
 
 
+def test_an_interrupt_at_any_point_of_a_try_after_a_change_of_buckets_opens_none_early(clock):
+    """The first look at a bucket lays it out: it could lose what it had from the others."""
+    queue = LargeBotQueue(limit(10**6, 10**6), clock=clock, period=1e9)
+    buckets = [1]
+
+    def prepare():
+        clock.advance(60)
+        buckets[0] = 3 - buckets[0]
+        queue.acquire(0)
+        queue.update(limit(10**6, 10**6, max_concurrency=buckets[0]))
+
+    def check(outcome, injector):
+        assert outcome is None
+        assert queue.try_acquire(0) is None, injector.where
+        assert is_whole(queue), injector.where
+
+    assert run_interrupted_everywhere(lambda: queue.try_acquire(0), check, prepare) > 5
+
+
 def test_an_interrupt_at_any_point_of_a_wait():
     """With really sleeping threads: the first in line, with somebody behind it, every time."""
     queue = LargeBotQueue(limit(10**6, 10**6), interval=0.001, margin=0)
@@ -266,6 +286,34 @@ def test_an_interrupt_at_any_point_of_an_enqueue_loses_nothing(clock):
     assert run_interrupted_everywhere(lambda: queue.enqueue(0), finish) > 6
     assert len(set(lost)) <= 3
     assert {where.split(":")[0].split(".")[-1] for where in lost} <= HANDED_OVER | {"enqueue"}, lost
+
+
+@pytest.mark.parametrize(
+    "method", ["cancel", "cancelled", "running", "done", "result", "exception"]
+)
+def test_an_interrupt_at_any_point_of_a_call_of_a_future_leaves_no_lock_behind(clock, method):
+    queue = LargeBotQueue(limit(1000, 1000, 0.0), clock=clock, period=1e9)
+    queue.acquire(0)
+    futures = []
+    arguments = [0] if method in ("result", "exception") else []
+
+    def call():
+        with contextlib.suppress(TimeoutError):
+            getattr(futures[-1], method)(*arguments)
+
+    def check(outcome, injector):
+        future = futures.pop()
+        assert queue.snapshot().waiting == (not future.cancelled()), injector.where
+        others = [threading.Thread(target=future.cancel, daemon=True) for _ in range(2)]
+        for thread in others:
+            thread.start()
+            thread.join(5)
+            assert not thread.is_alive(), injector.where
+        assert wait([future], 5).done, injector.where
+        assert is_whole(queue), injector.where
+
+    points = run_interrupted_everywhere(call, check, lambda: futures.append(queue.enqueue(0)))
+    assert points > 3
 
 
 def test_signals_at_random_points_lose_nothing():

@@ -18,7 +18,7 @@ import pytest
 from clocks import Hooked
 from freezegun import freeze_time
 
-from gateway_queue_sync import AcquireTimeout, LocalQueue, QueueClosed
+from gateway_queue_sync import AcquireTimeout, LocalQueue, QueueClosed, ShardGranted
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +53,7 @@ def signal_main_soon():
     return timer
 
 
-@pytest.mark.parametrize("method", ["acquire", "try_acquire", "enqueue"])
+@pytest.mark.parametrize("method", ["acquire", "try_acquire"])
 def test_a_signal_handler_in_a_waiting_thread_is_refused(on_signal, method):
     queue = LocalQueue(interval=0.15, margin=0.25)
     queue.acquire(0)
@@ -72,6 +72,29 @@ def test_a_signal_handler_in_a_waiting_thread_is_refused(on_signal, method):
     assert len(errors) == 1
     assert "signal handler" in errors[0]
     assert queue.snapshot().granted == 2
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_observer_may_enqueue(clock, crew, waits):
+    """That never blocks, whatever its thread is inside of."""
+    futures = []
+
+    def observer(event):
+        if isinstance(event, ShardGranted) and event.shard_id == 1:
+            futures.append(queue.enqueue(2))
+
+    queue = LocalQueue(clock=clock, observer=observer)
+    if waits:
+        queue.acquire(0)
+        call = crew(queue.acquire, 1)
+        clock.settle(1)
+        clock.advance(5.25)
+        call.now()
+    else:
+        queue.acquire(1)
+    clock.settle(0)
+    clock.advance(5.25)
+    assert futures[0].result(10).shard_id == 2
 
 
 def test_a_signal_handler_may_close_the_queue_that_its_thread_waits_in(on_signal):
@@ -276,6 +299,42 @@ def test_a_child_that_an_observer_forks_inside_a_call_gets_no_permit(waits):
         """
     )
     assert (outcome.stdout, outcome.stderr) == (f"permit refused {9 - waits}\n", "")
+
+
+@needs_fork
+@pytest.mark.parametrize("by", ["observer", "callback"])
+def test_a_child_that_is_forked_in_the_worker_gets_no_permit_and_ends(by):
+    outcome = python(
+        FORKS
+        + f"""
+    def fork_in(place, shard_id):
+        if place == {by!r} and shard_id == 1:
+            fork()
+
+    def observer(event):
+        if isinstance(event, ShardGranted):
+            fork_in("observer", event.shard_id)
+
+    def note(future):
+        os.write(1, f"{{os.getpid() == parent}} {{future.result().shard_id}}\\n".encode())
+        noted.release()
+
+    parent, noted = os.getpid(), threading.Semaphore(0)
+    queue = LargeBotQueue(
+        SessionStartLimit(10, 10, 600.0, 1), interval=0.05, margin=0.5, observer=observer
+    )
+    queue.acquire(0)
+    futures = [queue.enqueue(1), queue.enqueue(2)]
+    for future in futures:
+        future.add_done_callback(lambda future: fork_in("callback", future.result().shard_id))
+        future.add_done_callback(note)
+    for future in futures:
+        assert noted.acquire(timeout=10)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), queue.snapshot().granted, flush=True)
+        """
+    )
+    printed = sorted(outcome.stdout.splitlines())
+    assert (printed, outcome.stderr) == (["0 3", "True 1", "True 2"], "")
 
 
 @needs_fork

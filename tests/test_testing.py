@@ -7,7 +7,13 @@ import threading
 
 import pytest
 
-from gateway_queue_sync import LargeBotQueue, LocalQueue, QueueClosed, SessionStartLimit
+from gateway_queue_sync import (
+    LargeBotQueue,
+    LocalQueue,
+    QueueClosed,
+    SessionStartLimit,
+    ShardGranted,
+)
 from gateway_queue_sync.testing import FakeClock, Referee, Refusal
 
 S = 1_000_000
@@ -362,7 +368,7 @@ def test_settle_waits_until_the_worker_is_parked(clock, crew):
     started, go_on = threading.Event(), threading.Event()
 
     def observe(event):
-        if threading.current_thread() is not threading.main_thread():
+        if isinstance(event, ShardGranted) and event.shard_id == 1:  # in the worker
             started.set()
             go_on.wait(10)
 

@@ -504,6 +504,39 @@ def test_no_refund_exceeds_what_other_programs_left():
     assert left(kept, 50 * S) == 300
 
 
+def test_no_refund_exceeds_what_was_read_when_the_permit_no_longer_counted_on_top():
+    """Other programs have used nearly all; this permit had been granted, but not sent."""
+    kept = with_reads()
+    permit = granted(kept, 0)
+    read(kept, 2 * MINUTE, 10)
+    token_bucket.unused(kept, permit)
+    assert (left(kept, 2 * MINUTE), kept.used) == (10, 0)
+
+
+def test_a_permit_given_back_long_after_it_was_granted_is_refunded_if_nothing_was_read_since():
+    kept = with_reads()
+    permit = granted(kept, 0)
+    granted(kept, 10 * MINUTE)
+    token_bucket.unused(kept, permit)
+    assert left(kept, 10 * MINUTE) == 999
+
+
+def test_what_is_remembered_of_permits_does_not_grow_over_periods_in_which_no_read_succeeds():
+    kept = with_reads(total=10)
+    kept.period_us = HOUR
+    for number in range(100):
+        granted(kept, number * HOUR // 10)
+    assert len(kept.recent) <= 10
+
+
+def test_a_permit_of_the_last_minute_before_a_reset_is_remembered_after_it():
+    kept = with_reads()
+    granted(kept, HOUR - 61 * S)
+    granted(kept, HOUR - 10 * S)
+    granted(kept, HOUR)
+    assert set(kept.recent) == {2, 3}
+
+
 def test_a_read_that_shows_more_than_the_total_less_own_permits_gives_none_back():
     kept = with_reads()
     for number in range(5):
@@ -1273,6 +1306,23 @@ def test_new_buckets_stay_closed_for_as_long_as_an_old_one_after_many_rejections
     now_us = sum(row_of_rejections(kept, 10)) - 15 * MINUTE
     limits.adopt(kept, limit(max_concurrency=2), now_us)
     assert [wait(kept, now_us, shard_id) for shard_id in range(2)] == [15 * MINUTE] * 2
+
+
+def test_a_row_of_rejections_goes_on_in_other_buckets():
+    kept = with_budget(max_concurrency=1)
+    now_us = sum(row_of_rejections(kept, 11))
+    for max_concurrency in (2, 3):
+        limits.adopt(kept, limit(max_concurrency=max_concurrency), now_us)
+    assert row_of_rejections(kept, 1, now_us) == [15 * MINUTE]
+
+
+def test_a_row_of_rejections_that_had_ended_does_not_go_on_in_other_buckets():
+    kept = with_budget(max_concurrency=1)
+    now_us = sum(row_of_rejections(kept, 11))
+    for number in range(2):
+        granted(kept, now_us + number * W)
+    limits.adopt(kept, limit(max_concurrency=2), now_us + 2 * W)
+    assert row_of_rejections(kept, 1, now_us + 2 * W) == [2 * W]
 
 
 def test_the_same_number_of_buckets_are_the_same_buckets():

@@ -18,6 +18,7 @@ from gateway_queue_sync import (
     forecast,
 )
 from gateway_queue_sync.lines import Line, Lines
+from gateway_queue_sync.queue import scheduler_of
 from gateway_queue_sync.testing import FakeClock
 
 WINDOW = 5.25
@@ -468,6 +469,35 @@ def test_a_no_op_queue_always_grants_and_ignores_limits():
         assert queue.snapshot().granted == 53
     with pytest.raises(QueueClosed):
         queue.acquire(0)
+
+
+@memory
+def test_a_repr_counts_with_the_lock_held(account, clock, monkeypatch):
+    """Others join and leave meanwhile. A signal handler that interrupts one who holds it has it."""
+    queue = account.local(clock=clock)
+    scheduler, held = scheduler_of(queue), []
+    monkeypatch.setattr(Lines, "__len__", lambda lines: held.append(scheduler.lock.is_held()) or 0)
+    assert "waiting=0" in repr(queue)
+    assert "waiting=0" in scheduler.locked(repr, queue)
+    assert held == [True, True]
+    assert not scheduler.lock.is_held()
+
+
+@memory
+def test_who_leaves_the_middle_of_a_line_wakes_nobody(account, clock, crew):
+    queue = account.local(clock=clock)
+    queue.acquire(9)
+    (head,) = in_line(queue, crew, clock, [0])
+    futures = [queue.enqueue(shard_id) for shard_id in range(1, 4)]
+    clock.settle(1)
+    ledger, asked = scheduler_of(queue).local, []
+    ledger.take = lambda *arguments: asked.append(arguments) or type(ledger).take(*arguments)
+    futures[1].cancel()
+    futures[2].cancel()
+    clock.settle(1)
+    assert asked == []
+    clock.advance(WINDOW)
+    assert head.now().shard_id == 0
 
 
 def test_all_of_them_are_queues(account, clock):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from gateway_queue_sync import forecast
 from gateway_queue_sync.clock import FOREVER_US, Clock
 from gateway_queue_sync.errors import LedgerError, worker_blocked
-from gateway_queue_sync.events import Event, LimitUpdated, ShardWaiting
+from gateway_queue_sync.events import Event, LimitUpdated
 from gateway_queue_sync.forecast import Outlook
 from gateway_queue_sync.ledgers import Answers, Exchange, Request, Wants
 from gateway_queue_sync.ledgers.memory import MemoryLedger
@@ -197,9 +197,12 @@ class RemoteLedger:
 
     def exchange(self, scheduler: Scheduler, heads: list[Waiter]) -> bool:
         """Ask the ledger, without the lock, and pass its answers on; false if nothing was to be sent."""
+        forks = scheduler.forks
         events, wants = scheduler.locked(self._compose, scheduler, heads)
         for event in events:
             scheduler.emit(event)
+        if scheduler.forks != forks:
+            return True  # an observer has forked, and this is the child: the rest is its parent's
         if wants is None:
             if scheduler.closed and not heads and not events:
                 self.ledger.close()
@@ -207,6 +210,8 @@ class RemoteLedger:
         answers = self.ledger.exchange(wants)
         events = scheduler.locked(self._take_in, scheduler, wants, answers)
         self._log_reach()
+        if scheduler.reader is not None:
+            scheduler.reader.log_failure()
         for event in events:
             scheduler.emit(event)
         return True
@@ -220,7 +225,7 @@ class RemoteLedger:
         """
         now_us, wants = self._now_us(), self.wants
         heads[:] = [head for head in heads if head.entry is not None]  # some may have left just now
-        events = self._waiting_events(scheduler.lines, now_us, looked=False)
+        events = self._waiting_events(scheduler, now_us, looked=False)
         if self.failure is not None and now_us < self.retry_us:
             for head in heads:
                 if not head.once:
@@ -253,7 +258,7 @@ class RemoteLedger:
             if event is not None:
                 events.append(event)
         looked = any(request.kind == "look" for request in wants.requests)
-        return events + self._waiting_events(scheduler.lines, now_us, looked=looked)
+        return events + self._waiting_events(scheduler, now_us, looked=looked)
 
     def _pass_on(
         self, scheduler: Scheduler, waiter: Waiter, answer: Permit | Denial | None, now_us: int
@@ -351,13 +356,14 @@ class RemoteLedger:
         if reached:
             log.warning("%s", reached)
 
-    def _waiting_events(self, lines: Lines, now_us: int, *, looked: bool) -> list[Event]:
+    def _waiting_events(self, scheduler: Scheduler, now_us: int, *, looked: bool) -> list[Event]:
         """Return the events to emit, of those who wait by a look just made; a recent one for the log."""
         events, self._events = self._events, []
         look = self._look
         recent = not self._observed and look is not None and now_us - look.at_us <= RECENT_LOOK_US
         if look is None or look.outlook is None or not (looked or recent):
             return events
+        lines = scheduler.lines
         waiting, self.unseen = self.unseen, []
         for waiter in waiting:
             if waiter.entry is None or waiter.permit is not None or waiter.error is not None:
@@ -369,7 +375,7 @@ class RemoteLedger:
                 look.outlook, number, position, len({number, *look.lines}), total
             )
             eta = None if in_us is None else in_us / US_PER_SECOND
-            events.append(ShardWaiting(waiter.shard_id, number, position, eta, waiter.number))
+            events.append(scheduler.observers.waiting(waiter, number, position, eta))
         return events
 
     # --- errors -----------------------------------------------------------------------------------

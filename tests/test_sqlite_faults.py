@@ -128,17 +128,23 @@ def failures_of(queue, monkeypatch):
 
 def run(code, *arguments, python=sys.executable, before=(), timeout=30):
     """Run a program of its own, warnings as errors, and return what it said; it must end well."""
-    done = subprocess.run(
+    process = subprocess.Popen(
         [*before, str(python), "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
+        start_new_session=True,
     )
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    return done.stdout.split("\n")[:-1]
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # its children, too: they have its output open
+        process.communicate()
+        raise
+    assert (process.returncode, stderr) == (0, ""), stdout + stderr
+    return stdout.split("\n")[:-1]
 
 
 # --- a file that a stopped process holds locked ---------------------------------------------------

@@ -148,13 +148,14 @@ class Worker:
     def _to_do(self, scheduler: Scheduler) -> tuple[list[Waiter], list[Waiter], list[Event]]:
         """Return the heads that are due, each once, the futures to close, and the events to emit."""
         now_us, due = scheduler.now_us(), self._due
-        heads: dict[Waiter, None] = {}
+        heads: dict[Waiter, int] = {}  # and their buckets, in whose order they ask
         while due and due[0][0] <= now_us:
-            at_us, _, _, waiter = heapq.heappop(due)
+            at_us, bucket, _, waiter = heapq.heappop(due)
             if _is_due(scheduler, waiter, at_us):
-                heads[waiter] = None
+                heads[waiter] = bucket
         events, self.events = self.events, []
-        return list(heads), list(self.futures) if scheduler.closed else [], events
+        closing = list(self.futures) if scheduler.closed else []
+        return sorted(heads, key=heads.__getitem__), closing, events
 
     def ask_again(self, scheduler: Scheduler) -> None:
         """Ask for all heads in a second: a turn that was to ask for some was interrupted."""

@@ -128,6 +128,7 @@ limits = st.builds(
     st.integers(0, 7), st.integers(1, 14), limits, st.integers(0, 3), st.sampled_from([7.0, DAY])
 )
 @example(0, 9, limit(4, max_concurrency=3), 0, DAY)
+@example(0, 9, limit(6, 5, 9.0, 2), 2, DAY)
 def test_any_fleet_of_futures_starts_at_exactly_those_times(first, count, some, reserve, period):
     reserve = min(reserve, some.total - 1)
     first -= first % some.max_concurrency  # then the order of asking is that of the buckets

@@ -125,13 +125,22 @@ def test_no_request_of_one_client_answers_another(proxy, tmp_path, monkeypatch):
             for _ in range(REQUESTS):
                 if time.monotonic() > give_up:
                     break
-                data, before = random_data(rng), queue.snapshot().granted
-                with contextlib.closing(Talk(port, data)) as talk:
-                    patience = time.monotonic() + 10.0
-                    while talk.read() or queue.snapshot().granted - before > talk.permits:
-                        assert time.monotonic() < patience, (seed, data, talk.answers)
+                data = random_data(rng)
+                # Twice, since a request of the connection before may have been granted just now.
+                answered = _is_answered(queue, port, data) or _is_answered(queue, port, data)
+                assert answered, (seed, data)
                 assert client("/robots.txt").read()[0] == 404, (seed, data)
             assert queue.snapshot().granted > 10
+
+
+def _is_answered(queue, port, data):
+    """Send something; return whether each permit that is granted meanwhile is answered."""
+    before, give_up = queue.snapshot().granted, time.monotonic() + 5.0
+    with contextlib.closing(Talk(port, data)) as talk:
+        while talk.read() or queue.snapshot().granted - before > talk.permits:
+            if time.monotonic() > give_up:
+                return False
+    return True
 
 
 class Talk:

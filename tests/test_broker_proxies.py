@@ -21,7 +21,7 @@ from gateway_queue_sync import NoOpQueue, serve
 from gateway_queue_sync.broker import connection
 
 REQUESTS = 2_000
-SECONDS = 10.0  # at most, for all of them
+SECONDS = 4.0  # at most, for all of them
 
 NGINX = """
 daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/log;

@@ -313,7 +313,7 @@ def test_an_interrupt_at_any_point_of_a_call_of_a_future_leaves_no_lock_behind(c
         assert is_whole(queue), injector.where
 
     points = run_interrupted_everywhere(call, check, lambda: futures.append(queue.enqueue(0)))
-    assert points > 3 or sys.version_info >= (3, 14)  # where some of them run no code in Python
+    assert points > 3 or sys.version_info >= (3, 13)  # which reports fewer, and runs less in Python
 
 
 def test_signals_at_random_points_lose_nothing():

@@ -91,7 +91,7 @@ class HttpLedger(SharedLedger):
                 try:
                     return self._exchange(connection, body)
                 except TimeoutError:
-                    self._hang_up()  # what made this one silent has met them all
+                    self._disconnect()  # the idle ones have probably failed, too
                     raise
                 except (
                     ConnectionError,
@@ -131,13 +131,13 @@ class HttpLedger(SharedLedger):
 
     def close(self) -> None:
         self._closed = True
-        self._hang_up()
+        self._disconnect()
 
     def __del__(self) -> None:
         if hasattr(self, "_idle"):  # it was made in whole
-            self._hang_up()
+            self._disconnect()
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         while self._idle:
             with contextlib.suppress(IndexError):
                 self._idle.pop()[1].close()

@@ -97,7 +97,7 @@ class RedisLedger(SharedLedger):
             raise LedgerError(f"{self!r} answered nonsense: {error}") from error
         finally:
             if self._closed:
-                self._hang_up()
+                self._disconnect()
         return reply
 
     def _run(self, given: list[str]) -> Reply:
@@ -112,9 +112,9 @@ class RedisLedger(SharedLedger):
 
     def close(self) -> None:
         self._closed = True
-        self._hang_up()
+        self._disconnect()
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         """Close what was made here; a client that was given is its owner's."""
         if self._url is not None:
             self._client.close()

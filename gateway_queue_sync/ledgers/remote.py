@@ -164,15 +164,15 @@ class RemoteLedger:
 
     def update(self, scheduler: Scheduler, limit: SessionStartLimit) -> None:
         """Have a limit adopted, and wait for the answer."""
-        self._ask(scheduler, Request("update", limit))
+        self._request(scheduler, Request("update", limit))
 
     def snapshot(self, scheduler: Scheduler) -> QueueSnapshot:
         """Ask who waits where, and wait for the answer."""
-        look = self._ask(scheduler, Request("look"))
+        look = self._request(scheduler, Request("look"))
         assert look.outlook is not None
         return forecast.snapshot(look.outlook, look.lines)
 
-    def _ask(self, scheduler: Scheduler, request: Request) -> Request:
+    def _request(self, scheduler: Scheduler, request: Request) -> Request:
         """Have the worker send a request, and wait for the answer for 5 seconds at most."""
         if scheduler.worker.is_current():
             raise worker_blocked()

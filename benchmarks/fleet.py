@@ -18,7 +18,6 @@ from benchmarks.figures import OURS, Result, Table, Target
 from benchmarks.peers import SUBJECTS
 from benchmarks.rounds import Case, Measured, Say, interleaved
 from gateway_queue_sync import LargeBotQueue, SessionStartLimit
-from gateway_queue_sync.models import to_us
 from gateway_queue_sync.testing import FakeClock
 
 NAME = "fleet"
@@ -202,7 +201,7 @@ def fake_start(shards: int, buckets: int) -> Measured:
     queue = LargeBotQueue(limit, clock=clock)
     began_us = clock.now_us()
     futures = [queue.enqueue(shard_id) for shard_id in range(shards)]
-    least_us = (-(-shards // buckets) - 1) * to_us(5.25)
+    least_us = (-(-shards // buckets) - 1) * 5_250_000
     for first in range(buckets, shards, buckets):
         clock.settle(0, timeout=60)
         clock.advance(5.25)  # with which each bucket opens, and not a moment later

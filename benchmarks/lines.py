@@ -368,7 +368,7 @@ def _told_after(wait: Callable[[float], None], count: int) -> Measured:
     told: list[float] = []
 
     def time_out() -> None:
-        wait(deadline - time.monotonic())
+        wait(max(0.0, deadline - time.monotonic()))
         told.append(time.monotonic())
 
     threads = [threading.Thread(target=time_out) for _ in range(count)]

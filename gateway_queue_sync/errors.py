@@ -23,7 +23,7 @@ class AcquireTimeout(GatewayQueueError, TimeoutError):
     Attributes:
         shard_id: the shard that asked.
         timeout: how long it was willing to wait, in seconds.
-        eta: seconds until its permit would have come, or ``None`` if unknown.
+        eta: seconds until its permit would have come; ``None`` if unknown, or behind 100 others.
     """
 
     def __init__(self, shard_id: int, timeout: float, eta: float | None = None) -> None:

@@ -19,7 +19,14 @@ log = logging.getLogger("gateway_queue_sync")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_here = threading.local()  # interrupt: what a callback has raised in this thread
+
+class _Here(threading.local):
+    """What a callback has raised in this thread."""
+
+    interrupt: BaseException | None = None
+
+
+_here = _Here()
 
 
 def _unlocked_at_exit(method: Callable[P, T]) -> Callable[P, T]:
@@ -75,28 +82,31 @@ class PermitFuture(Future[Permit]):
             try:
                 self._leave()
             finally:
-                self._leave()  # does nothing, unless it was interrupted
-        _raise_interrupt()
+                if self.on_cancel is not None:  # it was interrupted, or there was nothing to leave
+                    self._leave()
+        if _here.interrupt is not None:
+            _raise_interrupt()
         return cancelled
 
     def _leave(self) -> None:
         on_cancel = self.on_cancel
-        if on_cancel is not None and self.cancelled():
+        if on_cancel is not None and self._state.startswith("CANCELLED"):
             on_cancel(self)
 
     @_unlocked_at_exit
     def add_done_callback(self, fn: Callable[[Future[Permit]], object]) -> None:
         """Call ``fn`` with the future when that is done; whatever it raises, the others are called."""
         super().add_done_callback(functools.partial(_call_back, fn))
-        _raise_interrupt()  # it was called at once
+        if _here.interrupt is not None:  # it was called at once
+            _raise_interrupt()
 
     @_unlocked_at_exit
     def set_running_or_notify_cancel(self) -> bool:
         """Begin to complete the future; false if it was cancelled, also if that was notified before."""
-        with self._condition:
-            return (
-                self._state != "CANCELLED_AND_NOTIFIED" and super().set_running_or_notify_cancel()
-            )
+        self._condition.acquire()  # at an interrupt, the wrapper releases it
+        is_new = self._state != "CANCELLED_AND_NOTIFIED" and super().set_running_or_notify_cancel()
+        self._condition.release()
+        return is_new
 
     @_unlocked_at_exit
     def set_result(self, result: Permit) -> None:
@@ -114,6 +124,10 @@ class PermitFuture(Future[Permit]):
             super().set_exception(exception)
         finally:
             _here.interrupt = None
+
+    def has_permit(self) -> bool:
+        """Return whether it was completed with a permit."""
+        return self._state == "FINISHED" and self._exception is None
 
     cancelled = _unlocked_at_exit(Future.cancelled)
     running = _unlocked_at_exit(Future.running)
@@ -137,10 +151,9 @@ def _call_back(fn: Callable[[Future[Permit]], object], future: PermitFuture) -> 
 
 def _raise_interrupt() -> None:
     """Raise what has interrupted a callback in this thread."""
-    interrupt: BaseException | None = getattr(_here, "interrupt", None)
-    if interrupt is not None:
-        _here.interrupt = None
-        try:
+    interrupt, _here.interrupt = _here.interrupt, None
+    try:
+        if interrupt is not None:
             raise interrupt
-        finally:
-            interrupt = None  # its traceback holds this frame
+    finally:
+        interrupt = None  # its traceback holds this frame

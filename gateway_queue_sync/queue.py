@@ -112,7 +112,7 @@ class GatewayQueue:
         except AcquireTimeout:
             return None
 
-    def enqueue(self, shard_id: int, *, priority: float = 0.0) -> Future[Permit]:
+    def enqueue(self, shard_id: int, *, priority: float = NO_PRIORITY) -> Future[Permit]:
         """Join the line without a thread, and return the future of the permit. Never blocks.
 
         On a free bucket in memory the future is done at once. Cancelling it leaves the line and uses up
@@ -134,8 +134,9 @@ class GatewayQueue:
             RuntimeError: as ``acquire`` does, but an observer may enqueue.
         """
         shard_id = whole_number("shard_id", shard_id)
+        priority_us = 0 if priority is NO_PRIORITY else to_priority_us(priority)
         scheduler = self._scheduler
-        forks, future = scheduler.forks, enqueue(scheduler, shard_id, to_priority_us(priority))
+        forks, future = scheduler.forks, enqueue(scheduler, shard_id, priority_us)
         if scheduler.forks != forks:
             raise scheduler.forked()
         return future

@@ -39,7 +39,7 @@ from gateway_queue_sync.worker import Worker
 log = logging.getLogger("gateway_queue_sync")
 
 MAX_SLEEP_US = 60 * US_PER_SECOND  # then it looks again: the machine may have been suspended
-MAX_POSITION = 1_000  # a time-out with more waiters ahead has no ``eta``
+MAX_POSITION = 100  # a time-out with more waiters ahead has no ``eta``
 
 
 class Scheduler:

@@ -121,10 +121,10 @@ class Worker:
 
     # --- in its thread ----------------------------------------------------------------------------
 
-    def turn(self, scheduler: Scheduler) -> bool:
-        """Do what there is to do now; return whether there was anything."""
+    def turn(self, scheduler: Scheduler) -> None:
+        """Do what there is to do now."""
         if not self.is_current():
-            return False
+            return
         forks = scheduler.forks
         heads, closing, events = scheduler.locked(self._to_do, scheduler)
         for event in events:
@@ -140,10 +140,8 @@ class Worker:
         for waiter in heads:
             if waiter.future is not None:
                 _serve_future(scheduler, waiter, forks)
-        if not (heads or closing or events or sent):
-            return False
-        self._idle_since_us = scheduler.now_us()
-        return True
+        if heads or closing or events or sent:
+            self._idle_since_us = scheduler.now_us()
 
     def _to_do(self, scheduler: Scheduler) -> tuple[list[Waiter], list[Waiter], list[Event]]:
         """Return the heads that are due, each once, the futures to close, and the events to emit."""
@@ -222,7 +220,7 @@ def enqueue(
                 scheduler.locked(_join, scheduler, waiter)
     except BaseException:
         # Cancelling leaves the line. If that comes too late, the permit is in the future.
-        if not future.cancel() and future.done() and future.exception() is None:
+        if not future.cancel() and future.has_permit():
             future.result().unused()
         elif permit is not None and not permit.returned:
             scheduler.complete(partial(scheduler.return_permit, permit))
@@ -236,7 +234,8 @@ def _join(scheduler: Scheduler, waiter: Waiter) -> None:
     event = scheduler.waiting_event(waiter, FOREVER_US)
     if event is not None:
         scheduler.worker.events.append(event)
-    scheduler.worker.start(scheduler)
+    if event is not None or not scheduler.worker.is_alive():
+        scheduler.worker.start(scheduler)
 
 
 def _leave_cancelled(
@@ -331,7 +330,7 @@ def _complete(future: PermitFuture, permit: Permit) -> None:
             future.on_cancel = None
             future.set_result(permit)
     finally:
-        if future.cancelled() or not future.done():
+        if not future.has_permit():
             permit.unused()
 
 
@@ -358,13 +357,12 @@ def _serve(
 def _serve_or_sleep(
     ref: weakref.ref[Scheduler], condition: threading.Condition, forks: int
 ) -> bool:
-    """Do what there is to do, or sleep; return whether to go on."""
+    """Do what there is to do, then sleep; return whether to go on."""
     scheduler = ref()
     if scheduler is None or scheduler.forks != forks:
         return False
     try:
-        if scheduler.worker.turn(scheduler):
-            return True
+        scheduler.worker.turn(scheduler)
     except BaseException:
         log.exception("the worker of a queue failed; it goes on")
         if scheduler.forks != forks:
@@ -382,8 +380,10 @@ def _serve_or_sleep(
             condition.wait(rest_us / US_PER_SECOND)
         return True
     finally:
-        with contextlib.suppress(RuntimeError):  # as in Scheduler.locked
+        try:  # noqa: SIM105 - there must be no call before the release
             condition.release()
+        except RuntimeError:
+            pass  # as in ``OwnedLock.run``
 
 
 def _wake(condition: threading.Condition, _: weakref.ref[Scheduler]) -> None:

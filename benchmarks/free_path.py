@@ -12,7 +12,7 @@ from typing import NamedTuple
 from benchmarks.figures import OURS, Result, Table, Target
 from benchmarks.peers import SUBJECTS
 from benchmarks.rounds import Case, Measured, Say, interleaved
-from gateway_queue_sync import LargeBotQueue, SessionStartLimit
+from gateway_queue_sync import Event, LargeBotQueue, SessionStartLimit
 
 NAME = "free"
 TITLE = "Free path"
@@ -21,6 +21,7 @@ FLOOR = "lock, clock, compare, store"
 NO_OP = f"{OURS}: NoOpQueue"
 BUDGET = f"{OURS}: LargeBotQueue"
 FIRST = f"{OURS}: LargeBotQueue, each bucket's first"
+OBSERVED = f"{OURS}: LargeBotQueue, observed"
 ONE = "1 thread (ns)"
 THREADS = (1, 2, 8)
 MARGIN = 0.25
@@ -54,6 +55,7 @@ def run(size: Size, say: Say) -> Result:
             (size.calls,),
             "the same, of buckets that were never asked: they are made, and stay",
         ),
+        Case(OBSERVED, "ours", observed, (size.calls,), "by an observer that does nothing"),
         Case(NO_OP, "ours", calls_of, (OURS, size.calls), "keeps no account"),
     ]
     cases += [
@@ -103,11 +105,11 @@ def first_of_each(calls: int) -> Measured:
     return _for_each_count(_queue, calls)
 
 
-def with_limit(calls: int) -> Measured:
+def with_limit(calls: int, observer: Callable[[Event], None] | None = None) -> Measured:
     """Call the same when all its buckets have granted once, a window ago."""
 
     def make(count: int) -> Callable[[int], object]:
-        acquire = _queue(count)
+        acquire = _queue(count, observer)
         for _ in range(count):
             acquire(0)
         time.sleep(MARGIN + 0.05)
@@ -116,9 +118,14 @@ def with_limit(calls: int) -> Measured:
     return _for_each_count(make, calls)
 
 
-def _queue(count: int) -> Callable[[int], object]:
+def observed(calls: int) -> Measured:
+    """Call the same with an observer."""
+    return with_limit(calls, lambda _: None)
+
+
+def _queue(count: int, observer: Callable[[Event], None] | None = None) -> Callable[[int], object]:
     limit = SessionStartLimit(2 * count, 2 * count, 0.0, count)
-    acquire = LargeBotQueue(limit, interval=1e-6, margin=MARGIN).acquire
+    acquire = LargeBotQueue(limit, interval=1e-6, margin=MARGIN, observer=observer).acquire
     shard_ids = itertools.cycle(range(count))
     return lambda _: acquire(next(shard_ids))
 

@@ -739,6 +739,19 @@ def test_who_waits_is_told_when_the_limit_is_used_up_by_others(queue, monkeypatc
         assert legacy.is_silent()
 
 
+def test_a_limit_that_another_process_has_raised_counts_at_the_next_request(tmp_path):
+    with (
+        SqliteQueue(tmp_path / "q", limit(1000, 1, max_concurrency=2)) as queue,
+        SqliteQueue(tmp_path / "q") as other,
+        serve(queue, port=0) as broker,
+        clients_of(broker.port) as client,
+    ):
+        assert client("/?shard=0", "GET", OURS).granted
+        assert client("/?shard=1", "GET", OURS).read()[0] == 429
+        other.update(limit(max_concurrency=2))
+        until(lambda: client("/?shard=1", "GET", OURS).read()[0] == 200, "a permit")
+
+
 def test_a_queue_that_is_closed_just_now_is_told(client, queue, monkeypatch):
     def closed(*_):
         raise QueueClosed

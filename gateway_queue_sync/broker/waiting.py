@@ -51,20 +51,15 @@ class WaitingRoom:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="gateway-queue-broker-leave")
         loop.call_later(TICK, self._tick)
 
-    def exhausted_for(self) -> float:
-        """Return for how many seconds the session start limit is used up; 0: it is not."""
-        left = self.scheduler.ledger.budget()
-        if left is None or left.remaining > self.scheduler.reserve:
-            return 0.0
-        return left.resets_in_us / US_PER_SECOND
-
     def _tick(self) -> None:
         self.loop.call_later(TICK, self._tick)
         self.positions.expire(self.scheduler.now_us())
-        resets_in = self.exhausted_for()
-        for one in list(self.clients) if resets_in else ():
+        left = self.scheduler.ledger.budget()
+        if left is None or left.remaining > self.scheduler.reserve or not left.resets_in_us:
+            return
+        for one in list(self.clients):
             if not one.client.legacy:
-                one.exhausted(resets_in)
+                one.exhausted(left.resets_in_us / US_PER_SECOND)
 
     def give_back(self, future: Future[Permit]) -> None:
         """Leave the line, or give back the permit that has come, in another thread."""
@@ -105,11 +100,7 @@ class WaitingClient:
         room.clients.add(self)
         if request.timeout is not None:
             self._timeout = room.loop.call_later(request.timeout, self._timed_out)
-        resets_in = 0.0 if client.legacy else room.exhausted_for()
-        if resets_in:
-            self.exhausted(resets_in)
-        else:
-            self._join()
+        self._join()  # even if the limit is used up: joining asks the ledger how much is left now
 
     def _join(self) -> None:
         arrived_us, priority_us = self.position

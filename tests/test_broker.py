@@ -179,6 +179,40 @@ def test_a_connection_whose_body_has_no_known_end_is_closed_after_the_grant(clie
     assert one.read()[1]["connection"] == "close"
 
 
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        ("Transfer-Encoding: chunked", b"5\r\nhello\r\n0\r\n\r\n"),
+        ("Content-Length: 20\r\nConnection: close", b"h" * 20),
+    ],
+)
+def test_a_permit_is_not_lost_by_a_client_that_still_sends_its_body(client, header, body):
+    one = client("/?shard=0", "POST", header)
+    assert one.socket.recv(1, socket.MSG_PEEK)
+    time.sleep(0.05)  # in which a broker that does not wait for the body would close
+    for byte in body:
+        one.send(bytes([byte]))
+    assert one.read()[1]["connection"] == "close"
+    assert one.is_closed_without_a_byte()
+
+
+def test_a_client_that_reads_its_last_answer_late_gets_all_of_it(client, queue):
+    many = "GET /status HTTP/1.1\r\n\r\n" * 300 + "GET /status HTTP/1.0\r\n\r\n"
+    slow = client()
+    slow.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+    slow.send(many)
+    time.sleep(0.1)
+    assert [slow.read()[0] for _ in range(301)] == [200] * 301
+    assert slow.is_closed_without_a_byte()
+
+
+def test_who_keeps_its_end_open_after_its_last_answer_is_let_go(queue, monkeypatch):
+    monkeypatch.setattr(connection, "FLUSH_TIMEOUT", 0.1)
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        assert client().send("GET /?shard=0 HTTP/1.0\r\n\r\n").granted
+        until(lambda: not broker._service.connections, "its end")
+
+
 def test_a_head_may_come_in_pieces(client):
     one = client()
     for piece in ("GET /?sha", "rd=0 HT", "TP/1.1\r", "\nHost: localhost\r\n\r", "\n"):

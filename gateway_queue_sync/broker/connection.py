@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
 from collections.abc import Callable
@@ -109,8 +110,8 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """Go on."""
+        self._transport.resume_reading()
         if self.state is State.SENDING:
-            self._transport.resume_reading()
             self._expect_next()
 
     def eof_received(self) -> bool:
@@ -176,7 +177,10 @@ class Connection(asyncio.Protocol):
         head_only = head is not None and head.method == "HEAD"
         self._transport.write(response.encoded(keep_alive=keep_alive, head_only=head_only))
         if not keep_alive:
-            self.close()
+            # The client closes first: if it still sends, closing here could destroy the response.
+            self._enter(State.CLOSING, FLUSH_TIMEOUT, self.abort)
+            with contextlib.suppress(OSError):  # it is gone
+                self._transport.write_eof()
         elif self.state is State.BUSY:  # else the client has not taken it yet
             self._expect_next()
         return True
@@ -214,7 +218,7 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """Leave the line at once, and close when what was written is sent, in 30 s at most."""
         self._stop_waiting()
-        if self.state not in (State.CLOSING, State.CLOSED):
+        if self.state is not State.CLOSED:
             self._enter(State.CLOSING, FLUSH_TIMEOUT, self.abort)
             self._transport.close()
 

@@ -1344,3 +1344,30 @@ def test_errors_in_the_broker_are_logged_and_grant_nothing(client, queue, caplog
     with caplog.at_level(logging.ERROR):
         assert client("/status.json").read()[0] == 500
     assert "ZeroDivisionError" in caplog.text
+
+
+def test_who_cannot_stand_in_line_is_let_go_with_what_came_before_it(
+    queue, caplog, monkeypatch, short_tarpit
+):
+    """There may be no thread left for the queue's worker, say."""
+
+    def fails(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(waiting, "enqueue", fails)
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        one = client("/healthz").ask("/?shard=0")
+        assert one.read()[0] == 200
+        assert one.is_closed_without_a_byte()
+        assert client("/?shard=0", "GET", OURS).read()[0] == 503
+        assert not broker._service.room.clients
+    assert "can't start new thread" in caplog.text
+
+
+def test_an_error_in_a_handler_closes_its_connection(client, queue, caplog, monkeypatch):
+    monkeypatch.setattr(routes, "parse_query", lambda _: 1 / 0)
+    one = client("/healthz").ask("/?shard=0")
+    assert one.read()[0] == 200
+    assert one.is_closed_without_a_byte()
+    assert queue.snapshot().granted == 0
+    assert "ZeroDivisionError" in caplog.text

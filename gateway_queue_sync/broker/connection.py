@@ -160,7 +160,11 @@ class Connection(asyncio.Protocol):
         assert self._handler is not None
         handler, self._handler = self._handler, None
         self._enter(State.BUSY)
-        handler(body)
+        try:
+            handler(body)
+        except BaseException:
+            self.abort()
+            raise
 
     def _take(self, length: int) -> bytes:
         """Return so many of the bytes that came, or all there are."""

@@ -6,6 +6,7 @@ All of it runs in the event loop; only leaving a line, which may call an observe
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ from gateway_queue_sync.models import US_PER_SECOND, Permit
 from gateway_queue_sync.request_parser import PermitRequest
 from gateway_queue_sync.scheduler import Scheduler
 from gateway_queue_sync.worker import enqueue
+
+log = logging.getLogger("gateway_queue_sync.broker")
 
 TICK = 1.0  # s between two looks at the session start limit
 MAX_REST = 60.0  # s before a used-up limit is looked at again for a client that gets no status
@@ -106,9 +109,11 @@ class WaitingClient:
         arrived_us, priority_us = self.position
         try:
             future = enqueue(self._room.scheduler, self._request.shard_id, priority_us, arrived_us)
-        except QueueClosed:
+        except Exception as error:
+            if not isinstance(error, QueueClosed):
+                log.exception("a client cannot wait")
             self.end()
-            self.client.refuse(503, "the queue is closed")
+            self.client.refuse(503, str(error))
             return
         self.future = future
         future.add_done_callback(self._completed)

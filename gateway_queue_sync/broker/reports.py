@@ -25,6 +25,7 @@ MAX_AGE = 1.0  # s
 PAUSE = 0.02  # s before each answer: who reads on and on must not take the time of permits
 WAITS = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)  # s
 RECENT = 200  # permits
+HEALTH = ("/healthz", "/health")
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 Answers = dict[str, Response]
@@ -86,7 +87,7 @@ class Reports:
             text = "\n".join([*self._metrics(seen, connections), ""]).encode()
             status, healthy = responses.as_json(seen), responses.as_json({"status": "ok"})
             answers = {"/status.json": status, "/metrics": Response(200, text, METRICS)}
-            return recent | answers | {"/healthz": healthy}
+            return recent | answers | dict.fromkeys(HEALTH, healthy)
         except LedgerError as error:
             failed = responses.error(503, "the state is unreachable")
             if not self._unreachable:
@@ -96,7 +97,7 @@ class Reports:
             log.exception("the state could not be read")
         finally:
             self._unreachable = failed is not None
-        return recent | dict.fromkeys(("/status.json", "/metrics", "/healthz"), failed)
+        return recent | dict.fromkeys(("/status.json", "/metrics", *HEALTH), failed)
 
     def _recent_permits(self) -> Response:
         now_us, window_us = self._scheduler.now_us(), self._scheduler.ledger.window_us

@@ -98,6 +98,11 @@ class Service:
     def _anyone(self, _: Head) -> Refusal | None:
         return None  # nothing here tells of the bot
 
+    def _probes(self, _: Head) -> Refusal | None:
+        if self._stopping or self._queue.closed:
+            return 503, "the broker is shutting down" if self._stopping else "the queue is closed"
+        return None
+
     def _readers(self, head: Head) -> Refusal | None:
         """Let in who has the secret, or without one whoever calls this machine by a name of its own.
 
@@ -117,10 +122,7 @@ class Service:
     def _programs(self, head: Head) -> Refusal | None:
         if head.is_from_page:
             return 403, "a page in a browser may take no permit and give no order"
-        refusal = self._readers(head)
-        if refusal is None and (self._stopping or self._queue.closed):
-            return 503, "the broker is shutting down" if self._stopping else "the queue is closed"
-        return refusal
+        return self._readers(head) or self._probes(head)
 
     def _queues(self, head: Head) -> Refusal | None:
         return self._programs(head) or self.ledger.refusal(head)
@@ -129,12 +131,6 @@ class Service:
 
     def _give_report(self, connection: Connection, head: Head, _: bytes) -> None:
         self.shared.give(head.path.rstrip("/"), connection.respond)
-
-    def _give_health(self, connection: Connection, _: Head, __: bytes) -> None:
-        if self._stopping or self._queue.closed:
-            connection.respond(responses.error(503, "the broker is shutting down"))
-        else:
-            self.shared.give("/healthz", connection.respond)
 
     def _give_ledger(self, connection: Connection, _: Head, body: bytes) -> None:
         answering = self._loop.run_in_executor(self.ledger.executor, self.ledger.answer, body)
@@ -196,8 +192,8 @@ ROUTES = {
     "/status/": Route(_READ, Service._anyone, lambda _, c, *__: c.respond(responses.TO_PAGE)),
     "/favicon.ico": Route(_READ, Service._anyone, lambda _, c, *__: c.respond(responses.NOT_FOUND)),
     "/robots.txt": Route(_READ, Service._anyone, lambda _, c, *__: c.respond(responses.NOT_FOUND)),
-    "/health": Route(_READ, Service._anyone, Service._give_health),
-    "/healthz": Route(_READ, Service._anyone, Service._give_health),
+    "/health": Route(_READ, Service._probes, Service._give_report),
+    "/healthz": Route(_READ, Service._probes, Service._give_report),
     "/status.json": Route(_READ, Service._readers, Service._give_report),
     "/recent.json": Route(_READ, Service._readers, Service._give_report),
     "/metrics": Route(_READ, Service._readers, Service._give_report),

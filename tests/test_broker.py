@@ -923,7 +923,7 @@ def test_an_address_that_others_reach_is_served_with_a_secret(queue):
         (ValueError, {"secret": ""}),
         (ValueError, {"secret": "a b"}),
         (TypeError, {"secret": b"x"}),
-        (ValueError, {"max_connections": -1}),
+        (ValueError, {"max_connections": 0}),
     ],
 )
 def test_bad_settings_are_refused(queue, error, settings):

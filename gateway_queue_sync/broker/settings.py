@@ -32,7 +32,7 @@ class BrokerSettings:
             raise TypeError(f"host must be a str, not {type(self.host).__name__}")
         if whole_number("port", self.port) > 65_535:
             raise ValueError(f"port must be at most 65535, not {self.port}")
-        whole_number("max_connections", self.max_connections)
+        whole_number("max_connections", self.max_connections, least=1)
         if self.secret is not None:
             checked_secret(self.secret)
         elif not is_loopback(self.host):

@@ -57,6 +57,17 @@ backend broker
   server broker 127.0.0.1:{broker} maxconn 4
 """
 
+HAPROXY_TCP = """
+defaults
+  mode tcp
+  timeout connect 5s
+  timeout client 30s
+  timeout server 30s
+listen broker
+  bind 127.0.0.1:{port}
+  server broker 127.0.0.1:{broker}
+"""
+
 
 def nginx(folder: Path, port: int, broker: int) -> list[str]:
     (folder / "conf").write_text(NGINX.format(folder=folder, port=port, broker=broker))
@@ -65,6 +76,11 @@ def nginx(folder: Path, port: int, broker: int) -> list[str]:
 
 def haproxy(folder: Path, port: int, broker: int) -> list[str]:
     (folder / "conf").write_text(HAPROXY.format(port=port, broker=broker))
+    return ["haproxy", "-db", "-f", str(folder / "conf")]
+
+
+def haproxy_tcp(folder: Path, port: int, broker: int) -> list[str]:
+    (folder / "conf").write_text(HAPROXY_TCP.format(port=port, broker=broker))
     return ["haproxy", "-db", "-f", str(folder / "conf")]
 
 
@@ -111,6 +127,18 @@ def test_permits_come_through_a_proxy_and_nothing_before(proxy, tmp_path):
                 one.ask("/?shard=1", "POST", "Content-Length: 2").send("{}")
             assert one.read()[0] == 200
             assert client("/healthz").read()[2] == b'{"status":"ok"}'
+
+
+@pytest.mark.skipif(shutil.which("haproxy") is None, reason="there is no haproxy here")
+def test_a_proxy_for_tcp_passes_on_a_refusal_as_it_is(tmp_path, monkeypatch):
+    """A proxy for HTTP answers with a status, which existing clients take for a permit."""
+    monkeypatch.setattr(connection, "TARPIT", (0.01, 0.02))
+    with NoOpQueue() as queue, serve(queue, port=0, secret="s3cret") as broker:
+        with proxied(haproxy_tcp, tmp_path, broker.port) as port, clients_of(port) as client:
+            assert client("/?shard=1").is_closed_without_a_byte()
+            assert client("/?shard=1", "GET", "Authorization: Bearer s3cret").granted
+        with proxied(haproxy, tmp_path, broker.port) as port, clients_of(port) as client:
+            assert client("/?shard=1").read()[0] == 502
 
 
 @pytest.mark.parametrize("proxy", PROXIES)

@@ -12,27 +12,35 @@ from urllib.parse import parse_qs, urlsplit
 
 log = logging.getLogger("gateway_queue_sync")
 
+SECRET, REDIS_URL = "the secret", "the Redis URL's"  # what messages call their files
+
 
 def read_secret(file: str, what: str) -> str:
-    """Return the text of a file that holds a secret, such as ``the secret``; warn if all may read it.
+    """Return the text of a file that holds a secret.
+
+    Args:
+        file: its path.
+        what: what messages call it: ``SECRET`` or ``REDIS_URL``.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is empty, or no text.
     """
     try:
-        path = Path(file)
-        secret = path.read_text("utf-8").strip()
-        mode = path.stat().st_mode
+        secret = Path(file).read_text("utf-8").strip()
     except OSError as error:
         raise OSError(f"cannot read {what} file {file!r}: {error.strerror}") from error
     except UnicodeError:
         raise ValueError(f"{what} file {file!r} is no text") from None
     if not secret:
         raise ValueError(f"{what} file {file!r} is empty")
-    if os.name == "posix" and mode & stat.S_IROTH:
-        log.warning("%s file %r can be read by every user of this machine (chmod o-r)", what, file)
     return secret
+
+
+def warn_if_open(file: str, what: str) -> None:
+    """Warn if every user of this machine may read a file that holds a secret."""
+    if os.name == "posix" and Path(file).stat().st_mode & stat.S_IROTH:
+        log.warning("%s file %r can be read by every user of this machine (chmod o-r)", what, file)
 
 
 def public_url(url: str) -> str:

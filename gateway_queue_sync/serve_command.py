@@ -25,7 +25,14 @@ from gateway_queue_sync.broker.server import (
 )
 from gateway_queue_sync.broker.settings import BrokerSettings
 from gateway_queue_sync.clock import SYSTEM_CLOCK
-from gateway_queue_sync.environment import public_url, read_secret, state_folder
+from gateway_queue_sync.environment import (
+    REDIS_URL,
+    SECRET,
+    public_url,
+    read_secret,
+    state_folder,
+    warn_if_open,
+)
 from gateway_queue_sync.errors import GatewayBotError, LedgerError
 from gateway_queue_sync.gateway_bot import ATTEMPTS, GatewayBot
 from gateway_queue_sync.ledgers.shared import DISCORDS_DEFAULT, MIN_MARGIN, STRANGER
@@ -61,6 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
     stop = _Stop()
     try:
         settings = _Settings.gathered(arguments, os.environ)
+        for file, what in ((arguments.secret_file, SECRET), (arguments.redis_file, REDIS_URL)):
+            if file is not None:
+                warn_if_open(file, what)
         settings.log()
         queue = settings.queue()
     except (TypeError, ValueError, ImportError) as error:
@@ -151,7 +161,7 @@ class _Settings:
         if margin < MIN_MARGIN:
             raise ValueError(f"margin must be at least {MIN_MARGIN} s, not {margin:g}")
         if arguments.secret_file is not None:
-            secret = read_secret(arguments.secret_file, "the secret")
+            secret = read_secret(arguments.secret_file, SECRET)
             sources.append(f"the secret is read from {arguments.secret_file} (--secret-file)")
         most = chosen("max_connections", default=MAX_CONNECTIONS)
         host, port = chosen("host", "HOST", DEFAULT_HOST), chosen("port", "PORT", DEFAULT_PORT)
@@ -274,7 +284,7 @@ def _state(
     if arguments.redis is not None:
         url = public_url(arguments.redis)
     elif arguments.redis_file is not None:
-        url, source = read_secret(arguments.redis_file, "the Redis URL's"), "--redis-file"
+        url, source = read_secret(arguments.redis_file, REDIS_URL), "--redis-file"
     elif arguments.state is None and environment.get("REDIS_URL"):
         url, source = environment["REDIS_URL"], "the environment's REDIS_URL"
     if url is not None:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from datetime import datetime, timedelta
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK
-from gateway_queue_sync.environment import public_url, read_secret
+from gateway_queue_sync.environment import REDIS_URL, public_url, read_secret, warn_if_open
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.format import format_duration, format_ranges, format_time
 from gateway_queue_sync.ledgers.adapter import snapshot
@@ -54,7 +54,8 @@ def _ledger(arguments: argparse.Namespace) -> SharedLedger:
     elif arguments.redis is not None:
         connect = redis_ledger(public_url(arguments.redis))
     else:
-        connect = redis_ledger(read_secret(arguments.redis_file, "the Redis URL's"))
+        connect = redis_ledger(read_secret(arguments.redis_file, REDIS_URL))
+        warn_if_open(arguments.redis_file, REDIS_URL)
     return connect(Settings(name=arguments.name).name, STRANGER, SYSTEM_CLOCK)
 
 

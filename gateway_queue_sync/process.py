@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.models import US_PER_SECOND
@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
 MAX_EXIT_US = 500_000
 
+
+class Server(Protocol):
+    """Whoever has sockets that are this process's alone."""
+
+    def open_files(self) -> list[int]:
+        """Return the file descriptors of its sockets."""
+
+
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 def register(scheduler: Scheduler) -> None:
@@ -23,9 +32,27 @@ def register(scheduler: Scheduler) -> None:
     _schedulers.add(scheduler)
 
 
+def register_server(server: Server) -> None:
+    """Note that there is a server."""
+    _servers.add(server)
+
+
 def _after_fork_in_child() -> None:
     for scheduler in list(_schedulers):
         _begin_in_child(scheduler)
+    for server in list(_servers):
+        _close_in_child(server.open_files())
+
+
+def _close_in_child(files: list[int]) -> None:
+    """Close sockets of the parent: while they are open here, nobody sees that the parent closed them.
+
+    The descriptors then refer to the null device: the objects that they belong to close them again.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for file in files:
+        os.dup2(null, file, inheritable=False)
+    os.close(null)
 
 
 def _begin_in_child(scheduler: Scheduler) -> None:

@@ -7,8 +7,10 @@ import gc
 import json
 import logging
 import math
+import os
 import resource
 import selectors
+import signal
 import socket
 import threading
 import time
@@ -18,6 +20,7 @@ import pytest
 from accounts import ledger_of
 from prometheus_client.parser import text_string_to_metric_families
 from redis_servers import until
+from test_process import needs_fork
 from wire_clients import PATIENCE, Client, clients_of, first_to_hear, timed, wait_for_line
 
 from gateway_queue_sync import (
@@ -892,6 +895,28 @@ def test_a_queue_that_is_closed_lets_its_clients_go(queue, short_tarpit):
         assert ours.read()[0] == 503
         assert client("/?shard=3", "GET", OURS).read()[0] == 503
         assert client("/healthz").read()[0] == 503
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_holds_no_connection_of_the_broker(queue, short_tarpit):
+    """Else clients do not see that the broker closes, and no other can have its port."""
+    with serve(queue, port=0) as broker, clients_of(broker.port) as client:
+        refused = client("/healthz")
+        assert refused.read()[0] == 200
+        child = os.fork()
+        if not child:
+            time.sleep(2 * PATIENCE)
+            os._exit(0)
+        try:
+            refused.send("nonsense\r\n\r\n")
+            assert refused.is_closed_without_a_byte()
+            broker.close()
+            with serve(queue, port=broker.port), clients_of(broker.port) as again:
+                assert again("/?shard=0").granted
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def test_an_address_in_use_says_so(queue):

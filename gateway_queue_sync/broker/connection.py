@@ -81,7 +81,8 @@ class Connection(asyncio.Protocol):
         """Begin."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        _keep_alive(transport.get_extra_info("socket"))
+        self.socket: socket.socket = transport.get_extra_info("socket")
+        _keep_alive(self.socket)
         self._enter(State.HEAD, HEAD_TIMEOUT)
         self._service.opened(self)
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
+from gateway_queue_sync import process
 from gateway_queue_sync.broker.connection import Connection
 from gateway_queue_sync.broker.routes import Service
 from gateway_queue_sync.broker.settings import BACKLOG, BrokerSettings, listen
@@ -108,6 +109,12 @@ class Broker:
             target=self._run_and_close, name="gateway-queue-broker", daemon=True
         )
         self._thread.start()
+        process.register_server(self)
+
+    def open_files(self) -> list[int]:
+        """Return the file descriptors of all sockets."""
+        sockets = (*self._sockets, *(one.socket for one in self._service.connections))
+        return [file for one in sockets if (file := one.fileno()) >= 0]
 
     def __repr__(self) -> str:
         state = "" if self._thread.is_alive() else " closed"

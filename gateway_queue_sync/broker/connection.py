@@ -56,7 +56,7 @@ class Connection(asyncio.Protocol):
         self._received = bytearray()
         self._skip = 0  # bytes of a body that nobody reads
         self._head: Head | None = None  # of the request that is being answered
-        self._handler: Callable[[bytes], object] | None = None  # called when its body is here
+        self._handler: Callable[[bytes], object]  # called when its body is here
         self._body_length = 0
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport
@@ -127,6 +127,8 @@ class Connection(asyncio.Protocol):
         self._service.closed(self)
 
     def _read_head(self) -> None:
+        if self.state is not State.HEAD:
+            return
         end = parser.end_of_head(self._received)
         if end is not None:
             head = parser.parse_head(self._take(end))
@@ -136,7 +138,6 @@ class Connection(asyncio.Protocol):
             return
         self.reads_body, self.legacy = False, not head.understands_status
         if isinstance(head, Malformed):
-            self._head = None
             self._enter(State.BUSY)
             self.refuse(head.status, head.reason)
             return
@@ -158,11 +159,9 @@ class Connection(asyncio.Protocol):
             self._answer(self._take(self._body_length))
 
     def _answer(self, body: bytes) -> None:
-        assert self._handler is not None
-        handler, self._handler = self._handler, None
         self._enter(State.BUSY)
         try:
-            handler(body)
+            self._handler(body)
         except BaseException:
             self.abort()
             raise
@@ -209,11 +208,7 @@ class Connection(asyncio.Protocol):
         """Go on to the next request, which may be here already."""
         self._enter(State.HEAD, HEAD_TIMEOUT if self._received else IDLE_TIMEOUT)
         if self._received:
-            asyncio.get_running_loop().call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        if self.state is State.HEAD:
-            self._read_head()
+            asyncio.get_running_loop().call_soon(self._read_head)
 
     def _stop_waiting(self) -> None:
         waiting, self.waiting = self.waiting, None

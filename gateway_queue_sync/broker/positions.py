@@ -17,11 +17,6 @@ class Position(NamedTuple):
     arrived_us: int
     priority_us: int
 
-    @property
-    def sort_key(self) -> int:
-        """What a line is sorted by."""
-        return self.arrived_us - self.priority_us
-
 
 class HeldPositions:
     """Held positions, by a key that identifies the client. All costs are logarithmic.

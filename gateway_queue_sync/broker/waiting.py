@@ -99,7 +99,9 @@ class WaitingClient:
         self.position = Position(now_us, request.priority_us)
         held = None if request.key is None else room.positions.claim(request.key, now_us)
         if held is not None:
-            self.position = min(self.position, held, key=lambda one: one.sort_key)
+            self.position = min(
+                self.position, held, key=lambda one: one.arrived_us - one.priority_us
+            )
         room.clients.add(self)
         if request.timeout is not None:
             self._timeout = room.loop.call_later(request.timeout, self._timed_out)

@@ -27,7 +27,7 @@ _REQUEST_LINE = re.compile(rb"(%s) ([!-~]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
 _NAME = re.compile(_TOKEN)
 _VALUE = re.compile(rb"[\t -~\x80-\xff]*")
 _END_OF_HEAD = re.compile(rb"\n\r?\n")
-_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]+)")
 _ONCE = ("content-length", "host", "transfer-encoding")
 
 
@@ -119,6 +119,8 @@ def _parse(raw: bytes) -> Head:
     body_length = _body_length(headers, is_old)
     origin = _ORIGIN.match(target)
     path, _, query = target[origin.end() if origin else 0 :].partition("#")[0].partition("?")
+    if origin:
+        headers["host"] = origin[1]
     if is_old:
         headers.pop("expect", None)
     keep_alive = keep_alive and body_length is not None

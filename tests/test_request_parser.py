@@ -141,6 +141,16 @@ def test_a_target_is_a_path_and_a_query(target: str, path: str, query: str) -> N
     assert (read.path, read.query) == (path, query)
 
 
+def test_the_host_of_a_whole_url_counts_and_the_header_does_not() -> None:
+    """Source: RFC 9112, 3.2.2."""
+    read = head("Host: localhost", first="GET http://other:8787/?shard=1 HTTP/1.1")
+    assert isinstance(read, Head)
+    assert read.headers["host"] == "other:8787"
+    read = head("Host: other", first="GET http:///?shard=1 HTTP/1.1")
+    assert isinstance(read, Head)
+    assert read.headers["host"] == "other"
+
+
 def test_nothing_of_a_request_is_remembered() -> None:
     """CPython 3.12 never frees what is interned."""
 

@@ -265,14 +265,14 @@ def work(kind: str, where: str, ready: str, processes: int, threads: int, times:
 
 def _count_trips(queue: Any, trips: Iterator[int]) -> None:
     """Have each request that is carried to the ledger counted."""
-    ledger = scheduler_of(queue).ledger.ledger.shared  # type: ignore[union-attr]
-    carry = ledger.carry
+    backend = scheduler_of(queue).ledger.backend  # type: ignore[union-attr]
+    ask = backend.ask
 
-    def counted(*args: Any) -> Any:
+    def counted(request: Any) -> Any:
         next(trips)
-        return carry(*args)
+        return ask(request)
 
-    ledger.carry = counted
+    backend.ask = counted
 
 
 def round_trips(kind: str, count: int) -> Measured:

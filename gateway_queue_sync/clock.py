@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -19,6 +19,25 @@ FOREVER_US = 1 << 62
 """A time that never comes."""
 
 MAX_INTERRUPTS = 100  # of one change of the state
+
+
+@contextlib.contextmanager
+def if_slow(delay: float, call: Callable[[], object]) -> Iterator[None]:
+    """Call something if the block takes longer than ``delay`` seconds.
+
+    The call has a thread of its own, because a look-up or a connect blocks this one. If no thread can be
+    started, nothing is called.
+    """
+    timer = threading.Timer(delay, call)
+    timer.daemon = True
+    try:
+        with contextlib.suppress(RuntimeError):
+            timer.start()
+        yield
+    finally:
+        timer.cancel()
+        if timer.is_alive():
+            timer.join()
 
 
 class Lock(Protocol):

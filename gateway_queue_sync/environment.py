@@ -12,7 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 
 log = logging.getLogger("gateway_queue_sync")
 
-SECRET, REDIS_URL = "the secret", "the Redis URL's"  # what messages call their files
+# What messages call their files:
+SECRET, TOKEN, REDIS_URL = "the secret", "the token", "the Redis URL's"
 
 
 def read_secret(file: str, what: str) -> str:
@@ -20,7 +21,7 @@ def read_secret(file: str, what: str) -> str:
 
     Args:
         file: its path.
-        what: what messages call it: ``SECRET`` or ``REDIS_URL``.
+        what: what messages call it: ``SECRET``, ``TOKEN`` or ``REDIS_URL``.
 
     Raises:
         OSError: it cannot be read.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
 import json
@@ -9,7 +10,6 @@ import logging
 import math
 import random
 import socket
-import threading
 import time
 import urllib.error
 import urllib.parse
@@ -19,6 +19,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from typing import Any
 
+from gateway_queue_sync.clock import if_slow
 from gateway_queue_sync.errors import GatewayBotError
 from gateway_queue_sync.models import SessionStartLimit, seconds, whole_number
 
@@ -29,6 +30,7 @@ ATTEMPTS = 5
 FIRST_PAUSE = 0.5  # s; doubled by each attempt that failed
 MAX_RETRY_AFTER = 300.0  # s; Discord asks for more only when it has blocked us
 MAX_BODY = 1 << 20
+MAX_BOT_ID = 20  # digits, of 64 bits
 WARN_AFTER = 1.0  # s without an answer
 USER_AGENT = "DiscordBot (gateway-queue-sync, 0.1.0)"
 
@@ -44,9 +46,12 @@ class GatewayBot:
         timeout: seconds for one attempt as a whole: connecting, TLS, headers and body. The look-up of
             the host's name is the exception: nothing can interrupt it, so the attempt fails after it.
         attempts: how many requests are made before giving up.
-        jitter: each call first pauses for a random time of at most this many seconds, so that
+        jitter: each call but the first pauses for a random time of at most this many seconds, so that
             processes that read at the same reset do not all read at the same instant.
         sleep: the function that makes every pause.
+
+    Attributes:
+        bot_id: the bot's id, which the token begins with; empty if it does not.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind; no message holds the token.
@@ -75,6 +80,7 @@ class GatewayBot:
             (url.scheme, url.netloc, url.path.rstrip("/") + "/gateway/bot", "", "")
         )
         self._token = words[0]
+        self.bot_id = _bot_id(self._token)
         self._headers = {
             "Authorization": f"Bot {self._token}",
             "User-Agent": USER_AGENT,
@@ -114,20 +120,12 @@ class GatewayBot:
         Raises:
             GatewayBotError: the token is wrong, or no attempt succeeded.
         """
-        if self._jitter:
-            self._sleep(random.uniform(0, self._jitter))
-        # A thread logs the warning, because a look-up or a connect blocks this one.
-        warning = threading.Timer(WARN_AFTER, self._warn)
-        warning.daemon = True
-        try:
-            if not self._has_read:
-                with suppress(RuntimeError):  # if no thread can be started, nothing is logged
-                    warning.start()
+        if self._has_read:
+            if self._jitter:
+                self._sleep(random.uniform(0, self._jitter))
+            return self._read_patiently()
+        with if_slow(WARN_AFTER, self._warn):
             limit = self._read_patiently()
-        finally:
-            warning.cancel()
-            if warning.is_alive():
-                warning.join()
         self._has_read = True
         return limit
 
@@ -283,6 +281,16 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *_: object) -> None:
         return None
+
+
+def _bot_id(token: str) -> str:
+    """Return the id that the first part of a token encodes; empty if it is none."""
+    encoded = token.partition(".")[0]
+    try:
+        bot_id = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode("ascii")
+    except ValueError:
+        return ""
+    return bot_id if bot_id.isdecimal() and len(bot_id) <= MAX_BOT_ID else ""
 
 
 def _checked(base_url: str) -> urllib.parse.SplitResult:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING
 
 from gateway_queue_sync import limits
-from gateway_queue_sync.clock import FOREVER_US, start
+from gateway_queue_sync.clock import FOREVER_US, SYSTEM_CLOCK, if_slow, start
+from gateway_queue_sync.errors import GatewayBotError
 from gateway_queue_sync.events import Event, LimitUpdated
 from gateway_queue_sync.limits import CONFIRM_US
 from gateway_queue_sync.models import US_PER_SECOND, SessionStartLimit, check_limit, to_us
@@ -26,6 +28,12 @@ PATIENCE_US = 5 * US_PER_SECOND
 FIRST_PAUSE_US = 5 * US_PER_SECOND
 MAX_PAUSE_US = 300 * US_PER_SECOND
 MAX_RETRY_AFTER = 86_400.0
+WRONG_TOKEN = 401  # the status of the answer
+WARN_AFTER = 1.0  # s until the log says what a constructor waits for
+FIRST_LOOK, MAX_LOOK = (
+    0.005,
+    0.25,
+)  # s after which it looks whether another process has read the limit
 
 
 class LimitReader:
@@ -35,6 +43,7 @@ class LimitReader:
         due_us: when to read next, if the queue is used then; ``FOREVER_US`` while a read goes on.
         reading: whether a read goes on.
         outdated: a limit was given since the read began, so what is read does not count.
+        error: why the latest read failed, ``None`` if it did not.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -44,6 +53,8 @@ class LimitReader:
         self._reread_us = FOREVER_US if reread is None else to_us(reread)
         self._pause_us = self._sent_us = 0
         self.reading = self.outdated = self._warned = False
+        self.error: BaseException | None = None
+        self._has_limit = True  # as the latest read began
         self.due_us = min(self._now_us() + self._reread_us, FOREVER_US)
         self._unlogged: tuple[int, BaseException, int] | None = None  # the latest failure
 
@@ -65,6 +76,7 @@ class LimitReader:
         try:
             self.reading, self.outdated = True, False
             self.due_us, self._sent_us = FOREVER_US, now_us
+            self._has_limit = scheduler.ledger.budget() is not None
             args = weakref.ref(scheduler), now_us
             thread = threading.Thread(
                 target=self._read, args=args, name="gateway-queue-limit", daemon=True
@@ -97,7 +109,7 @@ class LimitReader:
             nonlocal event, ignored
             confirmed, local = True, scheduler.local
             if scheduler.remote is not None:
-                scheduler.remote.read(scheduler, limit)
+                scheduler.remote.read(scheduler, limit, sent_us)
             elif local is not None and limit is not None and not self.outdated:
                 confirmed, event = local.read(limit, sent_us), LimitUpdated(limit)
                 ignored = limits.ignored(local.account, limit)
@@ -119,7 +131,7 @@ class LimitReader:
 
     def _succeeded(self, *, confirmed: bool) -> None:
         """Note that a read succeeded; one that is not ``confirmed`` is repeated soon."""
-        self._pause_us = 0
+        self._pause_us, self.error = 0, None
         pause_us = self._reread_us if confirmed else CONFIRM_US
         self.due_us = min(self._now_us() + pause_us, FOREVER_US)
         self.reading = False
@@ -133,7 +145,7 @@ class LimitReader:
         if isinstance(asked, int | float) and 0 <= asked <= MAX_RETRY_AFTER:
             pause_us = max(pause_us, to_us(asked))
         self.due_us = self._now_us() + pause_us
-        self.reading = False
+        self.reading, self.error = False, error
         self._unlogged = (logging.WARNING if first else logging.INFO, error, pause_us)
 
     def log_failure(self) -> None:
@@ -144,9 +156,62 @@ class LimitReader:
         level, error, pause_us = unlogged
         log.log(
             level,
-            "could not read the session start limit (%s: %s); at its reset the last known total counts; "
-            "the limit is read again in %.0f s",
+            "could not read the session start limit (%s: %s); %s; the limit is read again in %.0f s",
             type(error).__name__,
             error,
+            "at its reset the last known total counts"
+            if self._has_limit
+            else "no permit is granted until it is read",
             pause_us / US_PER_SECOND,
         )
+
+
+def wait_for_limit(scheduler: Scheduler, *, raises: bool) -> None:
+    """Wait until the limit is known and, if this process reads it, read: 5 seconds at most.
+
+    If a limit is known, 1 second at most. If the limit cannot be read, or the ledger is out of reach,
+    this returns, unless it ``raises`` and no limit is known.
+
+    Raises:
+        GatewayBotError: the token is wrong; the limit could not be read.
+        LedgerError: the ledger is out of reach.
+        ValueError: the limit's total is not more than the reserve.
+    """
+    reader = scheduler.reader
+    assert reader is not None
+
+    def warn() -> None:
+        if not reader.reading:  # else the reader says so
+            log.warning("waiting for the session start limit, which another process reads")
+
+    with if_slow(WARN_AFTER, warn):
+        failure = _wait_for(reader, scheduler) or reader.error
+    is_unknown = scheduler.ledger.budget() is None
+    if failure is not None and (_is_final(failure) or (raises and is_unknown)):
+        raise failure
+
+
+def _wait_for(reader: LimitReader, scheduler: Scheduler) -> BaseException | None:
+    """Wait for a limit, and return why it did not come, if that is known."""
+    ledger, remote = scheduler.ledger, scheduler.remote
+    since_us, pause = SYSTEM_CLOCK.now_us(), FIRST_LOOK
+    while reader.reading or ledger.budget() is None:
+        max_wait_us = PATIENCE_US if ledger.budget() is None else US_PER_SECOND
+        if SYSTEM_CLOCK.now_us() - since_us >= max_wait_us:
+            return GatewayBotError("the session start limit was not read in time")
+        time.sleep(pause)
+        pause = min(2 * pause, MAX_LOOK)
+        if reader.reading:
+            continue
+        failure = reader.error
+        if failure is None and remote is not None:
+            failure = scheduler.locked(remote.inquire, scheduler)
+        if failure is not None:
+            return failure
+    return None
+
+
+def _is_final(failure: BaseException) -> bool:
+    """Return whether it makes no sense to read again."""
+    wrong_token = isinstance(failure, GatewayBotError) and failure.status == WRONG_TOKEN
+    return wrong_token or isinstance(failure, ValueError)

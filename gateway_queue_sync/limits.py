@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gateway_queue_sync.models import US_PER_SECOND, SessionStartLimit, to_us
-from gateway_queue_sync.token_bucket import UNSEEN_US, Account, TokenBucket, resets_in
+from gateway_queue_sync.token_bucket import Account, TokenBucket, resets_in, unseen_us
 
 MIN_REREAD_US = 1 * US_PER_SECOND
 
@@ -80,16 +80,17 @@ def read(account: Account, limit: SessionStartLimit, sent_us: int, now_us: int) 
 
     What is left is the smaller of ``total`` less all own permits of the period, and ``remaining``
     less those of the last minute before the request, which Discord may not have seen. So each permit
-    counts, and so do the starts of other programs. A different reset counts only if a second read a
-    minute later shows it again; until then the smaller numbers count. Otherwise a bot that crashes in
-    a loop would win session starts from an answer that lags behind.
+    counts, and so do the starts of other programs. Two resets within 5 minutes are one, and the later
+    counts. A different reset counts only if a second read a minute later shows it again; until then the
+    smaller numbers count. Otherwise a bot that crashes in a loop would win session starts from an
+    answer that lags behind.
 
     Returns false if the limit should be read again in a minute: to confirm its reset, or because it was
     read too soon after own permits to know what is left.
     """
-    unseen_us = sent_us - UNSEEN_US
+    since_us = sent_us - unseen_us(account)
     recent = {
-        serial: at_us for serial, at_us in (account.recent or {}).items() if at_us >= unseen_us
+        serial: at_us for serial, at_us in (account.recent or {}).items() if at_us >= since_us
     }
     account.recent = recent
     known_us = account.resets_at_us
@@ -100,6 +101,9 @@ def read(account: Account, limit: SessionStartLimit, sent_us: int, now_us: int) 
         return _begin_period(account, limit, account.used, now_us)
     if known_us is not None and abs(resets_at_us - known_us) <= SAME_RESET_US:
         account.other_reset = None
+        if resets_at_us > known_us:  # Discord's period begins with a use, ours with a grant
+            account.resets_at_us = resets_at_us
+            account.max_reset_us = max(account.max_reset_us, to_us(limit.reset_after))
         own, theirs = limit.total - account.used, limit.remaining - len(recent)
         _take_in(account, limit, limit.total, max(0, min(own, theirs)))
         return not recent or own <= theirs  # else some may have been counted twice: not for long

@@ -26,6 +26,7 @@ class Waiter:
         position_us: the sort key of its line: arrival less priority; then its number.
         future: completed with the permit; ``None`` for a thread.
         once: it asks once and then leaves.
+        hold_us: how long its bucket stays closed at most until its holder reports; 0: it does not.
         number: tells it from all other waiters of the process.
         condition: wakes the thread; made when it first sleeps.
         ask_at_us: when it may ask the ledger, if it is the head of its line.
@@ -39,6 +40,7 @@ class Waiter:
     position_us: int
     future: PermitFuture | None = None
     once: bool = False
+    hold_us: int = 0
     number: int = field(default_factory=waiter_numbers.__next__)
     condition: threading.Condition | None = None
     ask_at_us: int = 0
@@ -87,6 +89,18 @@ class Line:
             heap = list(self.entries())
             heapq.heapify(heap)
             self._heap, self._left = heap, 0
+
+    def first(self, count: int) -> list[Waiter]:
+        """Return the first of those who wait, in order."""
+        found: list[Waiter] = []
+        unseen = [(self._heap[0], 0)] if self._heap else []
+        while unseen and len(found) < count:
+            entry, at = heapq.heappop(unseen)
+            if entry[2].entry is entry:
+                found.append(entry[2])
+            for below in range(2 * at + 1, min(2 * at + 3, len(self._heap))):
+                heapq.heappush(unseen, (self._heap[below], below))
+        return found
 
     def entries(self) -> Iterator[Entry]:
         """Yield the entries of those who wait, in no order."""

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.events import Observer
 from gateway_queue_sync.ledgers.memory import MemoryLedger, NoLedger
-from gateway_queue_sync.ledgers.remote import RemoteLedger
+from gateway_queue_sync.ledgers.remote import RemoteLedger, open_ledger
+from gateway_queue_sync.limit_reader import wait_for_limit
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
@@ -19,18 +20,19 @@ from gateway_queue_sync.models import (
     SessionStartLimit,
     check_limit,
 )
-from gateway_queue_sync.queue import GatewayQueue
+from gateway_queue_sync.queue import GatewayQueue, scheduler_of
 from gateway_queue_sync.settings import (
     DEFAULT_LEASE,
     REREAD_AFTER,
     Refresh,
     Settings,
     WhenExhausted,
+    WhenUnreachable,
 )
 
 if TYPE_CHECKING:
-    from gateway_queue_sync.ledgers.redis import Client
-    from gateway_queue_sync.ledgers.shared import Connect
+    from gateway_queue_sync.ledgers.shared.backend import Backend
+    from gateway_queue_sync.ledgers.shared.redis import Client
 
 READ_JITTER = 1.0
 """Seconds; a fleet whose processes all read the limit at a reset spreads its reads over so many."""
@@ -40,6 +42,7 @@ def _in_memory(settings: Settings, limit: SessionStartLimit | None = None) -> Me
     ledger = MemoryLedger(settings)
     if limit is not None:
         ledger.adopt(check_limit(limit, settings.reserve))
+    ledger.account.refresh_owed = limit is None and settings.refresh is not None
     return ledger
 
 
@@ -50,11 +53,12 @@ class _ReadsLimit(GatewayQueue):
     def from_token(
         cls, token: str, *where: Any, base_url: str | None = None, **settings: Any
     ) -> Self:
-        """Read the limit from Discord now, and again at each reset and every ten minutes of use.
+        """Have the limit read from Discord now, and again at each reset and every ten minutes of use.
 
-        Blocks while it reads for the first time. The later reads have a thread of their own: nobody
-        waits for them. The token shows in no log, repr or error; it goes along when the queue is
-        pickled.
+        Of processes that share a ledger one reads for all, and none if that was done within the last
+        minute. Blocks for 5 seconds at most until the limit is known (for 1 second, if the ledger knows
+        one, until it is up to date). If it cannot be read, nobody is granted a permit until it is, with
+        a WARNING. The token shows in no log, repr or error; it goes along when the queue is pickled.
 
         Args:
             token: the bot's token, with or without ``Bot`` before it.
@@ -63,15 +67,21 @@ class _ReadsLimit(GatewayQueue):
             settings: as for the class; ``reread_after`` is the ten minutes, in seconds.
 
         Raises:
-            GatewayBotError: the token is wrong, or Discord could not be asked.
+            GatewayBotError: the token is wrong; with ``when_unreachable="raise"`` also if no limit is
+                known and Discord could not be asked.
             LedgerError, TypeError, ValueError: as the class raises; also for what cannot be a token.
         """
         from gateway_queue_sync.gateway_bot import GatewayBot  # noqa: PLC0415 - loads urllib
 
-        limit = GatewayBot(token, base_url=base_url).session_start_limit()
-        reads = GatewayBot(token, base_url=base_url, attempts=1, jitter=READ_JITTER)
-        settings |= {"limit": limit, "refresh": reads.session_start_limit}
-        return cls(*where, **settings)
+        bot = GatewayBot(token, base_url=base_url, attempts=1, jitter=READ_JITTER)
+        queue = cls(*where, **settings | {"limit": None, "refresh": bot.session_start_limit})
+        raises = queue._settings.when_unreachable == "raise"
+        try:
+            wait_for_limit(scheduler_of(queue), raises=raises)
+        except BaseException:
+            queue.close()
+            raise
+        return queue
 
 
 class NoOpQueue(GatewayQueue):
@@ -120,7 +130,8 @@ class LargeBotQueue(_ReadsLimit):
     """One process, a bucket for each of ``max_concurrency``, and the day's session start limit.
 
     Args:
-        limit: the session start limit to begin with, as Discord gives it now.
+        limit: the session start limit to begin with, as Discord gives it now; ``None``: nothing is
+            granted until ``refresh`` has read it.
         refresh: called without arguments when the limit is to be read: at each reset, and as
             ``reread_after`` says. It runs in a thread of its own. If it raises, the last known total
             counts from 5 seconds after the reset on, with a WARNING, and it is called again after a
@@ -131,6 +142,8 @@ class LargeBotQueue(_ReadsLimit):
             programs may start sessions with the same token; ``None`` reads at resets only.
         reserve: session starts never to use up: at ``remaining <= reserve`` the queue is exhausted.
         when_exhausted: ``"wait"`` for the reset, or ``"raise"`` ``SessionLimitExhausted``.
+        when_unreachable: if Discord cannot be asked for the first limit, ``"wait"`` for it in
+            ``acquire``, or ``"raise"`` in ``from_token``.
         period: seconds from the first grant after a reset to the next reset.
         interval: seconds between two permits of a bucket: Discord's 5.
         margin: seconds added to it, as for ``LocalQueue``.
@@ -144,12 +157,13 @@ class LargeBotQueue(_ReadsLimit):
 
     def __init__(
         self,
-        limit: SessionStartLimit,
+        limit: SessionStartLimit | None,
         *,
         refresh: Refresh | None = None,
         reread_after: float | None = REREAD_AFTER,
         reserve: int = 0,
         when_exhausted: WhenExhausted = "wait",
+        when_unreachable: WhenUnreachable = "wait",
         period: float = SESSION_PERIOD,
         interval: float = IDENTIFY_INTERVAL,
         margin: float = DEFAULT_MARGIN,
@@ -161,12 +175,15 @@ class LargeBotQueue(_ReadsLimit):
             reread_after=reread_after,
             reserve=reserve,
             when_exhausted=when_exhausted,
+            when_unreachable=when_unreachable,
             period=period,
             interval=interval,
             margin=margin,
             clock=clock,
             observer=observer,
         )
+        if limit is None and refresh is None:
+            raise TypeError("limit must be a SessionStartLimit if there is no refresh to read it")
         super().__init__(partial(_in_memory, limit=limit), settings)
 
 
@@ -182,34 +199,32 @@ def _file(path: str | os.PathLike[str]) -> str:
     return os.path.realpath(path)
 
 
-def sqlite_ledger(path: str | os.PathLike[str]) -> Connect:
-    """Return what makes a ledger of a file."""
-    from gateway_queue_sync.ledgers.sqlite import SqliteLedger  # noqa: PLC0415 - loads sqlite3
+def sqlite_backend(path: str | os.PathLike[str], settings: Settings) -> Backend:
+    """Return what carries requests to a file."""
+    from gateway_queue_sync.ledgers.shared.sqlite import SqliteBackend  # noqa: PLC0415 - loads sqlite3
 
-    return partial(SqliteLedger, _file(path))
-
-
-def redis_ledger(client_or_url: Client | str) -> Connect:
-    """Return what makes a ledger on a server."""
-    from gateway_queue_sync.ledgers.redis import RedisLedger, checked  # noqa: PLC0415 - an extra
-
-    return partial(RedisLedger, checked(client_or_url))
+    return SqliteBackend(_file(path), settings.name, settings.clock)
 
 
-def http_ledger(url: str, secret: str | None = None) -> Connect:
-    """Return what makes a ledger of a broker."""
-    from gateway_queue_sync.ledgers.http import HttpLedger  # noqa: PLC0415 - loads http.client
+def redis_backend(client_or_url: Client | str, settings: Settings) -> Backend:
+    """Return what carries requests to a server."""
+    from gateway_queue_sync.ledgers.shared.redis import RedisBackend, checked  # noqa: PLC0415 - an extra
 
-    return partial(HttpLedger, url, secret)
+    return RedisBackend(checked(client_or_url), settings.name, settings.clock)
+
+
+def http_backend(url: str, secret: str | None, settings: Settings) -> Backend:
+    """Return what carries requests to a broker."""
+    from gateway_queue_sync.ledgers.shared.http import HttpBackend  # noqa: PLC0415 - loads http.client
+
+    return HttpBackend(url, secret, settings.name)
 
 
 def _shared(
-    connect: Connect, limit: SessionStartLimit | None
+    backend: Callable[[Settings], Backend], limit: SessionStartLimit | None
 ) -> Callable[[Settings], RemoteLedger]:
     """Return what opens a ledger that processes share, with a limit if there is one."""
-    from gateway_queue_sync.ledgers.adapter import open_ledger  # noqa: PLC0415 - few need it
-
-    return partial(open_ledger, connect, limit)
+    return partial(open_ledger, backend, limit)
 
 
 def _made_again(
@@ -219,8 +234,7 @@ def _made_again(
     settings: Settings,
 ) -> GatewayQueue:
     """Make a queue that was pickled, from what it was made of."""
-    # A shared queue has all settings but one; it reads its limit at resets only.
-    names = (field.name for field in fields(Settings) if field.name != "reread_after")
+    names = (field.name for field in fields(Settings))
     return queue(make(*given), **{name: getattr(settings, name) for name in names})
 
 
@@ -239,25 +253,29 @@ class SqliteQueue(_ReadsLimit):
             smaller ``remaining`` counts, so that a restart refills nothing. ``None`` takes what is
             stored, or Discord's default (1000 a day, ``max_concurrency`` 1).
         name: which account in the file: one for each bot.
-        refresh: called without arguments when the limit is due to reset, to read it anew; one process
-            does that for all. If it raises, the last known total counts, with a WARNING, and it is
-            called again after a pause that grows from 5 seconds to 5 minutes. If it never returns,
-            this process does not read the limit again: give it a timeout.
+        refresh: called without arguments when the limit is to be read: at a reset, and as
+            ``reread_after`` says; one process does that for all. If it raises, the last known total
+            counts, with a WARNING, and it is called again after a pause that grows from 5 seconds to 5
+            minutes. If it never returns, this process does not read again: give it a timeout.
+        reread_after: seconds after which the limit is read again when the account is used; ``None``
+            reads at resets only.
         reserve: session starts never to use up: at ``remaining <= reserve`` the queue is exhausted.
         when_exhausted: ``"wait"`` for the reset, or ``"raise"`` ``SessionLimitExhausted``.
-        period: seconds from the first grant after a reset to the next reset. Give all processes the
-            same: that of whoever makes the first grant counts.
-        interval: seconds between two permits of a bucket: Discord's 5.
-        margin: seconds added to it, at least 0.02. A permit that took longer to come back to its
+        when_unreachable: if the ledger (or Discord, for a first limit) is out of reach when the queue
+            is made, ``"wait"`` for it in ``acquire``, with a WARNING, or ``"raise"`` at once.
+        period: seconds from the first grant after a reset to the next reset, 48 hours at most. Give
+            all processes the same: that of whoever makes the first grant counts.
+        interval: seconds between two permits of a bucket: Discord's 5; at most 60.
+        margin: seconds added to it, 0.02 to 10. A permit that took longer to come back to its
             caller is given back and asked for again. If processes disagree on interval or margin,
             the larger counts, with a WARNING.
-        lease: seconds for which a process counts that was not heard of; those that wait are heard of
-            three times as often. A process that dies costs the others 0.1 s, once.
+        lease: seconds for which a process counts that was not heard of, 0.1 to 60; those that wait
+            are heard of three times as often. A process that dies costs the others 0.1 s, once.
         clock: what tells the time; ``testing.FakeClock`` in tests, one for all queues of the file.
         observer: called with each event (``gateway_queue_sync.events``).
 
     Raises:
-        LedgerError: the file cannot be used; the message says why.
+        LedgerError: the file cannot be used, or belongs to another bot; the message says why.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
 
@@ -268,8 +286,10 @@ class SqliteQueue(_ReadsLimit):
         *,
         name: str = "default",
         refresh: Refresh | None = None,
+        reread_after: float | None = REREAD_AFTER,
         reserve: int = 0,
         when_exhausted: WhenExhausted = "wait",
+        when_unreachable: WhenUnreachable = "wait",
         period: float = SESSION_PERIOD,
         interval: float = IDENTIFY_INTERVAL,
         margin: float = DEFAULT_MARGIN,
@@ -280,9 +300,10 @@ class SqliteQueue(_ReadsLimit):
         settings = Settings(
             name=name,
             refresh=refresh,
-            reread_after=None,
+            reread_after=reread_after,
             reserve=reserve,
             when_exhausted=when_exhausted,
+            when_unreachable=when_unreachable,
             period=period,
             interval=interval,
             margin=margin,
@@ -291,7 +312,7 @@ class SqliteQueue(_ReadsLimit):
             observer=observer,
         )
         self._path = _file(path)
-        super().__init__(_shared(sqlite_ledger(path), limit), settings)
+        super().__init__(_shared(partial(sqlite_backend, path), limit), settings)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _made_again, (type(self), str, (self._path,), self._settings)
@@ -303,9 +324,9 @@ class RedisQueue(_ReadsLimit):
     Needs redis-py: ``pip install gateway-queue-sync[redis]``. Spacing, order, budget and limits hold
     over all queues of one ``name`` on one server. While its primary is the same, two permits of a
     bucket are never too close, unless its host's clock is set forward; while two primaries are at work
-    in a failover, one permit of a bucket may come early. An account that is new or was lost grants
-    nothing for one window, nor does a server that was restarted or has failed over. It pickles as
-    its settings, a URL's password included, and works on in a forked child.
+    in a failover, nothing is promised (``min-replicas-to-write 1`` prevents that). An account that is
+    new or was lost grants nothing for one window, nor does a server that was restarted or has failed
+    over. It pickles as its settings, a URL's password included, and works on in a forked child.
 
     Args:
         client_or_url: ``redis://...``, ``rediss://...`` (TLS) or ``unix://...`` (in which a password
@@ -315,8 +336,10 @@ class RedisQueue(_ReadsLimit):
         limit: as for ``SqliteQueue``.
         name: which account on the server: one for each bot. All its keys are in one hash slot.
         refresh: as for ``SqliteQueue``, and so are the others.
+        reread_after: seconds, or ``None``.
         reserve: session starts.
         when_exhausted: ``"wait"`` or ``"raise"``.
+        when_unreachable: ``"wait"`` or ``"raise"``.
         period: seconds.
         interval: seconds.
         margin: seconds, at least 0.02; longer than a round trip to the server.
@@ -326,7 +349,7 @@ class RedisQueue(_ReadsLimit):
 
     Raises:
         ImportError: redis-py is not installed.
-        LedgerError: the server cannot be reached, or refuses.
+        LedgerError: the server refuses, or cannot be reached and ``when_unreachable`` is ``"raise"``.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
 
@@ -337,8 +360,10 @@ class RedisQueue(_ReadsLimit):
         *,
         name: str = "default",
         refresh: Refresh | None = None,
+        reread_after: float | None = REREAD_AFTER,
         reserve: int = 0,
         when_exhausted: WhenExhausted = "wait",
+        when_unreachable: WhenUnreachable = "wait",
         period: float = SESSION_PERIOD,
         interval: float = IDENTIFY_INTERVAL,
         margin: float = DEFAULT_MARGIN,
@@ -349,9 +374,10 @@ class RedisQueue(_ReadsLimit):
         settings = Settings(
             name=name,
             refresh=refresh,
-            reread_after=None,
+            reread_after=reread_after,
             reserve=reserve,
             when_exhausted=when_exhausted,
+            when_unreachable=when_unreachable,
             period=period,
             interval=interval,
             margin=margin,
@@ -360,10 +386,10 @@ class RedisQueue(_ReadsLimit):
             observer=observer,
         )
         self._client_or_url = client_or_url
-        super().__init__(_shared(redis_ledger(client_or_url), limit), settings)
+        super().__init__(_shared(partial(redis_backend, client_or_url), limit), settings)
 
     def __reduce__(self) -> tuple[object, ...]:
-        from gateway_queue_sync.ledgers.redis import portable  # noqa: PLC0415 - an extra
+        from gateway_queue_sync.ledgers.shared.redis import portable  # noqa: PLC0415 - an extra
 
         return _made_again, (type(self), *portable(self._client_or_url), self._settings)
 
@@ -381,8 +407,10 @@ class HttpQueue(_ReadsLimit):
         secret: what the broker was given to ask for; it shows in no log, repr or error.
         name: to be left out; a broker keeps one account.
         refresh: as for ``SqliteQueue``, and so are the others. A call takes 2 s at most.
+        reread_after: seconds, or ``None``.
         reserve: session starts.
         when_exhausted: ``"wait"`` or ``"raise"``.
+        when_unreachable: ``"wait"`` or ``"raise"``.
         period: seconds.
         interval: seconds.
         margin: seconds, at least 0.02; longer than a round trip to the broker, since a permit's age is
@@ -392,7 +420,7 @@ class HttpQueue(_ReadsLimit):
         observer: called with each event.
 
     Raises:
-        LedgerError: the broker cannot be reached, or refuses.
+        LedgerError: the broker refuses, or cannot be reached and ``when_unreachable`` is ``"raise"``.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
 
@@ -404,8 +432,10 @@ class HttpQueue(_ReadsLimit):
         secret: str | None = None,
         name: str = "default",
         refresh: Refresh | None = None,
+        reread_after: float | None = REREAD_AFTER,
         reserve: int = 0,
         when_exhausted: WhenExhausted = "wait",
+        when_unreachable: WhenUnreachable = "wait",
         period: float = SESSION_PERIOD,
         interval: float = IDENTIFY_INTERVAL,
         margin: float = DEFAULT_MARGIN,
@@ -416,9 +446,10 @@ class HttpQueue(_ReadsLimit):
         settings = Settings(
             name=name,
             refresh=refresh,
-            reread_after=None,
+            reread_after=reread_after,
             reserve=reserve,
             when_exhausted=when_exhausted,
+            when_unreachable=when_unreachable,
             period=period,
             interval=interval,
             margin=margin,
@@ -427,7 +458,7 @@ class HttpQueue(_ReadsLimit):
             observer=observer,
         )
         self._given = url, secret
-        super().__init__(_shared(http_ledger(url, secret), limit), settings)
+        super().__init__(_shared(partial(http_backend, url, secret), limit), settings)
 
     def __reduce__(self) -> tuple[object, ...]:
         url, secret = self._given

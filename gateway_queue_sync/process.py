@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 import weakref
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +12,7 @@ from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.models import US_PER_SECOND
 
 if TYPE_CHECKING:
+    from gateway_queue_sync.ledgers.remote import RemoteLedger
     from gateway_queue_sync.scheduler import Scheduler
 
 MAX_EXIT_US = 500_000
@@ -24,12 +26,41 @@ class Server(Protocol):
 
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
+_ledgers: weakref.WeakSet[RemoteLedger] = weakref.WeakSet()
+_forking = threading.RLock()  # one fork at a time; it protects the sets, too
+_held: list[list[RemoteLedger]] = []  # those that wait for the end of a fork
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 def register(scheduler: Scheduler) -> None:
     """Note that there is a queue."""
-    _schedulers.add(scheduler)
+    with _forking:
+        _schedulers.add(scheduler)
+
+
+def register_ledger(ledger: RemoteLedger) -> None:
+    """Note that there is a ledger that processes share, before it is asked anything."""
+    with _forking:
+        _ledgers.add(ledger)
+
+
+def _before_fork() -> None:
+    """Hold all shared ledgers, so that no exchange with one is half done in the child.
+
+    Two threads that fork at once do so one after the other: else each could hold what the other needs.
+    """
+    _forking.acquire()
+    held: list[RemoteLedger] = []
+    _held.append(held)
+    for ledger in list(_ledgers):
+        ledger.before_fork()
+        held.append(ledger)
+
+
+def _after_fork_in_parent() -> None:
+    for ledger in _held.pop():
+        ledger.after_fork_in_parent()
+    _forking.release()
 
 
 def register_server(server: Server) -> None:
@@ -38,6 +69,11 @@ def register_server(server: Server) -> None:
 
 
 def _after_fork_in_child() -> None:
+    global _forking  # noqa: PLW0603 - another thread of the parent may wait for it
+    _forking = threading.RLock()
+    _held.clear()
+    for ledger in list(_ledgers):
+        ledger.begin_in_child()
     for scheduler in list(_schedulers):
         _begin_in_child(scheduler)
     for server in list(_servers):
@@ -67,8 +103,6 @@ def _begin_in_child(scheduler: Scheduler) -> None:
         waiter.error = scheduler.forked()
         if waiter.condition is not None:
             scheduler.locked(waiter.condition.notify)
-    if scheduler.remote is not None:
-        scheduler.remote.begin_in_child()
     if scheduler.reader is not None:
         scheduler.reader.reading = False
     scheduler.begin()
@@ -77,7 +111,9 @@ def _begin_in_child(scheduler: Scheduler) -> None:
 def _at_exit() -> None:
     """Send outstanding reports to remote ledgers: 0.5 s at most, and without a new thread."""
     deadline_us = SYSTEM_CLOCK.now_us() + MAX_EXIT_US
-    for scheduler in list(_schedulers):
+    with _forking:
+        schedulers = list(_schedulers)
+    for scheduler in schedulers:
         if scheduler.remote is None or scheduler.lock.is_held():
             continue
         if scheduler.worker.is_alive():
@@ -89,4 +125,8 @@ def _at_exit() -> None:
 
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

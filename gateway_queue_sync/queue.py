@@ -71,6 +71,7 @@ class GatewayQueue:
             timeout: the longest wait in seconds; ``None`` or ``inf`` waits for ever, 0 tries once.
             priority: a head start in seconds: the shard is sorted as if it had arrived that much
                 earlier (negative: later), so no shard waits for ever because of others' priorities.
+                Before shards of other processes a day of it counts at most.
 
         Raises:
             AcquireTimeout: no permit came in time; its ``eta`` says when one would have.

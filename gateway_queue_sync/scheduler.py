@@ -72,6 +72,8 @@ class Scheduler:
         self.locked, self.complete = self.lock.run, self.lock.complete
         self.begin()
         process.register(self)
+        if self.reader is not None and ledger.should_read:
+            self.locked(self.reader.read, self, self.now_us())
 
     def begin(self) -> None:
         """Set up lines in which nobody waits."""
@@ -282,8 +284,12 @@ class Scheduler:
         if waiter in self.worker.futures:
             self.worker.discard(waiter)
         head = self.lines.leave(waiter)
-        if head is not None:
+        if head is None:
+            return
+        if self.remote is None:
             self._ask_again((head,))
+        else:
+            self.notify_head(head)  # if it was the head before, its answer stands
 
     def _ask_again(self, heads: Iterable[Waiter]) -> None:
         """Let heads ask the ledger now: what it answered before may be out of date."""
@@ -294,7 +300,10 @@ class Scheduler:
 
     def notify_head(self, waiter: Waiter) -> None:
         """Wake the head of a line, or the worker that serves it."""
-        if waiter.future is not None or self.remote is not None:
+        if self.remote is not None:
+            self.remote.changed(waiter)
+            self.worker.wake(self)
+        elif waiter.future is not None:
             self.worker.schedule(waiter, waiter.shard_id % self.lines.max_concurrency)
         elif waiter.condition is not None:
             waiter.condition.notify()
@@ -467,7 +476,7 @@ class Scheduler:
             nonlocal latest
             latest, waiter.future = latest or self.observers.forget(waiter.number), None
             if waiter.entry is not None and self.remote is not None:
-                self.remote.left(waiter)
+                self.remote.changed(waiter)
                 self.worker.wake(self)
             self._remove(waiter)
             if waiter.permit is not None:
@@ -484,15 +493,12 @@ class Scheduler:
 
     def _eta(self, waiter: Waiter, position: int) -> float | None:
         """Return in about how many seconds a position gets its permit; with the lock held."""
-        number = waiter.shard_id % self.lines.max_concurrency
-        outlook = self.ledger.outlook(number)
-        if outlook is None:
-            return None
+        number, left = waiter.shard_id % self.lines.max_concurrency, self.ledger.budget()
         reads = self.reader is not None and self.reader.reading
-        if reads and outlook.budget is not None and outlook.budget.resets_in_us == 0:
+        if reads and left is not None and left.resets_in_us == 0:
             return None  # the limit that is being read decides
         waiting = len(self._callers) + len(self.worker.futures)
-        in_us = forecast.eta_us(outlook, number, position, len(self.lines.by_bucket), waiting)
+        in_us = self.ledger.eta_us(number, position, len(self.lines.by_bucket), waiting)
         return None if in_us is None else in_us / US_PER_SECOND
 
     def snapshot(self) -> QueueSnapshot:

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gateway_queue_sync.broker.ledger import MAX_BUCKETS
 from gateway_queue_sync.broker.server import (
     DEFAULT_HOST,
     DEFAULT_PORT,
@@ -24,7 +23,6 @@ from gateway_queue_sync.broker.server import (
     Broker,
 )
 from gateway_queue_sync.broker.settings import BrokerSettings
-from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.environment import (
     REDIS_URL,
     SECRET,
@@ -34,18 +32,26 @@ from gateway_queue_sync.environment import (
     warn_if_open,
 )
 from gateway_queue_sync.errors import GatewayBotError, LedgerError
-from gateway_queue_sync.gateway_bot import ATTEMPTS, GatewayBot
-from gateway_queue_sync.ledgers.shared import DISCORDS_DEFAULT, MIN_MARGIN, STRANGER
+from gateway_queue_sync.gateway_bot import GatewayBot
+from gateway_queue_sync.ledgers.remote import MIN_MARGIN, peek
+from gateway_queue_sync.ledgers.shared.limits import DISCORDS_DEFAULT
+from gateway_queue_sync.limit_reader import wait_for_limit
 from gateway_queue_sync.log import shards
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
+    MAX_BUCKETS,
     MAX_RESET_AFTER,
-    US_PER_SECOND,
     SessionStartLimit,
     check_limit,
 )
-from gateway_queue_sync.policies import RedisQueue, SqliteQueue, redis_ledger, sqlite_ledger
+from gateway_queue_sync.policies import (
+    READ_JITTER,
+    RedisQueue,
+    SqliteQueue,
+    redis_backend,
+    sqlite_backend,
+)
 from gateway_queue_sync.queue import GatewayQueue, scheduler_of
 from gateway_queue_sync.settings import Settings
 
@@ -56,7 +62,6 @@ log = logging.getLogger("gateway_queue_sync.broker")
 
 STATE_FILE = "broker.sqlite3"
 MAX_END = 0.9  # s for the last calls to a ledger, after a signal
-WRONG_TOKEN = 401
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -210,70 +215,80 @@ class _Settings:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
     def queue(self) -> GatewayQueue:
-        """Make the queue, with Discord's limit if there is a token, else with the stored one."""
-        stored, limit = self._stored(), None
+        """Make the queue, with Discord's limit if there is a token, else with the stored one.
+
+        If Discord or the ledger is out of reach, the clients wait for it.
+        """
+        limit, settings = None, self.queue_settings
         if self.token is not None:
-            limit = self._from_discord(self.token, stored)
-        elif self.max_concurrency is not None:
-            limit = self._with_concurrency(stored or DISCORDS_DEFAULT)
+            reads = _Reads(self.token, self.base_url, self.max_concurrency)
+            settings = settings | {"refresh": reads.session_start_limit}
+        if self.max_concurrency is not None:
+            stored = self._stored() or (None if self.token else DISCORDS_DEFAULT)
+            limit = stored and replace(stored, max_concurrency=self.max_concurrency)
         if self.make is SqliteQueue and not Path(self.where).parent.exists():
             Path(self.where).parent.mkdir(mode=0o700, parents=True)
-        queue = self.make(self.where, limit, **self.queue_settings)
-        ledger = scheduler_of(queue).ledger
-        left = ledger.budget()
-        assert left is not None
+        queue = self.make(self.where, limit, **settings)
+        scheduler = scheduler_of(queue)
+        if self.token is not None:
+            wait_for_limit(scheduler, raises=False)
+        left = scheduler.ledger.budget()
+        if left is None:
+            log.warning("how many session starts are left is not known yet: all clients wait")
+            return queue
         log.info(
             "%d of %d session starts are left, in %d bucket(s)%s",
             left.remaining,
             left.total,
-            ledger.max_concurrency,
-            "" if limit is not None else " (as stored, or Discord's default)",
+            scheduler.ledger.max_concurrency,
+            "" if self.token else " (as stored, or Discord's default)",
         )
         return queue
 
-    def _from_discord(
-        self, token: str, stored: SessionStartLimit | None
-    ) -> SessionStartLimit | None:
-        """Return the limit to begin with, which is read again at each reset."""
-        attempts = ATTEMPTS if stored is None else 2
-        reads = GatewayBot(token, base_url=self.base_url, attempts=2).session_start_limit
-        self.queue_settings["refresh"] = lambda: self._with_concurrency(reads())
-        bot = GatewayBot(token, base_url=self.base_url, attempts=attempts)
-        try:
-            limit = bot.session_start_limit()
-        except GatewayBotError as error:
-            if stored is None or error.status == WRONG_TOKEN:
-                raise
-            log.warning("%s; the stored limit counts until the next reset: %s", error, stored)
-            return None if self.max_concurrency is None else self._with_concurrency(stored)
-        log.info("the limit is Discord's, read with DISCORD_TOKEN: %s", limit)
-        if self.max_concurrency is not None and self.max_concurrency > limit.max_concurrency:
-            log.warning(
-                "max_concurrency %d is more than Discord's %d: shards will be refused",
-                self.max_concurrency,
-                limit.max_concurrency,
-            )
-        return self._with_concurrency(limit)
-
-    def _with_concurrency(self, limit: SessionStartLimit) -> SessionStartLimit:
-        if self.max_concurrency is None:
-            return limit
-        return replace(limit, max_concurrency=self.max_concurrency)
-
     def _stored(self) -> SessionStartLimit | None:
         """Return the stored limit, if there is one that can be read; no trace is left."""
-        connect = redis_ledger if self.make is RedisQueue else sqlite_ledger
-        ledger = connect(self.where)(self.queue_settings["name"], STRANGER, SYSTEM_CLOCK)
+        settings = Settings(name=self.queue_settings["name"])
+        make = redis_backend if self.make is RedisQueue else sqlite_backend
+        backend = make(self.where, settings)
         try:
-            seen = ledger.peek()
+            seen = peek(backend, settings)
         except LedgerError:
             return None  # what is wrong shows when the queue is made
         finally:
-            ledger.close()
-        if not seen.known:
+            backend.close()
+        left = seen.limit
+        if left is None:
             return None
-        resets_in = min(seen.resets_in_us / US_PER_SECOND, MAX_RESET_AFTER)
-        return SessionStartLimit(seen.total, seen.remaining, resets_in, seen.max_concurrency)
+        resets_in = min(left.resets_in, MAX_RESET_AFTER)
+        return SessionStartLimit(left.total, left.remaining, resets_in, len(seen.buckets))
+
+
+class _Reads:
+    """Reads a bot's limit; if a number of buckets was set, that counts instead of Discord's.
+
+    Attributes:
+        bot_id: the bot's id.
+    """
+
+    def __init__(self, token: str, base_url: str | None, max_concurrency: int | None) -> None:
+        self._bot = GatewayBot(token, base_url=base_url, attempts=1, jitter=READ_JITTER)
+        self.bot_id = self._bot.bot_id
+        self._max_concurrency, self._warned = max_concurrency, False
+
+    def session_start_limit(self) -> SessionStartLimit:
+        """Return the limit as it is now."""
+        limit, buckets = self._bot.session_start_limit(), self._max_concurrency
+        log.info("the limit is Discord's, read with DISCORD_TOKEN: %s", limit)
+        if buckets is None:
+            return limit
+        if buckets > limit.max_concurrency and not self._warned:
+            self._warned = True
+            log.warning(
+                "max_concurrency %d is more than Discord's %d: shards will be refused",
+                buckets,
+                limit.max_concurrency,
+            )
+        return replace(limit, max_concurrency=buckets)
 
 
 def _state(
@@ -288,7 +303,7 @@ def _state(
     elif arguments.state is None and environment.get("REDIS_URL"):
         url, source = environment["REDIS_URL"], "the environment's REDIS_URL"
     if url is not None:
-        from gateway_queue_sync.ledgers.redis import made_from  # noqa: PLC0415 - an extra
+        from gateway_queue_sync.ledgers.shared.redis import made_from  # noqa: PLC0415 - an extra
 
         made_from(url).close()
         sources.append(f"the state is in a Redis server ({source})")

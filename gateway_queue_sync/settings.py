@@ -20,6 +20,7 @@ from gateway_queue_sync.models import (
 )
 
 WhenExhausted = Literal["wait", "raise"]
+WhenUnreachable = Literal["wait", "raise"]
 
 Refresh = Callable[[], SessionStartLimit]
 
@@ -43,6 +44,7 @@ class Settings:
     reread_after: float | None = REREAD_AFTER
     reserve: int = 0
     when_exhausted: WhenExhausted = "wait"
+    when_unreachable: WhenUnreachable = "wait"
     period: float = SESSION_PERIOD
     interval: float = IDENTIFY_INTERVAL
     margin: float = DEFAULT_MARGIN
@@ -60,10 +62,9 @@ class Settings:
         for name, callback in (("observer", self.observer), ("refresh", self.refresh)):
             if callback is not None and not callable(callback):
                 raise TypeError(f"{name} must be callable, not {type(callback).__name__}")
-        if self.when_exhausted not in ("wait", "raise"):
-            raise ValueError(
-                f'when_exhausted must be "wait" or "raise", not {self.when_exhausted!r}'
-            )
+        for name in ("when_exhausted", "when_unreachable"):
+            if getattr(self, name) not in ("wait", "raise"):
+                raise ValueError(f'{name} must be "wait" or "raise", not {getattr(self, name)!r}')
         if self.reread_after is not None:
             seconds("reread_after", self.reread_after, above=0)
         object.__setattr__(self, "reserve", whole_number("reserve", self.reserve))

@@ -13,14 +13,19 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timedelta
 
-from gateway_queue_sync.clock import SYSTEM_CLOCK
-from gateway_queue_sync.environment import REDIS_URL, public_url, read_secret, warn_if_open
+from gateway_queue_sync.environment import (
+    REDIS_URL,
+    SECRET,
+    public_url,
+    read_secret,
+    warn_if_open,
+)
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.format import format_duration, format_ranges, format_time
-from gateway_queue_sync.ledgers.adapter import snapshot
-from gateway_queue_sync.ledgers.shared import STRANGER, SharedLedger
+from gateway_queue_sync.ledgers.remote import peek
+from gateway_queue_sync.ledgers.shared.backend import Backend
 from gateway_queue_sync.models import BucketSnapshot, QueueSnapshot, seconds
-from gateway_queue_sync.policies import redis_ledger, sqlite_ledger
+from gateway_queue_sync.policies import http_backend, redis_backend, sqlite_backend
 from gateway_queue_sync.settings import Settings
 
 FIRST_SHOWN = 5  # of those who wait in a bucket
@@ -32,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.watch is not None:
             seconds("--watch", arguments.watch, above=0)
-        ledger = _ledger(arguments)
+        backend = ledger_of(arguments)
     except (TypeError, ValueError, ImportError) as error:
         arguments.error(str(error))  # exits with 2
     except OSError as error:
@@ -40,39 +45,50 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     try:
         while True:
-            shown = _show(ledger, arguments)
+            shown = _show(backend, arguments)
             if arguments.watch is None:
                 return 0 if shown else 1
             time.sleep(arguments.watch)
     finally:
-        ledger.close()
+        backend.close()
 
 
-def _ledger(arguments: argparse.Namespace) -> SharedLedger:
+def ledger_of(arguments: argparse.Namespace) -> Backend:
+    """Return where the account is that a command line names.
+
+    Raises:
+        TypeError, ValueError, ImportError: it cannot be there.
+        OSError: a file that says so cannot be read.
+    """
+    settings = Settings(name=arguments.name)
+    if arguments.secret_file is not None and arguments.url is None:
+        raise ValueError("--secret-file goes with --url")
     if arguments.sqlite is not None:
-        connect = sqlite_ledger(arguments.sqlite)
-    elif arguments.redis is not None:
-        connect = redis_ledger(public_url(arguments.redis))
-    else:
-        connect = redis_ledger(read_secret(arguments.redis_file, REDIS_URL))
+        return sqlite_backend(arguments.sqlite, settings)
+    if arguments.redis is not None:
+        return redis_backend(public_url(arguments.redis), settings)
+    if arguments.redis_file is not None:
+        backend = redis_backend(read_secret(arguments.redis_file, REDIS_URL), settings)
         warn_if_open(arguments.redis_file, REDIS_URL)
-    return connect(Settings(name=arguments.name).name, STRANGER, SYSTEM_CLOCK)
+        return backend
+    secret = arguments.secret_file and read_secret(arguments.secret_file, SECRET)
+    backend = http_backend(arguments.url, secret, settings)
+    if secret:
+        warn_if_open(arguments.secret_file, SECRET)
+    return backend
 
 
-def _show(ledger: SharedLedger, arguments: argparse.Namespace) -> bool:
+def _show(backend: Backend, arguments: argparse.Namespace) -> bool:
     """Print what there is, or why there is nothing; return whether there is."""
     try:
-        reply = ledger.peek()
-        if not reply.known:
-            raise LedgerError(f"{ledger!r} holds no account of that name") from LookupError()
+        seen = peek(backend, Settings(name=arguments.name))
     except LedgerError as error:
         print(error, file=sys.stderr)
         return False
-    seen = snapshot(reply)
     if arguments.json:
         print(json.dumps(asdict(seen)), flush=True)
         return True
-    page = "\n".join(describe(seen, repr(ledger), datetime.now().astimezone()))
+    page = "\n".join(describe(seen, repr(backend), datetime.now().astimezone()))
     clear = CLEAR if arguments.watch is not None and sys.stdout.isatty() else ""
     print(clear + page, flush=True)
     return True
@@ -82,8 +98,10 @@ def describe(seen: QueueSnapshot, title: str, now: datetime) -> Iterator[str]:
     """Yield the lines that tell a person of a snapshot which was taken at ``now``."""
     yield f"{title}, {now:%Y-%m-%d %H:%M:%S %Z}"
     yield ""
-    if seen.limit is not None:
-        left = seen.limit
+    left = seen.limit
+    if left is None:
+        yield "left today  not known yet"
+    else:
         resets = f"resets {format_time(now, left.resets_in)}" if left.resets_in else "not begun"
         yield f"left today  {left.remaining} of {left.total}, {resets}"
     yield f"granted     {seen.granted}"
@@ -119,14 +137,8 @@ def _describe_bucket(bucket: BucketSnapshot, now: datetime) -> Iterator[str]:
         yield f"  and {len(more)} more{due}"
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add this command to those of the command line."""
-    what = "show an account that processes share: who waits, and what is left today"
-    parser = subparsers.add_parser(
-        "status",
-        help=what,
-        description=f"{what.capitalize()}. Exits with 1 if there is none, or it is out of reach.",
-    )
+def add_ledger(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where an account is."""
     ledger = parser.add_mutually_exclusive_group(required=True)
     ledger.add_argument("--sqlite", metavar="FILE", help="the file of a SqliteQueue")
     ledger.add_argument(
@@ -137,7 +149,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     ledger.add_argument(
         "--redis-file", metavar="FILE", help="a file with that URL, which may hold a password"
     )
+    ledger.add_argument("--url", help="the broker of an HttpQueue")
+    parser.add_argument("--secret-file", metavar="FILE", help="a file with the broker's secret")
     parser.add_argument("--name", default="default", help="which account (default: %(default)s)")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add this command to those of the command line."""
+    what = "show an account that processes share: who waits, and what is left today"
+    parser = subparsers.add_parser(
+        "status",
+        help=what,
+        description=f"{what.capitalize()}. Exits with 1 if there is none, or it is out of reach.",
+    )
+    add_ledger(parser)
     parser.add_argument(
         "--watch",
         type=float,

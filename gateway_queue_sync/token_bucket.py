@@ -24,7 +24,7 @@ MAX_CLOSURE_US = 60 * US_PER_SECOND
 MANY_REJECTIONS = 10  # in a row; from then on a bucket may close for longer
 MAX_LONG_CLOSURE_US = 900 * US_PER_SECOND
 MAX_REJECTIONS = 32  # that are counted in a row; more make no difference
-UNSEEN_US = 60 * US_PER_SECOND  # how long a session start may take to show in what Discord answers
+UNSEEN_US = 60 * US_PER_SECOND  # how long a session start may take to show in an answer, at most
 
 
 @dataclass
@@ -63,7 +63,8 @@ class Account:
         resets_at_us: when the period ends, on the wall clock; ``None`` until its first grant.
         max_reset_us: the most time until the reset, in case the clock is set back.
         period: counts the limits seen, so that a refund goes to the one that was charged.
-        refresh_owed: the latest reset passed without a read, so a read should come next.
+        refresh_owed: the latest reset passed without a read, so a read should come next. Without a
+            ``total``, nothing is granted until then.
         granted: permits granted; also the serial number of the latest.
         used: permits charged to this period and not given back.
         recent: when the latest permits were granted, by serial; ``None`` where nobody reads the limit.
@@ -117,7 +118,7 @@ class Denial:
 _new_bucket, _new_permit = TokenBucket.__new__, Permit.__new__
 
 
-def take(
+def take(  # noqa: C901 - on the free path a call costs more than a branch
     account: Account,
     shard_id: int,
     now_us: int,
@@ -150,15 +151,18 @@ def take(
     if account.total is not None:
         wall_us = now_us if wall_us is None else wall_us
         due = resets_at_us is not None and wall_us >= resets_at_us
-        remaining = left = (account.total if due else account.remaining) - 1
-        used = 1 if due else account.used + 1
+        early = _early(account) if due else 0
+        remaining = left = (account.total - early if due else account.remaining) - 1
+        used = (early if due else account.used) + 1
         if left < account.reserve:
-            return _used_up(account, wait_us, wall_us)
+            return _used_up(account, wait_us, wall_us, early)
         if wait_us <= 0 and (due or resets_at_us is None or account.refresh_owed):
             denial = _wait_for_read(account, wall_us, due, can_refresh)
             if denial is not None:
                 return denial
             resets_at_us, period = _next_period(account, wall_us, due)
+    elif account.refresh_owed and account.patience_us:  # no limit is known yet
+        return Denial(account.patience_us, Reason.RESET, 0, 0, period, account.granted)
     if wait_us > 0:
         return Denial(wait_us, Reason.WINDOW)
     serial = account.granted + 1
@@ -201,19 +205,40 @@ def _next_period(account: Account, wall_us: int, due: bool) -> tuple[int, int]:
     if due:
         account.other_reset = None
         if account.recent is not None:  # what is older counts in no read, and gets no refund
-            since_us, account.refresh_owed = wall_us - UNSEEN_US, True
+            since_us, account.refresh_owed = wall_us - unseen_us(account), True
             account.recent = {key: at for key, at in account.recent.items() if at >= since_us}
     return wall_us + account.period_us, account.period + due
 
 
-def _used_up(account: Account, wait_us: int, wall_us: int) -> Denial:
+def _early(account: Account) -> int:
+    """Return how many permits of the period before may count in the one that begins without a read.
+
+    The reset is known from an answer, so by a little it may have been earlier; and Discord counts a
+    permit when it is used.
+    """
+    if not account.recent or account.resets_at_us is None:
+        return 0
+    since_us = account.resets_at_us - unseen_us(account)
+    return sum(at_us > since_us for at_us in account.recent.values())
+
+
+def _used_up(account: Account, wait_us: int, wall_us: int, early: int) -> Denial:
     resets_in_us = resets_in(account, wall_us)
     if not resets_in_us:  # no reset will help
         resets_in_us = account.max_reset_us = account.period_us
+        if early and account.total is not None:  # a period begins, with these used of it
+            account.remaining, account.used = max(0, account.total - early), early
+            account.period, account.other_reset = account.period + 1, None
+            account.refresh_owed = True
     account.resets_at_us = wall_us + resets_in_us  # nearer, if the clock was set back
     return Denial(
         max(wait_us, resets_in_us), Reason.BUDGET, account.remaining, resets_in_us, account.period
     )
+
+
+def unseen_us(account: Account) -> int:
+    """Return how long a session start may take to show in an answer; less where a period is short."""
+    return min(UNSEEN_US, account.period_us // 100)
 
 
 def resets_in(account: Account, wall_us: int) -> int:

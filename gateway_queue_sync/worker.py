@@ -115,9 +115,10 @@ class Worker:
         return self.thread is not None and self.thread.is_alive()
 
     def join(self, timeout: float) -> None:
-        """Wait until the thread has ended."""
-        if self.thread is not None:
-            self.thread.join(timeout)
+        """Wait until the thread has ended; not for one that could not be started."""
+        thread = self.thread
+        if thread is not None and thread.is_alive():
+            thread.join(timeout)
 
     # --- in its thread ----------------------------------------------------------------------------
 
@@ -157,6 +158,8 @@ class Worker:
 
     def ask_again(self, scheduler: Scheduler) -> None:
         """Ask for all heads in a second: a turn that was to ask for some was interrupted."""
+        if scheduler.remote is not None:
+            scheduler.remote.interrupted()
         soon_us = scheduler.now_us() + RETRY_US
         for head in scheduler.lines.heads():
             if head.permit is None and (head.future is not None or scheduler.remote is not None):
@@ -390,6 +393,7 @@ def _wake(condition: threading.Condition, _: weakref.ref[Scheduler]) -> None:
     """Wake a worker whose scheduler nobody has any more, so that it ends."""
     if condition.acquire(blocking=False):
         try:
-            condition.notify()
+            with contextlib.suppress(RuntimeError):  # the lock is another one in a forked child
+                condition.notify()
         finally:
             condition.release()

@@ -20,22 +20,23 @@ from gateway_queue_sync import (
     serve,
 )
 from gateway_queue_sync.clock import Clock
-from gateway_queue_sync.ledgers.shared import SharedLedger
+from gateway_queue_sync.ledgers.remote import RemoteLedger
+from gateway_queue_sync.ledgers.shared.backend import Backend
 from gateway_queue_sync.queue import scheduler_of
 from gateway_queue_sync.testing import FakeClock
 
 NAMES = ("memory", "sqlite", "redis", "http")
 WINDOW = {"interval": 5.0, "margin": 0.25}
-NEVER_HEARD_OF = 1_000_000.0  # s: no poll comes between what a test drives
+NEVER_HEARD_OF = 60.0  # s, the longest lease: no other request comes for 20 s
 
 _serials = itertools.count()
 
 
-def ledger_of(queue: GatewayQueue) -> SharedLedger:
+def backend_of(queue: GatewayQueue) -> Backend:
     """Return what a queue's worker asks for permits."""
-    shared = scheduler_of(queue).ledger.ledger.shared  # type: ignore[union-attr]
-    assert isinstance(shared, SharedLedger)
-    return shared
+    ledger = scheduler_of(queue).ledger
+    assert isinstance(ledger, RemoteLedger)
+    return ledger.backend
 
 
 earlier_workers: set[threading.Thread] = set()

@@ -156,7 +156,7 @@ def _times(selector: selectors.BaseSelector, seconds: float) -> list[float]:
 def storm(rounds: int, clients: int) -> list[int]:
     """Connect, ask and disconnect so many clients in each round; return the memory after each."""
     memory = []
-    with served("--interval", "600", "--margin", "0.05") as broker:
+    with served("--interval", "60", "--margin", "0.05") as broker:
         for number in range(rounds):
             many = [connect(broker.port, client) for client in range(clients)]
             for client, one in enumerate(many):

@@ -22,20 +22,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from accounts import ledger_of
+from accounts import backend_of
 
 from gateway_queue_sync import (
     AcquireTimeout,
     GatewayQueue,
     LedgerError,
-    Permit,
     QueueClosed,
     RedisQueue,
     SessionLimitExhausted,
     SessionStartLimit,
     SqliteQueue,
 )
-from gateway_queue_sync.messages import OUTCOMES
+from gateway_queue_sync.ledgers.remote import peek
+from gateway_queue_sync.ledgers.shared.backend import Busy, Unreachable
+from gateway_queue_sync.settings import Settings
 
 PATIENCE = 30.0  # s a test waits for what must come
 APART = 0.02  # s: who ask within a trip to the ledger of each other have no order
@@ -43,8 +44,8 @@ FORKED = multiprocessing.get_context("forkserver")
 PRELOADED = [
     "processes",
     "bots",
-    "gateway_queue_sync.ledgers.sqlite",
-    "gateway_queue_sync.ledgers.redis",
+    "gateway_queue_sync.ledgers.shared.sqlite",
+    "gateway_queue_sync.ledgers.shared.redis",
     "pytest",  # what the command of that name has each child import anew
 ]
 
@@ -166,13 +167,13 @@ class Worker:
 
     def open(self, limit: SessionStartLimit | None = None, **settings: Any) -> None:
         self.queue = self.broker.queue(limit, **settings)
-        ledger = ledger_of(self.queue)
-        self._carry = ledger.carry
-        ledger.carry = self._counted  # type: ignore[method-assign]
+        backend = backend_of(self.queue)
+        self._ask = backend.ask
+        backend.ask = self._counted  # type: ignore[method-assign]
 
     def _counted(self, *args: Any) -> Any:
         self.trips += 1
-        return self._carry(*args)
+        return self._ask(*args)
 
     def open_refreshing(self, answer: SessionStartLimit, takes: float, **settings: Any) -> None:
         """Open the queue with a ``refresh`` that is noted, takes a while and answers this."""
@@ -188,27 +189,27 @@ class Worker:
 
     def delay_permits(self, delay: float) -> None:
         """Have every second permit come so late."""
-        carry, late = self._carry, itertools.cycle([True, False])
+        ask, late = self._ask, itertools.cycle([True, False])
 
         def slow(*args: Any) -> Any:
-            reply = carry(*args)
-            if OUTCOMES[reply.outcome.kind] is Permit and next(late):
+            reply = ask(*args)
+            if reply.permits and next(late):
                 time.sleep(delay)
             return reply
 
-        self._carry = slow
+        self._ask = slow
 
     def delay_take(self, start: float, delay: float) -> None:
         """Have the first request for a permit after a time go out so late."""
-        carry = self._carry
+        ask = self._ask
 
         def slow(request: Any, *args: Any) -> Any:
-            if request.take and time.monotonic() > start:
-                self._carry = carry
+            if request.lines and time.monotonic() > start:
+                self._ask = ask
                 time.sleep(delay)
-            return carry(request, *args)
+            return ask(request, *args)
 
-        self._carry = slow
+        self._ask = slow
 
     def cost(self) -> tuple[int, float]:
         """Return how often the ledger was asked, and the processor's time in seconds."""
@@ -284,7 +285,8 @@ class Worker:
 
     def _look_all_the_time(self) -> None:
         while True:
-            ledger_of(self.queue).peek()
+            with contextlib.suppress(Busy, Unreachable):
+                peek(backend_of(self.queue), Settings(margin=0.25))
 
     def update(self, limit: SessionStartLimit) -> None:
         self.queue.update(limit)

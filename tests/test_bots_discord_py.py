@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import warnings
 from contextlib import asynccontextmanager
 
@@ -59,6 +60,11 @@ async def running(*clients):
     finally:
         for client in clients:
             await client.close()
+        for thread in threading.enumerate():  # which would find the loop closed
+            if isinstance(thread, discord.gateway.KeepAliveHandler):
+                thread.stop()
+                while thread.is_alive():
+                    await asyncio.sleep(0.005)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

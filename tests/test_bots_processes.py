@@ -111,4 +111,4 @@ def test_a_crash_loop_with_a_shared_queue_and_a_reserve_never_has_the_token_rese
         supervise(start, new_account(gateway, **settings), until_then)
         assert not gateway.referee.token_reset
         assert gateway.referee.refusals == []
-    assert min(left) == RESERVE
+    assert min(left) - RESERVE in (0, 1)  # a start that Discord may not have seen counts twice

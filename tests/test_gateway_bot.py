@@ -858,10 +858,25 @@ def test_the_limit_is_read_even_if_no_thread_can_be_started(server, bot, monkeyp
     assert bot.session_start_limit().remaining == 998
 
 
+@pytest.mark.parametrize(
+    ("first_part", "bot_id"),
+    [
+        ("MTIzNDU2Nzg5MDEyMzQ1Njc4", "123456789012345678"),
+        ("MTIzNDU2Nzg5MDEyMzQ1Njc", "12345678901234567"),
+        ("not-a", ""),
+        ("!", ""),
+        ("YWJj", ""),
+        ("MTEx" * 9, ""),
+    ],
+)
+def test_the_id_of_the_bot_is_in_its_token(first_part, bot_id):
+    assert GatewayBot(f"Bot {first_part}.x.y").bot_id == bot_id
+
+
 # --- jitter ---------------------------------------------------------------------------------------
 
 
-def test_each_call_first_pauses_for_a_random_time(server, monkeypatch):
+def test_each_call_but_the_first_pauses_for_a_random_time(server, monkeypatch):
     monkeypatch.setattr(gateway_bot, "random", random.Random(7))
     pauses = []
 
@@ -870,10 +885,11 @@ def test_each_call_first_pauses_for_a_random_time(server, monkeypatch):
 
     bot = GatewayBot(TOKEN, base_url=server.url, jitter=30, sleep=pause)
     server.will(answer({}, 500), answer(BODY), answer(BODY))
-    bot.session_start_limit()
-    bot.session_start_limit()
-    (first, before_first), (retry, before_retry), (second, before_second) = pauses
-    assert (before_first, before_retry, before_second) == (0, 1, 2)
+    server.will(answer(BODY))
+    for _ in range(3):
+        bot.session_start_limit()
+    (retry, before_retry), (first, before_first), (second, before_second) = pauses
+    assert (before_retry, before_first, before_second) == (1, 2, 3)
     assert 0 <= first <= 30
     assert 0 <= second <= 30
     assert first != second

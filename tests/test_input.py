@@ -111,11 +111,17 @@ def test_settings(name, value, error):
         ("reserve", 1000, ValueError),
         ("refresh", "no", TypeError),
         ("when_exhausted", "maybe", ValueError),
+        ("when_unreachable", "maybe", ValueError),
     ],
 )
 def test_settings_of_a_large_bots_queue(name, value, error):
     with pytest.raises(error, match=name):
         LargeBotQueue(limit(), **{name: value})
+
+
+def test_a_large_bots_queue_needs_a_limit_or_what_reads_it():
+    with pytest.raises(TypeError, match="limit must be a SessionStartLimit if there is no refresh"):
+        LargeBotQueue(None)
 
 
 def test_a_large_bots_queue_needs_a_limit():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from accounts import backend_of
 from test_waiting import WINDOW, in_line, limit
 
 from gateway_queue_sync import (
@@ -20,7 +21,6 @@ from gateway_queue_sync import (
 )
 from gateway_queue_sync.lines import Line, Lines
 from gateway_queue_sync.log import Log, limits, shards
-from gateway_queue_sync.queue import scheduler_of
 
 SHARDS, BUDGET = "gateway_queue_sync.shards", "gateway_queue_sync.budget"
 memory = pytest.mark.accounts("memory")
@@ -310,12 +310,14 @@ def test_a_permit_is_told_of_once_even_if_the_buckets_are_laid_out_anew_meanwhil
 def test_the_position_counts_those_of_all_processes(account, clock, crew, log):
     one, other = (account.queue(limit(), clock=clock) for _ in range(2))
     one.acquire(0)
-    in_line(one, crew, clock, range(1, 6))
-    clock.advance(2)
-    in_line(other, crew, clock, [6])
-    assert told(log) == []
+    first, *_ = in_line(one, crew, clock, range(1, 6))
+    clock.advance(WINDOW)
+    first.now()  # with this request the ledger has heard of those behind it
+    clock.settle(4)
     in_line(other, crew, clock, [7])
-    assert told(log) == ["shard 7 waits in bucket 0: 6 before it, its permit is due in 34.8 s"]
+    assert told(log) == []
+    in_line(other, crew, clock, [8])
+    assert told(log) == ["shard 8 waits in bucket 0: 5 before it, its permit is due in 31.5 s"]
     one.close()
     other.close()
 
@@ -326,14 +328,14 @@ def test_many_who_come_at_once_do_not_ask_the_ledger_for_the_log_each(
 ):
     queue = account.queue(limit(), clock=clock)
     queue.acquire(0)
-    looks = []
-    shared = scheduler_of(queue).ledger.ledger.shared
-    look = shared.look
-    monkeypatch.setattr(shared, "look", lambda **how: looks.append(how) or look(**how))
+    requests = []
+    backend = backend_of(queue)
+    ask = backend.ask
+    monkeypatch.setattr(backend, "ask", lambda request: requests.append(request) or ask(request))
     for shard_id in range(1, 40):
         queue.enqueue(shard_id)
         clock.settle(0)
-    assert len(looks) <= 1
+    assert len(requests) <= 2
     positions = [int(re.search(r"(\d+) before", line)[1]) for line in told(log)]
     assert positions == [5, 6, 7, 8, 9, 12, 20, 36]
     assert told(log)[-1].endswith("its permit is due in 3 min 14 s; 15 similar lines skipped")

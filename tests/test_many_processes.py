@@ -46,9 +46,9 @@ def limit(total=PLENTY, remaining=None, reset_after=0.0, buckets=1):
 
 
 # windows to line up in
-SHORT = {"interval": 0.45, "margin": 0.05}
+SHORT = {"interval": 0.7, "margin": 0.1}
 SECOND = {"interval": 0.9, "margin": 0.1}
-LONG = {"interval": 600.0, "margin": 0.02}
+LONG = {"interval": 60.0, "margin": 0.02}
 TINY = {"interval": 0.001, "margin": 0.02}  # no window to speak of
 
 
@@ -141,23 +141,30 @@ def figures(load):
     )
 
 
-def inversions(grants):
-    """Of each two permits in a row, whether the first was asked for after the second.
+def in_time(grants):
+    """Of each permit, whether it came late by less than half a grace.
 
-    Not if it came late by (half) a grace: then the machine kept the other process from asking.
+    If not, the machine kept another process from asking, whose turn it was.
     """
-    late = [False, *(gap >= window(WINDOW) + grace(WINDOW) / 2 for gap in gaps(grants))]
+    return [True, *(gap < window(WINDOW) + grace(WINDOW) / 2 for gap in gaps(grants))]
+
+
+def inversions(grants):
+    """Of each two permits in a row, whether the first was asked for after the second."""
     return [
-        later.asked < earlier.asked - AT_ONCE and not excused
-        for excused, (earlier, later) in zip(late, itertools.pairwise(grants), strict=False)
+        later.asked < earlier.asked - AT_ONCE and is_in_time
+        for is_in_time, (earlier, later) in zip(
+            in_time(grants), itertools.pairwise(grants), strict=False
+        )
     ]
 
 
 def overtakings(grants):
-    """Of each permit, how many came before it that were asked for after it."""
+    """Of each permit, how many came before it, in time, that were asked for after it."""
+    others = [one for one, is_in_time in zip(grants, in_time(grants), strict=True) if is_in_time]
     return [
-        sum(other.asked > grant.asked + AT_ONCE for other in grants[:place])
-        for place, grant in enumerate(grants)
+        sum(other.at < grant.at and other.asked > grant.asked + AT_ONCE for other in others)
+        for grant in grants
     ]
 
 
@@ -187,8 +194,8 @@ def test_nobody_is_overtaken_for_long(load):
 
 
 def test_a_permit_takes_few_trips_to_the_ledger(load):
-    """With 64 threads in line it takes 5.5; more when processes are passed over."""
-    assert load.trips <= 6 * len(load.grants)
+    """One of each process that waits, and two of whoever has it; more when some are passed over."""
+    assert load.trips <= (PROCESSES + 2) * len(load.grants)
 
 
 def test_no_spacing_is_short_where_permits_come_late(fleet):
@@ -212,13 +219,13 @@ def test_a_closed_bucket_holds_up_no_other_process_in_another_one(fleet):
 
 
 def test_several_buckets_grant_each_at_its_own_pace(fleet):
-    started = fleet.begin(4, limit(buckets=4), interval=0.08, margin=0.02)
+    started = fleet.begin(4, limit(buckets=4), interval=0.2, margin=0.05)
     for process in started:
         process.acquire(*range(4))
     grants = fleet.await_granted(16)
-    assert grants[-1].at - grants[0].at < 3 * 0.1 + LOADED  # one line would take 15 windows
+    assert grants[-1].at - grants[0].at < 9 * 0.25  # it takes 3 windows; one line would take 15
     for bucket in range(4):
-        assert min(gaps([grant for grant in grants if grant.shard_id == bucket])) >= 0.08
+        assert min(gaps([grant for grant in grants if grant.shard_id == bucket])) >= 0.2
 
 
 # --- processes that die or stop -------------------------------------------------------------------
@@ -309,7 +316,7 @@ def test_the_file_is_whole_after_a_storm_of_kills(storm):
 
 # --- the budget -----------------------------------------------------------------------------------
 
-PERIOD = 0.6
+PERIOD = 1.5  # s
 
 
 @pytest.mark.parametrize(("reserve", "periods"), [(0, 3), (5, 2)])
@@ -323,7 +330,7 @@ def test_each_period_has_exactly_its_budget(fleet, reserve, periods):
     granted = [grants[first : first + each] for first in range(0, len(grants), each)]
     assert all(period[-1].at - period[0].at < PERIOD for period in granted)
     for earlier, later in itertools.pairwise(granted):
-        assert later[0].at - earlier[0].at >= PERIOD - TINY["margin"]
+        assert later[0].at - earlier[0].at >= PERIOD - LOADED
 
 
 def test_a_crash_loop_gets_no_more_than_what_was_left(fleet):
@@ -352,13 +359,14 @@ def test_who_gives_up_or_gives_back_costs_no_budget(fleet):
 
 
 def test_one_process_reads_the_limit_for_all_at_a_reset(fleet):
-    fleet.begin(0, limit(4, 0, 0.3), **TINY)
+    """The account's limit has just been read, so that no process reads it when it starts."""
+    fleet.begin(0, limit(4, 0, 0.3), refresh=lambda: limit(4), **TINY)
     for _ in range(4):
         process = fleet.start()
         process.open_refreshing(limit(4, 4, 0.3, buckets=16), takes=0.1, lease=0.5, **TINY)
-        process.acquire(0, 1)
-    fleet.await_granted(8)
-    assert len(fleet.audit.read("refresh")) == 2
+        process.acquire(0)
+    fleet.await_granted(4)
+    assert len(fleet.audit.read("refresh")) == 1
 
 
 def test_another_process_reads_the_limit_when_one_is_killed_while_it_does(fleet):
@@ -366,10 +374,12 @@ def test_another_process_reads_the_limit_when_one_is_killed_while_it_does(fleet)
     for _ in range(3):
         process = fleet.start()
         process.open_refreshing(limit(4), takes=60.0, lease=0.5, **TINY)
-        process.acquire(0)
+        process.acquire(
+            0, 1, 2
+        )  # more than there are: some wait on, whatever total counts meanwhile
     (first,) = until(lambda: fleet.audit.read("refresh"), "a refresh")
     fleet.processes[first.process].kill()
-    until(lambda: fleet.audit.read("refresh")[1:], "another one", within=0.5 + LOADED)
+    until(lambda: fleet.audit.read("refresh")[1:], "another one", within=10.0 + 2 * LOADED)
 
 
 # --- what one process does, to others -------------------------------------------------------------

@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import logging
 import multiprocessing
 import pickle
+import re
 import shutil
 import signal
+import subprocess
 import threading
 import time
 import traceback
@@ -23,17 +26,19 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import redis
 import redis.asyncio
-from accounts import NEVER_HEARD_OF, ledger_of, wait_for_workers
+from accounts import NEVER_HEARD_OF, backend_of, wait_for_workers
 from proxy import Fault, Proxy
-from redis_servers import RedisCluster, RedisServer, needs_redis, until
+from redis_servers import BINARY, RedisCluster, RedisServer, free_port, needs_redis, until
 from test_interruptions import Interrupt, is_whole
 from test_process import needs_fork, python
 from test_waiting import in_line, limit, order
 
-from gateway_queue_sync import AcquireTimeout, LedgerError, Permit, RedisQueue
-from gateway_queue_sync.ledgers.redis import KEYS
-from gateway_queue_sync.messages import OUTCOMES, Reply, Take
-from gateway_queue_sync.testing import FakeClock, Referee
+from gateway_queue_sync import AcquireTimeout, LedgerError, RedisQueue
+from gateway_queue_sync.ledgers import remote
+from gateway_queue_sync.ledgers.shared.messages import Reply
+from gateway_queue_sync.ledgers.shared.redis import KEYS
+from gateway_queue_sync.queue import scheduler_of
+from gateway_queue_sync.testing import Referee
 
 pytestmark = needs_redis
 
@@ -44,8 +49,8 @@ QUICK = {"interval": 0.05, "margin": 0.1}  # where time is real
 TEN = limit(10, 10, 600.0)
 IMPATIENT = 0.3  # s of a socket's timeout, where it is waited for
 BUSY = 2.0  # s that a machine which does other things may add to anything
+LATE = 0.05 + 0.4  # s after its deadline that a call may return, and what such a machine may add
 SECRET = "hunter2"
-SEED = 20261125
 
 
 @pytest.fixture(scope="module")
@@ -97,19 +102,18 @@ def make(crew, clock):
     wait_for_workers(clock)  # what they have to tell is not for the next test's server
 
 
-def opened(make, *args, **settings):
-    """Make a queue, be the machine too busy for an impatient client or not."""
-    for _ in range(5):
-        with contextlib.suppress(LedgerError):
-            return make(*args, **settings)
-    return make(*args, **settings)
-
-
 def begun(make, target, clock, given=TEN, **settings):
     """Make a queue on a new account that is past its first window."""
-    queue = opened(make, target, given, clock=clock, lease=NEVER_HEARD_OF, **settings)
+    for _ in range(5):  # the machine may be too busy for an impatient client
+        queue = make(target, given, clock=clock, lease=NEVER_HEARD_OF, **settings)
+        if not is_out_of_reach(queue):
+            break
     clock.advance(WINDOW)
     return queue
+
+
+def is_out_of_reach(queue):
+    return scheduler_of(queue).ledger._session.failure is not None
 
 
 def url_of(proxy, timeout=1.0):
@@ -131,6 +135,13 @@ def answers(queue):
     """Return a look at the account, if its server is within reach."""
     with contextlib.suppress(LedgerError):
         return queue.snapshot()
+
+
+def look(queue, crew, clock):
+    """Return a snapshot, and let time go by until it comes."""
+    call = crew(queue.snapshot)
+    drive(clock, call)
+    return call.now()
 
 
 def remaining(queue):
@@ -329,8 +340,9 @@ def test_a_line_stands_where_the_data_was_kept(keeping, make, clock, crew):
     [
         *((name,) for name in KEYS),
         tuple(name for name in KEYS if name != "account"),
-        ("process", "head"),
-        ("account", "permit"),
+        ("session", "bucket"),
+        ("session", "line"),
+        ("account", "recent"),
     ],
     ids=" ".join,
 )
@@ -358,6 +370,19 @@ def test_whatever_keys_are_lost_nothing_comes_early(server, make, clock, crew, l
         drive(clock, *calls)
     assert all(call.exception() is None for call in calls)
     assert referee.refused == 0
+
+
+def test_buckets_that_are_lost_alone_are_closed_for_one_window(server, make, clock):
+    one = begun(make, server.url, clock)
+    other = make(server.url, clock=clock, lease=NEVER_HEARD_OF)
+    take(one, 0)
+    with server.client() as client:
+        client.delete(key("bucket"))
+    assert other.try_acquire(1) is None
+    clock.advance(WINDOW - MOMENT)
+    assert other.try_acquire(1) is None
+    clock.advance(MOMENT)
+    take(other, 1)
 
 
 @pytest.mark.parametrize("report", ["sent", "unused", "rejected"])
@@ -426,7 +451,8 @@ def test_a_server_without_memory_grants_nothing(server, make, clock, crew):
         drive(clock, call)
     with pytest.raises(LedgerError, match=rf"127\.0\.0\.1:{server.port}.*maxmemory"):
         call.now()
-    assert queue.snapshot().granted == 0
+    seen = look(queue, crew, clock)  # what was in flight is given back
+    assert (seen.limit.remaining, seen.buckets[0].ready_in) == (10, 0)
 
 
 def test_when_there_is_memory_again_who_waits_goes_on(server, make, clock, crew):
@@ -488,7 +514,7 @@ def test_a_permit_whose_reply_is_lost_is_granted_once(proxy, target, make, clock
     proxy.next.append(fault)
     call = crew(queue.acquire, 0)
     drive(clock, call)
-    assert proxy.calls == calls + 2
+    assert proxy.calls >= calls + 2
     assert call.now().remaining == 9
     now = queue.snapshot()
     assert (now.granted, now.limit.remaining) == (1, 9)
@@ -549,7 +575,7 @@ def test_what_was_granted_to_nobody_is_given_back(proxy, make, clock, crew, faul
     assert isinstance(call.exception(), LedgerError)
     proxy.always = None
     proxy.cut()
-    now = queue.snapshot()
+    now = look(queue, crew, clock)
     assert (now.limit.remaining, now.waiting) == (10, 0)
     assert queue.try_acquire(1) is not None
 
@@ -563,17 +589,19 @@ def test_a_call_that_gets_through_after_its_caller_gave_up_takes_nothing(
     call = crew(queue.acquire, 0, timeout=0.01)
     drive(clock, call)
     assert isinstance(call.exception(), LedgerError)
-    queue.snapshot()
+    look(queue, crew, clock)
     let_it_get_through(server, proxy)
-    now = queue.snapshot()
+    now = look(queue, crew, clock)
     assert (now.limit.remaining, now.waiting) == (10, 0)
 
 
-def test_an_update_that_gets_through_late_does_not_override_a_later_one(server, proxy, make, clock):
+def test_an_update_that_gets_through_late_does_not_override_a_later_one(
+    server, proxy, make, clock, crew
+):
     queue = begun(make, url_of(proxy, IMPATIENT), clock)
     proxy.next.append(Fault.HELD)
-    with pytest.raises(LedgerError):
-        queue.update(limit(1000, 900, 600.0))
+    call = crew(queue.update, limit(1000, 900, 600.0))
+    drive(clock, call)
     queue.update(limit(1000, 3, 600.0))
     let_it_get_through(server, proxy)
     assert remaining(queue) == 3
@@ -590,9 +618,10 @@ def let_it_get_through(server, proxy):
         until(lambda: count() > before, "the call")
 
 
-def test_a_call_that_breaks_off_leaves_no_reply_for_the_next_one(server, make, clock, caplog):
+@pytest.mark.parametrize("single", [False, True])
+def test_a_call_that_breaks_off_leaves_no_reply_for_the_next_one(server, make, clock, single):
     """Between the sending and the reading: the connection must not be used again."""
-    with server.client() as client:
+    with server.client(single_connection_client=single) as client:
         queue = begun(make, client, clock)
 
         def broken(*args, **kwargs):
@@ -609,9 +638,10 @@ def test_a_call_that_breaks_off_leaves_no_reply_for_the_next_one(server, make, c
 
 def with_another(**fields):
     def garbled(answer):
+        values = json.loads(answer)
         for name, value in fields.items():
-            answer[Reply._fields.index(name)] = value
-        return answer
+            values[Reply._fields.index(name)] = value
+        return json.dumps(values)
 
     return garbled
 
@@ -620,28 +650,30 @@ NONSENSE = {
     "nothing": lambda answer: None,
     "OK": lambda answer: b"OK",
     "a number": lambda answer: 7,
-    "an empty list": lambda answer: [],
-    "half an answer": lambda answer: answer[:5],
-    "a list of words": lambda answer: [b"yes"] * len(answer),
-    "a negative total": with_another(total=-10),
-    "more left than there was": with_another(remaining=11),
+    "an empty list": lambda answer: b"[]",
+    "half an answer": lambda answer: answer[: len(answer) // 2],
+    "a list of words": lambda answer: b'["yes", "no"]',
+    "a shorter answer": lambda answer: json.dumps(json.loads(answer)[:-1]),
+    "a word for a number": lambda answer: json.dumps(["yes", *json.loads(answer)[1:]]),
+    "bytes that are no text": lambda answer: b"\xff\xfe",
+    "less than nothing left": with_another(remaining=-2),
     "no bucket at all": with_another(max_concurrency=0),
-    "an empty outcome": with_another(outcome=[]),
-    "an outcome that is none": with_another(outcome=[0, 0, 0, 0, 0, 0, 0]),
-    "an unknown outcome": with_another(outcome=[9, 0, 0, 0, 0, 0, 0]),
-    "a negative outcome": with_another(outcome=[-4, 0, 1, 0, 9, 0, 0]),
+    "a permit for nobody": with_another(permits=[[12345, 9, 0, 0, 0, 9, 0]]),
+    "an unknown status": with_another(status=9),
+    "an unknown reason": with_another(permits=[], waits=[[0, 1, 1, 9, 0, 0]]),
 }
 
 
 @pytest.mark.parametrize("garble", NONSENSE.values(), ids=NONSENSE)
 def test_nonsense_is_no_permit(server, make, clock, monkeypatch, garble):
     queue = begun(make, server.url, clock)
-    client = ledger_of(queue)._client
+    client = backend_of(queue)._client
     evalsha = client.evalsha
     with monkeypatch.context() as patches:
         patches.setattr(client, "evalsha", lambda *given: garble(evalsha(*given)))
         with pytest.raises(LedgerError, match=f"{server.port}.* nonsense"):
             queue.try_acquire(0)
+    assert queue.try_acquire(1).remaining == 9
 
 
 # --- 7. a server that is out of reach -------------------------------------------------------------
@@ -667,7 +699,7 @@ def outage(request, server, proxy):
     }[request.param]
 
 
-def test_a_deadline_is_kept_within_the_sockets_timeout(proxy, make, outage):
+def test_a_deadline_is_kept_whatever_the_sockets_timeout(proxy, make, outage):
     queue = make(f"redis://127.0.0.1:{proxy.port}/0", **QUICK)
     outage.begin()
     begin = time.monotonic()
@@ -675,12 +707,12 @@ def test_a_deadline_is_kept_within_the_sockets_timeout(proxy, make, outage):
         queue.acquire(0, timeout=0.3)
     took = time.monotonic() - begin
     outage.end()
-    assert 0.3 <= took < 0.3 + 1 + BUSY
+    assert 0.3 <= took < 0.3 + LATE
 
 
 @pytest.mark.parametrize("outage", ["refused", "black hole"], indirect=True)
 def test_deadlines_are_kept_by_all_who_wait_when_it_begins(proxy, make, crew, outage):
-    queue = opened(make, url_of(proxy, IMPATIENT), interval=30.0)
+    queue = make(url_of(proxy, IMPATIENT), interval=30.0)
     begin = time.monotonic()
     calls = [crew(queue.acquire, shard, timeout=0.8) for shard in range(12)]
     until(lambda: line_of(queue) == 12, "a line")
@@ -689,7 +721,7 @@ def test_deadlines_are_kept_by_all_who_wait_when_it_begins(proxy, make, crew, ou
         assert isinstance(call.exception(20), LedgerError | AcquireTimeout)
     took = time.monotonic() - begin
     outage.end()
-    assert took < 0.8 + 3 * IMPATIENT + BUSY
+    assert took < 0.8 + LATE
 
 
 def line_of(queue):
@@ -699,7 +731,7 @@ def line_of(queue):
 
 def test_holders_who_report_in_an_outage_do_not_wait_for_each_other(proxy, make, crew, outage):
     given = limit(100, 100, 600.0, max_concurrency=20)
-    queue = opened(make, url_of(proxy, IMPATIENT), given, **QUICK)
+    queue = make(url_of(proxy, IMPATIENT), given, **QUICK)
     permits = [queue.acquire(shard) for shard in range(20)]
     outage.begin()
     begin = time.monotonic()
@@ -707,15 +739,18 @@ def test_holders_who_report_in_an_outage_do_not_wait_for_each_other(proxy, make,
         call.now()
     took = time.monotonic() - begin
     outage.end()
-    assert took < 2 * IMPATIENT + BUSY
+    assert took < BUSY  # and not 20 * IMPATIENT
 
 
 def test_trying_says_that_it_is_out_of_reach(proxy, make, outage):
-    queue = opened(make, url_of(proxy, IMPATIENT), **QUICK)
+    queue = make(url_of(proxy, IMPATIENT), **QUICK)
     outage.begin()
+    begin = time.monotonic()
     with pytest.raises(LedgerError, match=rf"127\.0\.0\.1:{proxy.port}"):
         queue.try_acquire(0)
+    took = time.monotonic() - begin
     outage.end()
+    assert took < 0.5 + LATE
 
 
 def test_who_waits_without_a_deadline_goes_on_when_it_is_back(proxy, make, clock, crew, outage):
@@ -760,8 +795,7 @@ def test_nothing_is_missing_after_an_outage(proxy, make, clock, crew, outage):
     drive(clock, *calls)
     assert all(isinstance(call.exception(), LedgerError) for call in calls)
     outage.end()
-    until(lambda: answers(queue))
-    now = queue.snapshot()
+    now = look(queue, crew, clock)
     assert (now.limit.remaining, now.waiting) == (10, 0)
     assert [bucket.ready_in for bucket in now.buckets] == [0, 0, 0]
 
@@ -782,7 +816,7 @@ def interrupt_soon():
 def test_an_interrupt_ends_the_wait_for_a_server_that_is_out_of_reach(
     proxy, make, outage, interrupt_soon
 ):
-    queue = opened(make, url_of(proxy, IMPATIENT), TEN, **QUICK)
+    queue = make(url_of(proxy, IMPATIENT), TEN, **QUICK)
     outage.begin()
     interrupt_soon()
     begin = time.monotonic()
@@ -796,10 +830,59 @@ def test_an_interrupt_ends_the_wait_for_a_server_that_is_out_of_reach(
     assert remaining(queue) == 10
 
 
-def test_a_queue_on_a_server_that_is_not_there_is_not_made(server, make):
+@pytest.mark.parametrize("outage", ["refused", "stopped"], indirect=True)
+@pytest.mark.parametrize("call", ["snapshot", "update"])
+def test_what_has_no_timeout_waits_for_a_while_and_then_says_so(
+    proxy, make, outage, call, monkeypatch
+):
+    queue = make(url_of(proxy, IMPATIENT), TEN, **QUICK)
+    monkeypatch.setattr(remote, "MAX_REQUEST_US", 400_000)
+    outage.begin()
+    begin = time.monotonic()
+    with pytest.raises(LedgerError, match="did not answer"):
+        {"snapshot": queue.snapshot, "update": lambda: queue.update(TEN)}[call]()
+    took = time.monotonic() - begin
+    outage.end()
+    assert 0.4 <= took < 0.4 + LATE
+
+
+@pytest.mark.parametrize("outage", ["refused", "stopped"], indirect=True)
+def test_closing_does_not_wait_for_a_server_that_is_out_of_reach(proxy, make, outage):
+    queue = make(url_of(proxy, IMPATIENT), TEN, **QUICK)
+    permit = queue.acquire(0)
+    outage.begin()
+    begin = time.monotonic()
+    permit.sent()
+    queue.close()
+    took = time.monotonic() - begin
+    outage.end()
+    assert took < LATE
+
+
+def test_a_queue_on_a_silent_server_is_made_within_seconds_and_waits_for_it(server, make, caplog):
+    server.send(signal.SIGSTOP)
+    begin = time.monotonic()
+    queue = make(server.url, TEN, **QUICK)
+    assert time.monotonic() - begin < 2 + BUSY
+    waits, message = warnings_in(caplog)
+    assert "waiting for Redis server" in waits
+    assert "no permit is granted until it can be asked" in message
+    server.send(signal.SIGCONT)
+    assert queue.acquire(0, timeout=20).remaining == 9
+
+
+def test_a_queue_on_a_server_that_is_not_there_waits_for_it(server, make, caplog):
     server.stop()
+    queue = make(server.url, TEN, **QUICK)
+    (message,) = warnings_in(caplog)
+    assert f"127.0.0.1:{server.port}" in message
+    assert "no permit is granted until it can be asked" in message
     with pytest.raises(LedgerError, match=rf"127\.0\.0\.1:{server.port}"):
-        make(server.url)
+        queue.try_acquire(0)
+    server.start()
+    assert queue.acquire(0, timeout=20).remaining == 9
+    (_, message) = warnings_in(caplog)
+    assert "answers again" in message
 
 
 # --- 8. a server that refuses ---------------------------------------------------------------------
@@ -870,11 +953,13 @@ REFUSALS = {
     of_an_unknown_user: "invalid username-password",
     of_a_user_with_other_keys: "permission",
     of_a_user_without_scripts: "permission",
+    of_no_such_database: "DB index",
+}
+PASSING = {
     of_a_replica: "read only replica",
     of_a_server_that_loads: "loading the dataset",
     of_a_full_disk: "MISCONF",
     of_no_memory: "maxmemory",
-    of_no_such_database: "DB index",
 }
 
 
@@ -885,12 +970,49 @@ def test_a_refusal_names_its_server_and_its_reason_and_no_password(
     caplog.set_level(logging.DEBUG)
     with own.client() as client:
         url = get_refused(own, client, proxy)
-        port = proxy.port if str(proxy.port) in url else own.port
-        with pytest.raises(LedgerError, match=rf"127\.0\.0\.1:{port}/\d+: .*{words}") as caught:
+        with pytest.raises(LedgerError, match=rf"127\.0\.0\.1:{own.port}/\d+: .*{words}") as caught:
             make(url)
-    assert isinstance(caught.value.__cause__, redis.RedisError)
     assert "\n" not in str(caught.value)
     assert SECRET not in "".join(traceback.format_exception(caught.value)) + caplog.text
+
+
+@pytest.mark.parametrize(("get_refused", "words"), PASSING.items(), ids=lambda it: "")
+def test_a_server_that_cannot_answer_yet_is_named_in_a_warning_with_its_reason(
+    own, proxy, make, get_refused, words, caplog
+):
+    caplog.set_level(logging.DEBUG)
+    with own.client() as client:
+        url = get_refused(own, client, proxy)
+        port = proxy.port if str(proxy.port) in url else own.port
+        queue = make(url)
+        (message,) = warnings_in(caplog)
+        assert re.search(rf"127\.0\.0\.1:{port}/\d+: .*{words}", message)
+        assert "no permit is granted until it can be asked" in message
+        with pytest.raises(LedgerError, match=words) as caught:
+            queue.try_acquire(0)
+        assert "\n" not in str(caught.value)
+        assert isinstance(caught.value.__cause__, redis.RedisError)
+        assert SECRET not in "".join(traceback.format_exception(caught.value)) + caplog.text
+
+
+def test_who_waits_goes_on_when_a_right_that_was_taken_away_is_given_back(own, make, clock, crew):
+    with own.client() as client:
+        client.acl_setuser(
+            "bob", enabled=True, passwords=f"+{SECRET}", keys=["*"], categories=["+@all"]
+        )
+        queue = begun(make, with_a_password(own, SECRET, "bob"), clock)
+        client.execute_command("ACL SETUSER", "bob", "-hset")
+        with pytest.raises(LedgerError, match="can't run this command") as caught:
+            queue.try_acquire(0)
+        assert SECRET not in str(caught.value)
+        call = crew(queue.acquire, 1)
+        for _ in range(20):
+            at_rest(clock, call)
+            clock.advance(0.05)
+        assert not call.done()
+        client.execute_command("ACL SETUSER", "bob", "+hset")
+        drive(clock, call)
+    assert call.now().remaining == 9
 
 
 @pytest.mark.parametrize(
@@ -916,8 +1038,7 @@ def test_a_password_that_is_not_percent_encoded_is_refused_and_not_shown(make, m
     with pytest.raises(ValueError, match="percent-encode the password") as caught:
         make(f"redis://:44{mark}{SECRET}@localhost/0")
     assert SECRET not in "".join(traceback.format_exception(caught.value))
-    with pytest.raises(LedgerError):  # nothing is there, but it can be read
-        make(f"redis://:44%{ord(mark):X}{SECRET}@localhost:1/0")
+    make(f"redis://:44%{ord(mark):X}{SECRET}@localhost:1/0")  # nothing is there, but it can be read
 
 
 @pytest.mark.parametrize(
@@ -1031,71 +1152,49 @@ def test_a_replica_that_saw_everything_goes_on_after_a_window(server, proxy, rep
     assert take(queue, 1).remaining == 8
 
 
-def set_back(server, *, last, granted, **more):
-    """Write an older state of bucket 0 into the account."""
-    with server.client() as client:
-        bucket = client.hget(key("account"), "b:0").split()
-        bucket[0] = str(last).encode()
-        client.hset(key("account"), mapping={"b:0": b" ".join(bucket), "granted": granted, **more})
-
-
-def test_what_a_process_saw_holds_against_a_server_that_has_gone_back(server, make, clock):
-    queue = begun(make, server.url, clock, limit(100, 100, 6000.0))
-    take(queue, 0)
-    older = clock.now_us()
-    clock.advance(WINDOW)
-    take(queue, 0)
-    clock.advance(1)
-    set_back(server, last=older, granted=1)
-    assert queue.try_acquire(0) is None
-    assert queue.snapshot().buckets[0].ready_in >= WINDOW - 1
-
-
 def test_what_a_server_undid_itself_does_not_hold(server, make, clock):
     queue = begun(make, server.url, clock)
     take(queue, 0).unused()
     take(queue, 0)
 
 
+class Offset:
+    """A server's clock: that of the processes, set back."""
+
+    def __init__(self, clock):
+        self._clock, self.by = clock, 0
+
+    def now_us(self):
+        return self._clock.now_us() - self.by
+
+    wall_us = now_us
+
+
 def test_a_servers_clock_that_is_set_back_sends_nobody_to_the_end_of_the_line(
-    server, make, clock, monkeypatch
+    server, make, clock, crew
 ):
     """Places are reckoned from the clocks of those who wait, which did not move."""
-    ledger = ledger_of(begun(make, server.url, clock, limit(100, 100, 6000.0)))
-    served = FakeClock()
-    monkeypatch.setattr(ledger, "_clock", served)
-
-    def ask(ticket, came_us, owner="abc"):
-        at_us = clock.now_us()
-        return ledger.carry(
-            ledger._request(take=Take(ticket, 0, came_us, came_us))._replace(
-                owner=owner, at_us=at_us
-            )
-        )
-
-    def move(by):
-        clock.advance(by)
-        served.advance(by)
-
-    move(WINDOW)
-    ask(1, clock.now_us())
-    first = clock.now_us()
-    ask(2, first)
-    served = FakeClock(served.now_us() / 1e6 - 60)
-    monkeypatch.setattr(ledger, "_clock", served)
-    for ticket in range(3, 6):
-        ask(ticket, clock.now_us(), "def")
-        move(WINDOW)
-        if OUTCOMES[ask(2, first).outcome.kind] is Permit:
-            break
-        ask(ticket, clock.now_us(), "def")
-    assert ticket == 3
+    one = begun(make, server.url, clock, limit(100, 100, 6000.0))
+    other = make(server.url, clock=clock, lease=NEVER_HEARD_OF)
+    served = Offset(clock)
+    for queue in (one, other):
+        backend_of(queue)._clock = served
+    take(one, 0)
+    (first,) = in_line(one, crew, clock, [1])
+    clock.advance(1)
+    served.by = 60_000_000
+    later = in_line(other, crew, clock, [2, 3])
+    drive(clock, first, *later)
+    assert crew.returned == [first.now(), *(call.now() for call in later)]
 
 
 def test_a_bucket_that_is_ahead_of_the_server_costs_one_window_at_most(server, make, clock):
     queue = begun(make, server.url, clock)
     take(queue, 0)
-    set_back(server, last=clock.now_us() + 3_600_000_000, granted=1)
+    with server.client() as client:
+        row = json.loads(client.hget(key("bucket"), "0"))
+        row[0] = clock.now_us() + 3_600_000_000
+        client.hset(key("bucket"), "0", json.dumps(row))
     assert queue.try_acquire(0) is None
     clock.advance(WINDOW)
     assert queue.try_acquire(0) is not None
@@ -1167,7 +1266,7 @@ def test_who_left_before_a_restart_does_not_wait_after_it(saving, make, clock, c
 def test_a_server_that_tells_its_run_for_the_first_time_is_no_other_one(own, make, clock, rights):
     queue = begun(make, own.url, clock)
     with own.client() as client:
-        client.hset(key("account"), "run", "")
+        client.hset(key("account"), mapping={"run": "", "replid": ""})
         client.execute_command("ACL SETUSER", "bob", "on", f">{SECRET}", "~*", *rights)
     bob = make(with_a_password(own, SECRET, "bob"), clock=clock, lease=NEVER_HEARD_OF)
     take(bob, 0)
@@ -1178,7 +1277,53 @@ def test_a_server_that_tells_its_run_for_the_first_time_is_no_other_one(own, mak
         take(bob, 0)
 
 
-# --- 10. a cluster --------------------------------------------------------------------------------
+# --- 10. Sentinel ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sentinel(server, replica, tmp_path):
+    """The port of a Sentinel that watches over a server and its replica."""
+    port, settings = free_port(), tmp_path / "sentinel.conf"
+    settings.write_text(
+        f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\nlogfile {tmp_path}/sentinel.log\n"
+        f"sentinel monitor mine 127.0.0.1 {server.port} 1\n"
+        "sentinel down-after-milliseconds mine 300\nsentinel failover-timeout mine 2000\n"
+    )
+    process = subprocess.Popen([BINARY, settings, "--sentinel"])
+    with redis.Redis(port=port) as client:
+
+        def knows_the_replica():
+            with contextlib.suppress(redis.RedisError):
+                return client.execute_command("SENTINEL REPLICAS", "mine")
+
+        until(knows_the_replica, "Sentinel")
+    yield port
+    process.kill()
+    process.wait()
+
+
+def test_who_waits_goes_on_with_the_server_that_sentinel_names(
+    server, sentinel, make, crew, caplog
+):
+    watchers = redis.sentinel.Sentinel([("127.0.0.1", sentinel)], socket_timeout=IMPATIENT)
+    client = watchers.master_for("mine", socket_timeout=IMPATIENT)
+    queue = make(client, TEN, **QUICK)
+    with pytest.raises(TypeError, match="cluster or Sentinel cannot be pickled: make one in each"):
+        pickle.dumps(queue)
+    assert queue.acquire(0, timeout=20).remaining == 9
+    assert client.wait(1, 10_000) == 1
+    server.stop()
+    with pytest.raises(LedgerError, match="Sentinel's service mine"):
+        queue.try_acquire(1)
+    assert crew(queue.acquire, 1).now().remaining == 8
+    lost, again = warnings_in(caplog)[:2]
+    assert "Sentinel's service mine" in lost
+    assert "no permit is granted until it can be asked again" in lost
+    assert "answers again" in again or "has lost requests" in again
+    client.close()
+
+
+# --- 11. a cluster --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", autouse=True)  # it takes two seconds to come up
@@ -1243,7 +1388,7 @@ def test_a_queue_on_a_clusters_client_says_why_it_does_not_pickle(cluster_client
         pickle.dumps(queue)
 
 
-# --- 11. clients of other kinds, other processes --------------------------------------------------
+# --- 12. clients of other kinds, other processes --------------------------------------------------
 
 
 @pytest.fixture
@@ -1336,9 +1481,9 @@ def test_a_client_on_a_socket_is_handed_on_with_its_settings(with_a_socket, make
     ) as client:
         queue = make(client, limit(10, 7, 600.0), **QUICK)
         with pickle.loads(pickle.dumps(queue)) as copy:
-            theirs = ledger_of(copy)._client
+            theirs = backend_of(copy)._client
             assert remaining(copy) == 7
-            assert repr(ledger_of(copy)) == repr(ledger_of(queue))
+            assert repr(backend_of(copy)) == repr(backend_of(queue))
             assert theirs.connection_pool.connection_kwargs["socket_timeout"] == 7
             theirs.close()
 

@@ -10,10 +10,12 @@ import contextlib
 import itertools
 import logging
 import pickle
+import random
 import threading
+import time
 
 import pytest
-from accounts import ledger_of
+from accounts import NEVER_HEARD_OF, backend_of
 from redis_servers import until
 from test_waiting import in_line, limit, order
 
@@ -28,7 +30,10 @@ from gateway_queue_sync import (
     ShardWaiting,
 )
 from gateway_queue_sync.clock import SYSTEM_CLOCK
+from gateway_queue_sync.ledgers.remote import peek
+from gateway_queue_sync.ledgers.shared import messages
 from gateway_queue_sync.queue import scheduler_of
+from gateway_queue_sync.settings import Settings
 
 pytestmark = pytest.mark.accounts("sqlite", "redis")
 
@@ -44,23 +49,23 @@ def warnings_in(caplog):
 def cut_off(queue, monkeypatch):
     """Take the ledger out of a queue's reach, as if its process were stopped or its network gone."""
 
-    def carry(request, patience=0.0):
+    def ask(request):
         raise LedgerError("out of reach") from OSError("no route")
 
-    monkeypatch.setattr(ledger_of(queue), "carry", carry)
+    monkeypatch.setattr(backend_of(queue), "ask", ask)
 
 
 def requests_of(queue, clock, monkeypatch, failure=None):
     """Return the list to which what the queue asks of its ledger is added, each with its time."""
-    carry, asked = ledger_of(queue).carry, []
+    ask, asked = backend_of(queue).ask, []
 
-    def noted(request, patience=0.0):
+    def noted(request):
         asked.append((clock.now_us() / 1e6, request))
         if failure is not None:
             raise failure from OSError("no route")
-        return carry(request, patience)
+        return ask(request)
 
-    monkeypatch.setattr(ledger_of(queue), "carry", noted)
+    monkeypatch.setattr(backend_of(queue), "ask", noted)
     return asked
 
 
@@ -128,18 +133,18 @@ def test_nobody_barges_past_a_line_in_another_process(two, clock, crew):
 @contextlib.contextmanager
 def clock_stopped_for(queue):
     """Hold up the worker of a queue when it is about to ask, as a busy machine does."""
-    ledger, go_on = scheduler_of(queue).ledger.ledger, threading.Event()
-    exchange = ledger.exchange
+    backend, go_on = backend_of(queue), threading.Event()
+    ask = backend.ask
 
-    def held_up(wants):
+    def held_up(request):
         assert go_on.wait(20)
-        return exchange(wants)
+        return ask(request)
 
-    ledger.exchange = held_up
+    backend.ask = held_up
     try:
         yield
     finally:
-        ledger.exchange = exchange
+        backend.ask = ask
         go_on.set()
 
 
@@ -196,7 +201,7 @@ def test_a_process_that_was_passed_over_counts_no_more_until_it_asks_again(
     with clock_stopped_for(stuck):
         clock.advance(WINDOW + GRACE)
         calls[0].now()
-        assert order(other.snapshot()) == [4]
+        assert order(other.snapshot()) == [1, 4]  # it keeps its place for when it comes back
         clock.advance(WINDOW)
         assert calls[1].now().shard_id == 4  # without another grace
     stuck.close()
@@ -220,21 +225,36 @@ def test_who_comes_back_has_its_old_place(two, clock, crew):
     calls[1].now()
 
 
-def test_who_is_not_heard_of_for_a_lease_is_no_longer_seen(account, clock, crew, monkeypatch):
+def test_who_is_not_heard_of_for_a_lease_costs_nobody_a_grace(account, clock, crew, monkeypatch):
     gone, other = (account.queue(clock=clock, lease=LEASE) for _ in range(2))
     gone.acquire(99)
-    in_line(gone, crew, clock, [1, 2])
-    assert other.snapshot().waiting == 2
+    in_line(gone, crew, clock, [1])
     cut_off(gone, monkeypatch)
-    clock.advance(LEASE + 2)
+    clock.advance(LEASE + 0.1)
+    (call,) = in_line(other, crew, clock, [2])
+    clock.advance(WINDOW - LEASE - 0.1)
+    assert call.now().waited == pytest.approx(WINDOW - LEASE - 0.1)
+    gone.close()
+
+
+def test_who_is_not_heard_of_for_a_minute_is_no_longer_seen(account, clock, crew, monkeypatch):
+    gone, other = (account.queue(clock=clock, lease=LEASE) for _ in range(2))
+    gone.acquire(99)
+    in_line(gone, crew, clock, [1])
+    assert order(other.snapshot()) == [1]
+    cut_off(gone, monkeypatch)
+    clock.advance(60.001)
+    other.snapshot()  # any request removes it
     assert other.snapshot().waiting == 0
     gone.close()
 
 
 def test_those_who_wait_are_heard_of_three_times_in_a_lease(account, clock, crew, monkeypatch):
-    queue, other = (account.queue(clock=clock, lease=LEASE, interval=100) for _ in range(2))
+    queue, other = (account.queue(clock=clock, lease=LEASE, interval=60) for _ in range(2))
     queue.acquire(99)
     in_line(queue, crew, clock, [1, 2])
+    clock.advance(0.3)
+    clock.settle(2)  # the ledger knows of both
     heard = requests_of(queue, clock, monkeypatch)
     for _ in range(10 * 51):
         clock.advance(LEASE / 3 / 50)
@@ -290,21 +310,6 @@ def test_a_process_that_is_stuck_costs_a_third_of_a_lease_after_a_surprise(
     stuck.close()
 
 
-def test_who_is_second_after_a_surprise_is_not_late_for_the_next_window(account, clock, crew):
-    one, other = (account.queue(clock=clock, lease=100.0) for _ in range(2))
-    permit = one.acquire(99)
-    (first,) = in_line(other, crew, clock, [1])
-    clock.advance(0.01)
-    (second,) = in_line(one, crew, clock, [2])
-    permit.unused()
-    clock.settle(2)
-    clock.advance(WINDOW - 0.01)
-    first.now()
-    clock.settle(1)
-    clock.advance(WINDOW + GRACE)
-    assert second.now().shard_id == 2
-
-
 def test_who_only_tries_passes_nobody(two, clock, crew):
     stuck, other = two
     stuck.acquire(99)
@@ -346,14 +351,14 @@ def test_trying_leaves_nothing_behind(two, clock):
 
 def test_who_only_tries_inherits_no_place(two, crew, monkeypatch):
     one, other = two
-    carry = ledger_of(one).carry
+    ask = backend_of(one).ask
 
-    def passed_meanwhile(request, patience=0.0):
+    def passed_meanwhile(request):
         monkeypatch.undo()
         crew(other.acquire, 2).now()
-        return carry(request)
+        return ask(request)
 
-    monkeypatch.setattr(ledger_of(one), "carry", passed_meanwhile)
+    monkeypatch.setattr(backend_of(one), "ask", passed_meanwhile)
     assert one.try_acquire(1) is None
     assert other.snapshot().waiting == 0
 
@@ -370,10 +375,20 @@ def test_a_timeout_leaves_the_line_of_all(two, clock, crew):
     assert caught.value.eta == pytest.approx(WINDOW - 1)
     clock.settle(1)
     assert order(one.snapshot()) == [2]
-    clock.advance(WINDOW - 1)
-    clock.settle(1)  # it was second, and looks again after a grace
-    clock.advance(GRACE)
+    clock.advance(
+        WINDOW - 1 + GRACE
+    )  # unless it has asked meanwhile, it takes itself for the second
     assert stays.now().shard_id == 2
+
+
+def test_a_head_is_told_in_time_when_others_have_left_behind_it(two, clock, crew):
+    one, _ = two
+    one.acquire(99)
+    (head,) = in_line(one, crew, clock, [1], timeout=2.0)
+    (gone,) = in_line(one, crew, clock, [2], timeout=1.0)
+    for call in (gone, head):
+        clock.advance(1)
+        assert isinstance(call.exception(10), AcquireTimeout)
 
 
 # --- the budget -----------------------------------------------------------------------------------
@@ -422,12 +437,12 @@ def test_an_update_wakes_those_of_its_own_process_at_once(two, clock, crew):
 
 def test_those_who_waited_for_a_reset_go_in_their_order(account, clock, crew):
     """A window that is long over lets nobody pass: graces count from the reset."""
-    one, other = (account.queue(limit(10, 0, 600.0), clock=clock) for _ in range(2))
+    one, other = (account.queue(limit(10, 0, 30.0), clock=clock) for _ in range(2))
     in_line(one, crew, clock, [1])
     clock.advance(0.01)
     in_line(other, crew, clock, [2])
     with clock_stopped_for(one):
-        clock.advance(599.99)
+        clock.advance(29.99)
         assert other.try_acquire(7) is None
         assert not crew.returned
     clock.settle(1)
@@ -444,8 +459,12 @@ def test_one_process_reads_the_limit_for_all(account, clock, crew):
 
     queues = [account.queue(limit(10, 0, 100.0, 4), clock=clock, refresh=refresh) for _ in range(4)]
     calls = [call for n, q in enumerate(queues) for call in in_line(q, crew, clock, [n])]
+    until(lambda: asked, "the read at the first use")
+    crew.settle(clock)
+    assert len(asked) == 1
+    asked.clear()
     clock.advance(100)
-    until(lambda: asked, "the read")
+    until(lambda: asked, "the read at the reset")
     for _ in range(10):  # who waits for the answer looks each 0.1 s
         crew.settle(clock)
         clock.advance(0.1)
@@ -453,30 +472,48 @@ def test_one_process_reads_the_limit_for_all(account, clock, crew):
     assert len(asked) == 1
 
 
-def test_a_process_that_dies_while_it_reads_the_limit_is_waited_for_for_a_lease(
-    account, clock, crew, monkeypatch
-):
-    entered, leave = threading.Event(), threading.Event()
+def answers_once(first, entered, leave):
+    """Return a refresh that answers when its queue begins, and then no more."""
+    answers = [first]
 
-    def dies():
+    def refresh():
+        if answers:
+            return answers.pop()
         entered.set()
         leave.wait(20)
         raise OSError
 
-    one = account.queue(limit(10, 0, 100.0), clock=clock, refresh=dies, lease=LEASE)
-    other = account.queue(clock=clock, refresh=lambda: limit(10, 8, 600.0), lease=LEASE)
+    return refresh
+
+
+def wait_for_read(queue):
+    """Wait until the ledger has the limit that a queue reads when it begins."""
+    until(lambda: not scheduler_of(queue).reader.reading)
+    queue.snapshot()
+
+
+def test_a_process_that_dies_while_it_reads_the_limit_costs_five_seconds_and_a_grace(
+    account, clock, crew, monkeypatch
+):
+    entered, leave = threading.Event(), threading.Event()
+    known = limit(10, 0, 100.0)
+    one = account.queue(known, clock=clock, refresh=answers_once(known, entered, leave))
+    wait_for_read(one)
+    other = account.queue(clock=clock, refresh=lambda: limit(10, 8, 600.0))
     clock.advance(100)
     (dead,) = in_line(one, crew, clock, [1])
     assert entered.wait(20)
+    clock.advance(0.01)
     (call,) = in_line(other, crew, clock, [2])
     cut_off(one, monkeypatch)
-    clock.advance(LEASE - GRACE)
-    clock.settle(2)
+    for _ in range(10):
+        clock.advance(0.49)
+        clock.settle(2)
     assert not call.done()
     for _ in range(3):
         clock.advance(GRACE)
         crew.settle(clock)
-    assert call.now().remaining == 7
+    assert call.now().remaining == 9  # by the last known total
     one.close()
     leave.set()
     assert isinstance(dead.exception(10), QueueClosed)
@@ -486,17 +523,15 @@ def test_a_process_that_reads_the_limit_for_long_keeps_its_turn_and_then_counts_
     account, clock, crew
 ):
     entered, leave = threading.Event(), threading.Event()
-
-    def slow():
-        entered.set()
-        leave.wait(20)
-        raise OSError
-
-    one = account.queue(limit(10, 0, 100.0), clock=clock, refresh=slow, lease=1.0)
+    known = limit(10, 0, 100.0)
+    slow = answers_once(known, entered, leave)
+    one = account.queue(known, clock=clock, refresh=slow, lease=1.0)
+    wait_for_read(one)
     other = account.queue(clock=clock, refresh=slow, lease=1.0)
     clock.advance(100)
     (first,) = in_line(one, crew, clock, [1])
     assert entered.wait(20)
+    clock.advance(0.01)
     (second,) = in_line(other, crew, clock, [2])
     for _ in range(49):
         clock.advance(0.1)
@@ -507,6 +542,7 @@ def test_a_process_that_reads_the_limit_for_long_keeps_its_turn_and_then_counts_
     assert first.now().remaining == 9
     assert not second.done()
     clock.advance(WINDOW)
+    crew.settle(clock)
     assert second.now().remaining == 8
     leave.set()
 
@@ -558,7 +594,7 @@ def test_a_crash_loop_cannot_burn_the_budget_unseen(account, clock):
         queue = account.queue(limit(20, 20, 86_400.0), clock=clock, reserve=5)
         clock.advance(WINDOW)
         granted += queue.try_acquire(0) is not None
-        ledger_of(queue).close()  # and not the queue: it crashes
+        backend_of(queue).close()  # and not the queue: it crashes
     assert granted == 15
 
 
@@ -568,7 +604,7 @@ def test_a_crash_loop_whose_limit_says_that_its_reset_is_due_cannot_either(accou
         queue = account.queue(limit(20, 15, 0.0), clock=clock)
         clock.advance(WINDOW)
         granted += queue.try_acquire(0) is not None
-        ledger_of(queue).close()
+        backend_of(queue).close()
     assert granted == 16  # one of a new period, and what was given
 
 
@@ -594,7 +630,10 @@ def test_the_larger_window_wins_with_a_warning_while_its_process_lives(account, 
     longer = account.queue(clock=clock, interval=8.0, margin=0.1, lease=LEASE)
     shorter = account.queue(clock=clock, interval=5.0, margin=0.5, lease=LEASE)
     (record,) = warnings_in(caplog)
-    assert "interval=8, margin=0.5, this one 5 and 0.5" in record.getMessage()
+    assert (
+        "interval=8, margin=0.5 count, the largest of all; this one has 5 and 0.5"
+        in record.getMessage()
+    )
     clock.advance(0.4)
     assert shorter.try_acquire(0) is not None
     assert shorter.snapshot().buckets[0].ready_in == 8.5
@@ -626,13 +665,71 @@ def test_settings_that_make_no_sense_are_refused(account, clock, settings, error
         account.queue(clock=clock, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"interval": 60.1}, "interval must be 1e-06 to 60 s, not 60.1 s"),
+        ({"margin": 10.5}, "margin must be 0 to 10 s, not 10.5 s"),
+        ({"lease": 61}, "lease must be 0.1 to 60 s, not 61 s"),
+        ({"period": 3 * 86_400}, "period must be 1e-06 to 172800 s, not 259200 s"),
+    ],
+)
+def test_a_ledger_refuses_what_would_hold_up_all(account, clock, settings, words):
+    other = account.queue(clock=clock)
+    with pytest.raises(LedgerError, match=words):
+        account.queue(clock=clock, **settings)
+    assert other.acquire(0).waited == 0.0
+    assert other.snapshot().buckets[0].ready_in == WINDOW
+
+
+def refuse_what(queue, monkeypatch, is_refused):
+    """Have the ledger find a request out of bounds if the test says so."""
+    ask = backend_of(queue).ask
+
+    def answer(request):
+        return ask(request._replace(reserve=-1) if is_refused(request) else request)
+
+    monkeypatch.setattr(backend_of(queue), "ask", answer)
+
+
+def test_a_request_that_is_refused_fails_its_callers_and_no_other(two, clock, monkeypatch):
+    one, _ = two
+    one.acquire(99)
+    refuse_what(one, monkeypatch, lambda request: any(line.waiters for line in request.lines))
+    with pytest.raises(LedgerError, match="refuses this process: reserve must be 0 to"):
+        one.try_acquire(1)
+    with pytest.raises(LedgerError, match="reserve must be"):
+        one.enqueue(2).result(20)
+    monkeypatch.undo()
+    clock.advance(WINDOW)
+    assert one.acquire(3).shard_id == 3
+
+
+def test_a_process_that_is_refused_for_good_logs_that_once(two, clock, monkeypatch, caplog):
+    one, _ = two
+    refuse_what(one, monkeypatch, lambda request: True)
+    for _ in range(5):
+        with pytest.raises(LedgerError, match="reserve must be"):
+            one.try_acquire(1)
+        clock.advance(5)
+    assert len(warnings_in(caplog)) == 1
+
+
+def test_an_update_that_is_refused_says_so(two, monkeypatch):
+    one, _ = two
+    refuse_what(one, monkeypatch, lambda request: request.limit is not None)
+    with pytest.raises(LedgerError, match="reserve must be"):
+        one.update(limit(50, 50))
+    assert one.snapshot().limit.remaining == 100
+
+
 def test_numbers_that_not_every_ledger_can_hold_are_refused(two):
     one, _ = two
-    with pytest.raises(ValueError, match="shard_id must be at most 9007199254740991"):
-        one.acquire(1 << 53)
+    with pytest.raises(ValueError, match="shard_id must be at most 4503599627370496"):
+        one.acquire((1 << 52) + 1)
     with pytest.raises(ValueError, match="total must be at most"):
         one.update(limit(1 << 60, 5))
-    assert one.acquire((1 << 53) - 1).waited == 0.0
+    assert one.acquire(1 << 52).waited == 0.0
 
 
 def test_any_finite_head_start_will_do(two, clock, crew):
@@ -650,7 +747,7 @@ def test_any_finite_head_start_will_do(two, clock, crew):
 
 def forget_all(queue):
     """Lose the ledger's state, as a server without a disk does, or whoever removes the file."""
-    account = ledger_of(queue)
+    account = backend_of(queue)
     if hasattr(account, "_path"):
         account._path.unlink()
     else:
@@ -691,7 +788,12 @@ def test_who_waits_is_told_anew_to_a_ledger_that_lost_it(two, clock, crew):
     in_line(one, crew, clock, [1, 2, 3])
     forget_all(one)
     one.snapshot()
-    assert order(other.snapshot()) == [1, 2, 3]
+    seen = other.snapshot()  # it finds another, younger ledger, and all tell that anew
+    clock.advance(NEVER_HEARD_OF / 3)
+    clock.settle(2)
+    seen = other.snapshot()
+    assert order(seen) == [2]
+    assert seen.waiting == 2  # those behind the first two are only counted
     one.close()
 
 
@@ -727,14 +829,14 @@ def test_a_ledger_that_lost_grants_is_held_to_what_its_processes_saw(two, clock)
 
 
 def copy_of(queue):
-    account = ledger_of(queue)
+    account = backend_of(queue)
     if hasattr(account, "_path"):
         return account._path.read_bytes()
     return {key: account._client.dump(key) for key in account._keys}
 
 
 def put_back(queue, copy):
-    account = ledger_of(queue)
+    account = backend_of(queue)
     if hasattr(account, "_path"):
         account.close()  # else SQLite would lose its locks
         account._closed = False
@@ -751,16 +853,16 @@ def put_back(queue, copy):
 
 def test_a_permit_whose_reply_was_lost_is_granted_once(two, clock, monkeypatch, crew):
     one, _ = two
-    carry, lost = ledger_of(one).carry, []
+    ask, lost = backend_of(one).ask, []
 
-    def lose_the_reply(request, patience=0.0):
-        reply = carry(request)
-        if request.take is not None and len(lost) < 2:
+    def lose_the_reply(request):
+        reply = ask(request)
+        if reply.permits and len(lost) < 2:
             lost.append(reply)
             raise LedgerError("the reply was lost") from OSError()
         return reply
 
-    monkeypatch.setattr(ledger_of(one), "carry", lose_the_reply)
+    monkeypatch.setattr(backend_of(one), "ask", lose_the_reply)
     call = crew(one.acquire, 0)
     clock.settle(1)
     clock.advance(0.05)  # the longest first pause
@@ -774,17 +876,17 @@ def test_a_permit_whose_reply_was_lost_is_granted_once(two, clock, monkeypatch, 
 def test_a_permit_whose_reply_came_too_late_is_given_back(two, clock, monkeypatch, crew):
     """Asked for again it would look new, but the ledger knows its age."""
     one, _ = two
-    carry, lost = ledger_of(one).carry, []
+    ask, lost = backend_of(one).ask, []
 
-    def lose_the_reply(request, patience=0.0):
-        reply = carry(request)
-        if request.take is not None and not lost:
+    def lose_the_reply(request):
+        reply = ask(request)
+        if reply.permits and not lost:
             lost.append(reply)
             clock.advance(1)
             raise LedgerError("the reply was lost") from OSError()
         return reply
 
-    monkeypatch.setattr(ledger_of(one), "carry", lose_the_reply)
+    monkeypatch.setattr(backend_of(one), "ask", lose_the_reply)
     call = crew(one.acquire, 0)
     clock.settle(1)
     clock.advance(0.05)
@@ -814,9 +916,22 @@ def test_trying_in_an_outage_says_so_at_once(two, monkeypatch):
         one.try_acquire(0)
     with pytest.raises(LedgerError, match="out of reach"):
         one.acquire(0, timeout=0)
-    for call in (one.snapshot, lambda: one.update(limit())):
-        with pytest.raises(LedgerError):
-            call()
+
+
+def test_who_looks_or_updates_in_an_outage_learns_of_it_in_five_seconds(
+    two, clock, crew, monkeypatch
+):
+    one, _ = two
+    cut_off(one, monkeypatch)
+    calls = crew(one.snapshot), crew(one.update, limit())
+    clock.settle(2)
+    clock.advance(4.999)
+    clock.settle(2)
+    clock.advance(0.001)
+    for call in calls:
+        error = call.exception(10)
+        assert isinstance(error, LedgerError)
+        assert isinstance(error.__cause__, LedgerError)
 
 
 def test_an_outage_is_waited_out_with_growing_pauses(two, clock, crew, monkeypatch, caplog):
@@ -876,6 +991,27 @@ def test_a_look_that_gets_through_ends_an_outage(two, clock, monkeypatch):
     assert one.acquire(0).remaining == 99
 
 
+def test_an_interrupted_worker_sends_its_request_again(two, clock, monkeypatch, caplog):
+    """An asynchronous exception may come in the midst of a request to the ledger."""
+    one, _ = two
+    ask, interrupts = backend_of(one).ask, [KeyboardInterrupt(), KeyboardInterrupt()]
+
+    def interrupted(request):
+        if len(interrupts) == 2:  # before it is sent, and after its reply has come
+            raise interrupts.pop()
+        reply = ask(request)
+        if interrupts:
+            raise interrupts.pop()
+        return reply
+
+    monkeypatch.setattr(backend_of(one), "ask", interrupted)
+    future = one.enqueue(1)
+    until(lambda: clock.advance(0.01) or future.done())
+    assert not interrupts
+    assert one.snapshot().limit.remaining == 99
+    assert "was interrupted" in caplog.text or "failed" in caplog.text
+
+
 def test_reports_made_in_an_outage_are_booked_after_it(two, clock, monkeypatch):
     one, other = two
     one.acquire(0).sent()
@@ -923,12 +1059,49 @@ def test_who_gives_up_in_an_outage_is_out_of_the_line_after_it(two, clock, crew,
     (call,) = in_line(one, crew, clock, [1], timeout=1.0)
     with monkeypatch.context() as patches:
         cut_off(one, patches)
-        with pytest.raises(LedgerError):
-            one.snapshot()  # so that it is known
+        look = crew(one.snapshot)  # so that it is known
+        clock.settle(2)
         clock.advance(1)
         assert isinstance(call.exception(10), LedgerError)
-    one.snapshot()
+    clock.advance(1)
+    look.now()
+    clock.settle(0)
     assert other.snapshot().waiting == 0
+
+
+def test_an_update_whose_reply_is_lost_says_that_it_may_count(two, clock, crew, monkeypatch):
+    one, other = two
+    ask = backend_of(one).ask
+
+    def lose_the_replies(request):
+        ask(request)
+        raise LedgerError("the reply was lost") from OSError()
+
+    monkeypatch.setattr(backend_of(one), "ask", lose_the_replies)
+    call = crew(one.update, limit(50, 40, 600.0))
+    for _ in range(10):
+        clock.settle(1)
+        clock.advance(0.5)
+    with pytest.raises(LedgerError, match="may or may not have been applied"):
+        call.now()
+    assert other.snapshot().limit.remaining == 40
+
+
+def test_an_update_that_was_never_sent_says_that_it_does_not_count(two, clock, crew, monkeypatch):
+    one, other = two
+    with monkeypatch.context() as patches:
+        cut_off(one, patches)
+        look = crew(one.snapshot)  # one request is in flight
+        clock.settle(1)
+        call = crew(one.update, limit(50, 40, 600.0))
+        clock.settle(2)
+        clock.advance(5)
+        with pytest.raises(LedgerError, match="the limit was not applied"):
+            call.now()
+        assert isinstance(look.exception(10), LedgerError)
+    clock.advance(2)
+    clock.settle(0)
+    assert one.snapshot().limit.remaining == other.snapshot().limit.remaining == 100
 
 
 # --- reports over processes -----------------------------------------------------------------------
@@ -957,16 +1130,16 @@ def test_reports_change_the_window_for_all(two, clock):
 
 def test_hearing_a_report_twice_changes_nothing(two, clock, monkeypatch):
     one, other = two
-    carry = ledger_of(one).carry
+    ask = backend_of(one).ask
 
-    def lose_the_first_reply(request, patience=0.0):
-        carry(request)
+    def lose_the_first_reply(request):
+        ask(request)
         monkeypatch.undo()
         raise LedgerError("the reply was lost") from OSError()
 
     for report, ready_in in (("unused", 0.0), ("rejected", 2 * WINDOW), ("sent", WINDOW)):
         permit = one.acquire(0)
-        monkeypatch.setattr(ledger_of(one), "carry", lose_the_first_reply)
+        monkeypatch.setattr(backend_of(one), "ask", lose_the_first_reply)
         getattr(permit, report)()
         clock.settle(0)
         one.snapshot()
@@ -981,16 +1154,16 @@ def test_a_permit_is_not_given_back_by_an_older_answer(account, clock, monkeypat
     queue.acquire(1)
     other = queue.enqueue(3)
     clock.settle(0)
-    carry, asked, go_on = ledger_of(queue).carry, threading.Event(), threading.Event()
+    ask, asked, go_on = backend_of(queue).ask, threading.Event(), threading.Event()
 
-    def late(request, patience=0.0):
+    def late(request):
         monkeypatch.undo()
-        reply = carry(request)
+        reply = ask(request)
         asked.set()
         assert go_on.wait(20)
         return reply
 
-    monkeypatch.setattr(ledger_of(queue), "carry", late)
+    monkeypatch.setattr(backend_of(queue), "ask", late)
     future = queue.enqueue(2)
     assert asked.wait(20)
     clock.advance(WINDOW)
@@ -1000,6 +1173,117 @@ def test_a_permit_is_not_given_back_by_an_older_answer(account, clock, monkeypat
     clock.advance(WINDOW)  # on Redis a sleep begins with the answer
     assert {future.result(20).remaining, other.result(20).remaining} == {96, 97}
     assert queue.snapshot().limit.remaining == 96
+    queue.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_permit_in_use_is_never_given_back(account, clock, crew, seed):
+    """Whatever replies are late or lost, and whoever asks meanwhile."""
+    rng, refunds, held = random.Random(seed), set(), []
+    queue = account.queue(limit(100, 100, 6000.0, max_concurrency=2), clock=clock)
+    ask = backend_of(queue).ask
+
+    def late(request):
+        refunds.update(one.serial for one in request.reports if one.kind == messages.UNUSED)
+        reply = ask(request)
+        clock.advance(rng.choice([0.0, 0.1, 0.2, 0.3]))
+        if rng.random() < 0.3:
+            raise LedgerError("the reply was lost") from OSError()
+        return reply
+
+    backend_of(queue).ask = late
+    for _ in range(4):
+        calls = [crew(queue.acquire, 0), crew(queue.acquire, 2), queue.enqueue(4)]
+        while not all(call.done() for call in calls):
+            clock.advance(0.5)
+            crew.settle(clock)
+        held += [call.result() for call in calls]
+    crew.settle(clock)
+    backend_of(queue).ask = ask
+    assert not refunds & {permit.serial for permit in held}
+    clock.advance(2)  # the longest pause
+    seen = queue.snapshot()
+    assert (seen.limit.remaining, seen.waiting) == (100 - len(held), 0)
+
+
+@pytest.mark.parametrize("loses", [False, True])
+def test_nothing_of_a_closed_queue_stays_in_line(two, clock, crew, monkeypatch, loses):
+    one, other = two
+    permit = one.acquire(99)
+    calls = [*in_line(one, crew, clock, [1, 3]), one.enqueue(5)]
+    ask, asked, go_on = backend_of(one).ask, threading.Event(), threading.Event()
+
+    def held_up(request):
+        monkeypatch.undo()
+        reply = ask(request)
+        asked.set()
+        assert go_on.wait(20)
+        if loses:
+            raise LedgerError("the reply was lost") from OSError()
+        return reply
+
+    clock.settle(2)
+    monkeypatch.setattr(backend_of(one), "ask", held_up)
+    permit.sent()
+    assert asked.wait(20)
+    one.close()
+    for call in calls[:2]:  # which nobody but the ledger keeps
+        assert isinstance(call.exception(10), QueueClosed)
+    go_on.set()
+    clock.settle(0)
+    clock.advance(0.05)  # the longest first pause
+    clock.settle(0)
+    assert isinstance(calls[2].exception(10), QueueClosed)
+    seen = other.snapshot()
+    assert (seen.waiting, order(seen)) == (0, [])
+    clock.advance(WINDOW)
+    assert other.acquire(2).waited == 0.0
+
+
+def timeouts_at_one_instant(queue, timeout, now):
+    """Have a thousand threads wait, and return the list to which each adds when it gave up.
+
+    Each calls ``timeout`` for how long it waits.
+    """
+    gave_up, start = [], threading.Barrier(1001)
+
+    def shard(shard_id):
+        start.wait(20)
+        with pytest.raises(AcquireTimeout):
+            queue.acquire(shard_id, timeout=timeout())
+        gave_up.append(now())
+
+    threads = [threading.Thread(target=shard, args=(n,), daemon=True) for n in range(1000)]
+    for thread in threads:
+        thread.start()
+    start.wait(20)
+    return gave_up, threads
+
+
+def test_a_thousand_timeouts_at_one_instant_cost_few_requests(two, clock, monkeypatch):
+    one, other = two
+    one.acquire(99)
+    gave_up, threads = timeouts_at_one_instant(one, lambda: 1.0, clock.now_us)
+    clock.settle(1000)
+    asked, due_us = requests_of(one, clock, monkeypatch), clock.now_us() + 1_000_000
+    clock.advance(1)
+    for thread in threads:
+        thread.join(20)
+    clock.settle(0)
+    assert gave_up == [due_us] * 1000
+    assert len(asked) <= 100  # and not one for each
+    assert other.snapshot().waiting == 0
+
+
+def test_a_thousand_timeouts_at_one_instant_are_in_time(account):
+    """0.1 to 0.2 s late on two processors that are idle."""
+    queue, at = account.queue(clock=SYSTEM_CLOCK, interval=30.0), time.monotonic() + 3.0
+    gave_up, threads = timeouts_at_one_instant(queue, lambda: at - time.monotonic(), time.monotonic)
+    for thread in threads:
+        thread.join(20)
+    assert len(gave_up) == 1000
+    assert max(gave_up) - at < 1.5
+    assert queue.snapshot().waiting == 0
     queue.close()
 
 
@@ -1020,6 +1304,33 @@ def test_a_snapshot_is_of_the_whole(two, clock, crew):
     assert repr(one).endswith("Queue waiting=1 granted=1 remaining=99/100>")
     one.close()
     other.close()
+
+
+def test_of_each_other_line_the_first_two_are_shown_and_the_others_counted(two, clock, crew):
+    one, other = two
+    one.acquire(99)
+    in_line(one, crew, clock, [1, 2, 3, 4])
+    clock.advance(0.01)
+    in_line(other, crew, clock, [5])
+    assert order(one.snapshot()) == [1, 2, 3, 4, 5]  # it tells of those behind the head, too
+    seen = other.snapshot()
+    assert (seen.waiting, order(seen)) == (5, [1, 2, 5])
+    etas = [shard.eta for shard in seen.buckets[0].shards]
+    assert etas == pytest.approx([WINDOW * n - 0.01 for n in (1, 2, 5)])
+    one.close()
+    other.close()
+
+
+def test_a_look_from_outside_changes_nothing(account, clock, crew):
+    queue = account.queue(limit(10, 8, 600.0), clock=clock)
+    queue.acquire(99)
+    in_line(queue, crew, clock, [1])
+    settings = Settings(clock=clock)
+    for _ in range(2):
+        seen = peek(backend_of(queue), settings)
+        assert (seen.granted, seen.limit.remaining, order(seen)) == (1, 7, [1])
+    assert queue.snapshot() == seen
+    queue.close()
 
 
 def test_observers_are_told_of_places_among_all(two, account, clock, crew):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import redis_servers
-from accounts import ledger_of, wait_for_workers
+from accounts import backend_of, wait_for_workers
 
 from gateway_queue_sync import (
     BucketSnapshot,
@@ -24,6 +24,7 @@ from gateway_queue_sync import (
     SqliteQueue,
     WaitingShard,
     cli,
+    serve,
     status,
 )
 
@@ -82,6 +83,7 @@ def test_what_is_never_due_or_in_a_thousand_years_is_told_too():
     seen = QueueSnapshot(2, 0, (BucketSnapshot(0, 0.0, shards),), None)
     assert lines(seen)[-2].endswith("due never: the budget is all reserve")
     assert lines(seen)[-1].endswith("due in 11574074 d 1 h")
+    assert "left today  not known yet" in lines(seen)
 
 
 def test_a_file_is_shown_with_those_who_wait_in_it(file, capsys):
@@ -150,6 +152,22 @@ def test_a_server_is_shown_and_its_password_is_not(tmp_path, capsys):
     assert printed.out.startswith(f"Redis server 127.0.0.1:{server.port}/0 (mine), ")
     assert "waiting     1, in 1 of 4 bucket(s)" in printed.out
     assert "hunter" not in printed.out + printed.err
+
+
+def test_a_broker_is_shown_and_its_secret_is_not(file, tmp_path, capsys):
+    secret = tmp_path / "secret"
+    secret.write_text("hunter2\n")
+    with SqliteQueue(file, LIMIT) as queue, serve(queue, port=0, secret="hunter2") as broker:
+        queue.enqueue(5)
+        queue.snapshot()
+        url = ("--url", broker.url)
+        assert cli.main(["status", *url, "--secret-file", str(secret)]) == 0
+        assert cli.main(["status", *url]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"broker {broker.url}, ")
+    assert "waiting     1, in 1 of 4 bucket(s)" in printed.out
+    assert "401" in printed.err
+    assert "hunter2" not in printed.out + printed.err
 
 
 @pytest.mark.parametrize("command", ["status", "serve"])
@@ -249,7 +267,7 @@ def test_watching_shows_it_again_and_survives_what_goes_wrong(file):
         queue.close()
         wait_for_workers()
         with contextlib.suppress(FileNotFoundError):
-            ledger_of(queue)._path.unlink()
+            backend_of(queue)._path.unlink()
         while "No such file" not in watch.stderr.readline():
             pass
         SqliteQueue(file, LIMIT).close()

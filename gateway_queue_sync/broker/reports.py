@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -17,7 +17,7 @@ from gateway_queue_sync.broker import responses
 from gateway_queue_sync.broker.responses import Response
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.models import US_PER_SECOND, Permit, QueueSnapshot
-from gateway_queue_sync.scheduler import Scheduler
+from gateway_queue_sync.queue import GatewayQueue, scheduler_of
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
@@ -64,18 +64,20 @@ class SharedAnswers:
 class Reports:
     """What one broker counts (``refused``: requests, by status), and what it sees of its queue."""
 
-    def __init__(self, look: Callable[[], QueueSnapshot], scheduler: Scheduler) -> None:
-        self._look = look
-        self._scheduler = scheduler
+    def __init__(self, queue: GatewayQueue) -> None:
+        self._queue = queue
+        self._scheduler = scheduler_of(queue)
         self._unreachable = False
         self.refused: Counter[int] = Counter()
-        self._recent: deque[tuple[int, int, int]] = deque(maxlen=RECENT)  # instant, shard, bucket
+        # Instants, shards, buckets; replaced as a whole, because other threads read it.
+        self._recent: tuple[tuple[int, int, int], ...] = ()
         self._waits = [0] * (len(WAITS) + 1)
         self._waited = 0.0
 
     def granted(self, at_us: int, permit: Permit) -> None:
         """Count a permit that was sent at that time."""
-        self._recent.append((at_us, permit.shard_id, permit.bucket))
+        new = at_us, permit.shard_id, permit.bucket
+        self._recent = (*self._recent[1 - RECENT :], new)
         self._waits[bisect_left(WAITS, permit.waited)] += 1
         self._waited += permit.waited
 
@@ -83,7 +85,7 @@ class Reports:
         """Return the answers of all paths; what they cost grows with those who wait."""
         failed, recent = None, {"/recent.json": self._recent_permits()}
         try:
-            seen = self._look()
+            seen = self._queue.snapshot()
             text = "\n".join([*self._metrics(seen, connections), ""]).encode()
             status, healthy = responses.as_json(seen), responses.as_json({"status": "ok"})
             answers = {"/status.json": status, "/metrics": Response(200, text, METRICS)}
@@ -103,7 +105,7 @@ class Reports:
         now_us, window_us = self._scheduler.now_us(), self._scheduler.ledger.window_us
         grants = [
             {"shard_id": shard, "bucket": bucket, "ago": max(0, now_us - at_us) / US_PER_SECOND}
-            for at_us, shard, bucket in self._recent.copy()
+            for at_us, shard, bucket in self._recent
         ]
         seen = {"window": window_us / US_PER_SECOND, "reserve": self._scheduler.reserve}
         return responses.as_json(seen | {"grants": grants})
@@ -115,7 +117,7 @@ class Reports:
         most = [*WAITS, "+Inf"]
         waits = [(f'_bucket{{le="{s}"}}', n) for s, n in zip(most, counts, strict=True)]
         summed = [("_sum", round(self._waited, 6)), ("_count", counts[-1])]
-        refused = [(f'{{status="{code}"}}', n) for code, n in sorted(self.refused.copy().items())]
+        refused = [(f'{{status="{code}"}}', n) for code, n in sorted(dict(self.refused).items())]
         yield from _family("granted_total", "counter", "Permits of the state.", seen.granted)
         yield from _family("waiting", "gauge", "Shards that wait, by bucket.", *waiting)
         yield from _family("wait_seconds", "histogram", "Waits for permits here.", *waits, *summed)

@@ -46,8 +46,8 @@ class Service:
         self._warnings = LogFilter()
         self._scheduler = scheduler_of(queue)
         self.connections: set[Connection] = set()
-        self.ledger = LedgerEndpoint(queue)
-        self.reports = Reports(self.ledger.look, self._scheduler)
+        self.ledger = LedgerEndpoint(self._scheduler)
+        self.reports = Reports(queue)
         self.shared = SharedAnswers(loop, lambda: self.reports.compute(len(self.connections)))
         self.room = WaitingRoom(self._scheduler, loop, self.reports.granted)
 
@@ -137,14 +137,14 @@ class Service:
         answering.add_done_callback(partial(self._ledger_answered, connection))
 
     def _ledger_answered(
-        self, connection: Connection, answering: asyncio.Future[tuple[Response, Permit | None]]
+        self, connection: Connection, answering: asyncio.Future[tuple[Response, list[Permit]]]
     ) -> None:
         if (failure := answering.exception()) is not None:
             log.error("a request to the ledger failed", exc_info=failure)
             connection.respond(responses.error(500, type(failure).__name__))
             return
-        response, permit = answering.result()
-        if permit is not None:
+        response, permits = answering.result()
+        for permit in permits:
             self.reports.granted(self._scheduler.now_us(), permit)
         if response.status == 400:
             self.reports.refused[400] += 1

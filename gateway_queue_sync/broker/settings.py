@@ -10,7 +10,7 @@ import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from gateway_queue_sync.ledgers.http import checked_secret
+from gateway_queue_sync.ledgers.shared.http import checked_secret
 from gateway_queue_sync.models import whole_number
 
 BACKLOG = 4_096  # connections that are not accepted yet: a whole fleet may come at once

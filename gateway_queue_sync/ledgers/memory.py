@@ -37,6 +37,11 @@ class MemoryLedger:
         self._now_us = settings.clock.now_us
 
     @property
+    def should_read(self) -> bool:
+        """Whether nothing is granted until the limit is read."""
+        return self.account.total is None and self.account.refresh_owed
+
+    @property
     def window_us(self) -> int:
         return self.account.window_us
 
@@ -70,8 +75,14 @@ class MemoryLedger:
     def budget(self) -> limits.Budget | None:
         return limits.budget(self.account, self._now_us())
 
-    def outlook(self, number: int | None = None) -> Outlook:
-        return forecast.outlook(self.account, self._now_us(), number)
+    def outlook(self) -> Outlook:
+        return forecast.outlook(self.account, self._now_us())
+
+    def eta_us(self, number: int, position: int, lines: int, waiting: int) -> int | None:
+        if self.should_read:
+            return None
+        outlook = forecast.outlook(self.account, self._now_us(), number)
+        return forecast.eta_us(outlook, number, position, lines, waiting)
 
 
 class NoLedger(MemoryLedger):

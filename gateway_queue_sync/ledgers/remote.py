@@ -1,24 +1,31 @@
 """A ledger that processes share, as the scheduler of one process sees it.
 
-The scheduler says what it wants (who joined and left, reports, limits); its worker sends all of that in
-one exchange, without the lock, and passes the answers on. ``exchange``, ``update``, ``snapshot``,
-``close`` and ``budget`` are called without the scheduler's lock, all other methods with it.
+The scheduler says what has changed; its worker sends one request at a time to the ledger, without the
+lock, and passes the reply on. What a request says and what a reply means is in ``Session``. All
+methods are called with the scheduler's lock held, except ``open``, ``exchange``, ``update`` and
+``snapshot``.
 """
 
 from __future__ import annotations
 
 import logging
-import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from gateway_queue_sync import forecast
-from gateway_queue_sync.clock import FOREVER_US, Clock
+from gateway_queue_sync import forecast, process
+from gateway_queue_sync.clock import FOREVER_US, SYSTEM_CLOCK, if_slow
 from gateway_queue_sync.errors import LedgerError, worker_blocked
 from gateway_queue_sync.events import Event, LimitUpdated
-from gateway_queue_sync.forecast import Outlook
-from gateway_queue_sync.ledgers import Answers, Exchange, Request, Wants
 from gateway_queue_sync.ledgers.memory import MemoryLedger
-from gateway_queue_sync.ledgers.wire import MAX_NUMBER
+from gateway_queue_sync.ledgers.shared import messages
+from gateway_queue_sync.ledgers.shared.answers import Answers, LimitChange, SessionSettings
+from gateway_queue_sync.ledgers.shared.backend import Backend, Busy, Unreachable
+from gateway_queue_sync.ledgers.shared.messages import MAX_COUNTER, Reply, Request
+from gateway_queue_sync.ledgers.shared.session import Session
 from gateway_queue_sync.limits import Budget
 from gateway_queue_sync.lines import Lines, Waiter
 from gateway_queue_sync.models import (
@@ -27,353 +34,503 @@ from gateway_queue_sync.models import (
     QueueSnapshot,
     Report,
     SessionStartLimit,
+    check_limit,
+    to_us,
 )
 from gateway_queue_sync.settings import Settings
-from gateway_queue_sync.token_bucket import NEVER, Denial, Reason
+from gateway_queue_sync.token_bucket import Denial
 
 if TYPE_CHECKING:
     from gateway_queue_sync.scheduler import Scheduler
 
 log = logging.getLogger("gateway_queue_sync")
 
-FIRST_PAUSE_US = 50_000  # before a ledger that was out of reach is asked again; doubled each time
-MAX_PAUSE_US = 2 * US_PER_SECOND
+MIN_MARGIN = 0.02  # s
 MANY_FAILURES = 3  # in a row are worth a warning
-RECENT_LOOK_US = 1 * US_PER_SECOND  # for which the log goes by what was seen
-MAX_POSITION = 1_000  # that is counted for the log alone
+MAX_BUSY_US = 200_000  # for which a ledger that is busy has not failed
 MAX_TRY_US = 500_000  # for one who only tries, until the ledger answers
 MAX_LATE_US = 40_000  # after a deadline, for an answer that is on its way
+MAX_OPEN_US = 5 * US_PER_SECOND  # until a ledger is not busy
+OPEN_PAUSE = 0.02  # s, in the meantime
+WARN_AFTER = 1.0  # s until the log says what a constructor waits for
 MAX_REQUEST_US = 5 * US_PER_SECOND  # until the ledger answers update and snapshot
 
 
-class RemoteLedger:
-    """What one process wants of a remote ledger, and what it knows of it.
+class _OwnLines:
+    """The lines of this process as a session sees them: without those who have what they want.
 
     Attributes:
-        ledger: the ledger.
-        wants: what is to be sent next.
-        unseen: those whose waiting is no event yet: their position has to be asked for.
-        failure: why the ledger could not be asked, ``None`` if it could.
-        retry_us: when it is asked again then.
-        limit_changed: whether the latest exchange has changed the limit.
+        asked: whoever was looked at, by number: the reply is about them.
+    """
+
+    def __init__(self, lines: Lines, asked: dict[int, Waiter]) -> None:
+        self._lines = lines
+        self.max_concurrency = lines.max_concurrency
+        self.asked = asked
+
+    def first_two(self, bucket: int) -> list[Waiter]:
+        line = self._lines.by_bucket.get(bucket)
+        found = [] if line is None else [one for one in line.first(3) if _still_asks(one)][:2]
+        self.asked.update((waiter.number, waiter) for waiter in found)
+        return found
+
+    def length(self, bucket: int) -> int:
+        line = self._lines.by_bucket.get(bucket)
+        return 0 if line is None else len(line)
+
+    def buckets(self) -> Iterable[int]:
+        return list(self._lines.by_bucket)
+
+
+def _still_asks(waiter: Waiter) -> bool:
+    answered = waiter.permit is not None or waiter.error is not None
+    return not answered and not (waiter.once and waiter.ask_at_us)
+
+
+class RemoteLedger:
+    """One process's share of an account.
+
+    Args:
+        backend: sends requests to the ledger.
+        settings: the queue's settings.
+        limit: the session start limit to begin with.
+        bot: the id of the bot that starts the sessions; empty if unknown.
+
+    Attributes:
+        backend: where the ledger is.
+        should_read: whether the ledger asked this process, when it was opened, to read the limit.
+        unseen: those who wait without an event yet, because their position is not known.
     """
 
     remote: Literal[True] = True
 
-    def __init__(self, ledger: Exchange, settings: Settings) -> None:
-        self.ledger = ledger
-        self._reserve = settings.reserve
-        self._clock: Clock = settings.clock
+    def __init__(
+        self, backend: Backend, settings: Settings, limit: SessionStartLimit | None, bot: str = ""
+    ) -> None:
+        interval_us, margin_us, period_us = settings.timings_us
+        self.backend = backend
+        self._settings = settings
         self._now_us = settings.clock.now_us
-        self._observed = settings.observer is not None
+        self._condition: Callable[..., threading.Condition] = settings.clock.condition
+        self._session = Session(
+            SessionSettings(
+                interval_us=interval_us,
+                margin_us=margin_us,
+                period_us=period_us,
+                lease_us=to_us(settings.lease),
+                reserve=settings.reserve,
+                reread_us=0 if settings.reread_after is None else to_us(settings.reread_after),
+                bot=bot,
+                limit=limit,
+            )
+        )
+        self.should_read = False
         self._begin()
+        process.register_ledger(self)
 
     def _begin(self) -> None:
-        self.wants = Wants()
         self.unseen: list[Waiter] = []
-        self.failure: LedgerError | None = None
-        self.retry_us = NEVER
-        self.limit_changed = False
-        self._reset: Denial | None = None  # the latest reset at which the limit should be read
-        self._opens_us: dict[int, int] = {}  # by bucket, as far as it was answered
-        self._answered_us = NEVER
-        self._look: Request | None = None  # the latest
-        self._events: list[Event] = []
-        self._unsent = False  # what could not be sent, and waits in the ledger
-        self._failures = 0
-        self._failed_us = NEVER
-        self._reached = ""  # what is to be logged of that
+        self._asked: dict[int, Waiter] = {}
+        self._waiting_for: list[threading.Condition] = []  # update and snapshot, for a reply
+        self._look: tuple[Reply | None, int] = None, 0  # the latest, and how far its clock is ahead
+        self._looks = 0  # replies to looks
+        self._failures = self._answered_us = 0
+        self._failed_us: int | None = None  # since when it fails
+        self._has_surplus = False  # a read said that more is left than counts, and that was logged
+        self._refusal = ""  # why the ledger refuses this process, as it was logged
+
+    def open(self, *, can_read: bool) -> None:
+        """Make this process known to the ledger.
+
+        Raises:
+            LedgerError: what is there cannot be used, or refuses this process. One that is only out of
+                reach is tried again, with a WARNING, unless ``when_unreachable`` says otherwise.
+        """
+        with if_slow(WARN_AFTER, partial(log.warning, "waiting for %r", self)):
+            self._introduce(can_read=can_read)
+
+    def _introduce(self, *, can_read: bool) -> None:
+        lines = _OwnLines(Lines(self.max_concurrency), {})
+        give_up_us = SYSTEM_CLOCK.now_us() + MAX_OPEN_US
+        self._failed_us = self._now_us()
+        while True:
+            request = self._session.compose(lines, self._now_us(), can_read=can_read)
+            assert request is not None
+            try:
+                reply = self.backend.ask(request)
+                break
+            except (Unreachable, Busy) as error:
+                self._session.failed(request, error, self._now_us())
+                if not isinstance(error, Busy) or SYSTEM_CLOCK.now_us() >= give_up_us:
+                    if self._settings.when_unreachable == "raise":
+                        raise
+                    log.warning("%s; no permit is granted until it can be asked", error)
+                    self._failures = MANY_FAILURES
+                    return
+            time.sleep(OPEN_PAUSE)
+            self._session.hurry(self._now_us())
+        answers = self._session.answered(request, reply, self._now_us())
+        if answers.error is not None:
+            raise LedgerError(f"{self!r}: {answers.error}")
+        self.should_read = answers.read
+        for warning in answers.warnings:
+            log.warning("%r: %s", self, warning)
+
+    def before_fork(self) -> None:
+        """Let no exchange be half done while this process is forked."""
+        self.backend.before_fork()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on after a fork."""
+        self.backend.after_fork_in_parent()
 
     def begin_in_child(self) -> None:
         """Be another process from now on: this one was forked."""
-        self.ledger.begin_anew()
+        self.backend.begin_in_child()
+        self._session.begin_anew()
         self._begin()
-
-    def __repr__(self) -> str:
-        return repr(self.ledger)
 
     def close(self) -> None:
         """Let go of what is held open."""
-        self.ledger.close()
+        self.backend.close()
+
+    def __repr__(self) -> str:
+        return repr(self.backend)
+
+    # --- what is known of the account -------------------------------------------------------------
 
     @property
     def max_concurrency(self) -> int:
         """How many buckets there are."""
-        return self.ledger.max_concurrency
+        return self._session.max_concurrency
 
     @property
     def margin_us(self) -> int:
         """How old a permit may be when it reaches its caller."""
-        return self.ledger.margin_us
+        return self._session.margin_us
 
     @property
     def window_us(self) -> int:
         """How long a bucket rests after a permit."""
-        return self.ledger.window_us
+        return self._session.window_us
 
     @property
     def granted(self) -> int:
         """How many permits were granted."""
-        return self.ledger.granted
+        return self._session.granted
 
-    def budget(self) -> Budget:
-        """Return what is left of the limit."""
-        return self.ledger.budget()
+    def budget(self) -> Budget | None:
+        """Return what is left of the limit; a reset that is due shows as done."""
+        left = self._session.budget
+        if left is None or not left.resets_in_us:
+            return left
+        resets_in_us = left.resets_in_us - (self._now_us() - self._session.budget_us)
+        if resets_in_us <= 0:
+            return Budget(left.total, left.total, 0)
+        return Budget(left.total, left.remaining, resets_in_us)
 
-    def outlook(self, number: int) -> Outlook | None:
-        """Return what decides when permits of a bucket come, ``None`` if that was not answered yet."""
-        opens_us = self._opens_us.get(number)
-        if opens_us is None:
+    def eta_us(self, number: int, position: int, lines: int, waiting: int) -> int | None:
+        """Return in about how many microseconds a position gets its permit, ``None`` if unknown."""
+        del lines, waiting  # the ledger has counted all processes'
+        if not self._session.knows(number):
             return None
-        now_us = self._now_us()
-        return Outlook(
-            now_us=now_us,
-            window_us=self.window_us,
-            period_us=self.ledger.period_us,
-            reserve=self._reserve,
-            max_concurrency=self.max_concurrency,
-            ready_in_us={number: max(0, opens_us - now_us)},
-            others_ready_in_us=0,
-            budget=self.budget(),
-            granted=self.granted,
-        )
+        return self._session.eta_us(number, position, self._now_us())
 
-    # --- what is wanted ---------------------------------------------------------------------------
+    # --- what has changed -------------------------------------------------------------------------
 
     def joined(self, waiter: Waiter) -> None:
-        """Note that a waiter stands in line; one that only tries is sent as a head alone."""
-        if waiter.shard_id > MAX_NUMBER:
-            raise ValueError(f"shard_id must be at most {MAX_NUMBER}, not {waiter.shard_id}")
-        if not waiter.once:
-            self.wants.joined.append(waiter)
+        """Note that a waiter stands in line."""
+        if waiter.shard_id > MAX_COUNTER:
+            raise ValueError(f"shard_id must be at most {MAX_COUNTER}, not {waiter.shard_id}")
+        self.changed(waiter)
+        if waiter.once:
+            self._session.hurry(self._now_us())
 
-    def left(self, waiter: Waiter) -> None:
-        """Note that a waiter has left its line without a permit."""
-        self.wants.left.append(waiter)
+    def changed(self, waiter: Waiter) -> None:
+        """Note that a waiter has joined or left, or is the head of its line now."""
+        self._session.changed(waiter.shard_id % self.max_concurrency)
 
     def report(self, permit: Permit, report: Report) -> None:
         """Have it sent what became of a permit."""
-        self.wants.reports.append((permit, report, self._now_us()))
+        self._session.report(permit, report, self._now_us())
+        self._session.changed(permit.shard_id % self.max_concurrency)  # its head may go on
 
-    def read(self, scheduler: Scheduler, limit: SessionStartLimit | None) -> None:
-        """Have a limit sent that was read at a reset, or that it could not be read."""
-        kind: Literal["renew", "trust"] = "trust" if limit is None else "renew"
-        if self._reset is not None:
-            self.wants.requests.append(Request(kind, limit, self._reset))
-            scheduler.worker.wake(scheduler)
+    def interrupted(self) -> None:
+        """Go on after an exchange that an exception has ended half-way."""
+        self._session.interrupted(self._now_us())
+
+    def read(self, scheduler: Scheduler, limit: SessionStartLimit | None, asked_us: int) -> None:
+        """Have a limit sent that was read; ``None``: it could not be read."""
+        if limit is not None:
+            self._session.limit_read(limit, asked_us, self._now_us())
+        scheduler.worker.wake(scheduler)
 
     def update(self, scheduler: Scheduler, limit: SessionStartLimit) -> None:
-        """Have a limit adopted, and wait for the answer."""
-        self._request(scheduler, Request("update", limit))
+        """Have a limit adopted, and wait for that."""
+        check(limit, self._settings.reserve)
+        change: LimitChange | None = None
+
+        def ask() -> None:
+            nonlocal change
+            change = self._session.change_limit(limit, self._now_us())
+
+        def is_done() -> bool:
+            return change is not None and change.done
+
+        def give_up() -> LedgerError:
+            assert change is not None
+            return self._session.abandon(change)
+
+        self._wait(scheduler, ask, is_done, give_up)
+        if change is not None and change.error is not None:
+            raise change.error
+
+    def inquire(self, scheduler: Scheduler) -> LedgerError | None:
+        """Have the ledger asked what it knows now; return why it is out of reach, if it is."""
+        self._session.look()
+        scheduler.worker.wake(scheduler)
+        failure = self._session.failure
+        return failure if isinstance(failure, Unreachable) else None
 
     def snapshot(self, scheduler: Scheduler) -> QueueSnapshot:
         """Ask who waits where, and wait for the answer."""
-        look = self._request(scheduler, Request("look"))
-        assert look.outlook is not None
-        return forecast.snapshot(look.outlook, look.lines)
+        looks = self._looks
 
-    def _request(self, scheduler: Scheduler, request: Request) -> Request:
-        """Have the worker send a request, and wait for the answer for 5 seconds at most."""
+        def give_up() -> LedgerError:
+            return LedgerError(f"{self!r} did not answer within 5 s")
+
+        self._wait(scheduler, self._session.look, lambda: self._looks > looks, give_up)
+        reply, shift_us = self._look
+        assert reply is not None
+        own: dict[int, list[messages.Waiter]] = {}
+        for number, entries in scheduler.locked(scheduler.lines.copy).items():
+            own[number] = [
+                messages.Waiter(
+                    one.number, one.shard_id, one.arrived_us + shift_us, one.position_us + shift_us
+                )
+                for _, _, one in entries
+            ]
+        return seen_in(reply, own, self._settings.reserve)
+
+    def _wait(
+        self,
+        scheduler: Scheduler,
+        ask: Callable[[], object],
+        is_done: Callable[[], bool],
+        give_up: Callable[[], LedgerError],
+    ) -> None:
+        """Have the worker send something, and wait for the reply for 5 seconds at most."""
         if scheduler.worker.is_current():
             raise worker_blocked()
-        condition = request.condition = self._clock.condition(scheduler.lock)
-        deadline_us = self._now_us() + MAX_REQUEST_US
+        condition = self._condition(scheduler.lock)
 
         def wait() -> None:
-            self.wants.requests.append(request)
-            scheduler.worker.start(scheduler)
-            while not request.done:
-                left_us = deadline_us - self._now_us()
-                if left_us <= 0:
-                    raise self.unanswered(request)
-                condition.wait(left_us / US_PER_SECOND)
+            deadline_us = self._now_us() + MAX_REQUEST_US
+            ask()
+            self._session.hurry(self._now_us())
+            self._waiting_for.append(condition)
+            try:
+                scheduler.worker.start(scheduler)
+                while not is_done():
+                    left_us = deadline_us - self._now_us()
+                    if left_us <= 0:
+                        error = give_up()
+                        error.__cause__ = self._session.failure or TimeoutError()
+                        raise error
+                    condition.wait(left_us / US_PER_SECOND)
+            finally:
+                self._waiting_for.remove(condition)
 
         scheduler.blocking(wait)
-        if request.error is not None:
-            raise request.error
-        return request
 
     # --- the exchange -----------------------------------------------------------------------------
 
+    def wake_us(self, *, closed: bool) -> int:
+        """Return when there is something to send, ``FOREVER_US`` if there is nothing."""
+        if closed and self._failures >= MANY_FAILURES:
+            return FOREVER_US  # a closed queue gives up to send what is left
+        return self._session.wake_us(self._now_us())
+
     def exchange(self, scheduler: Scheduler, heads: list[Waiter]) -> bool:
-        """Ask the ledger, without the lock, and pass its answers on; false if nothing was to be sent."""
+        """Have a request answered, without the lock, and pass the reply on; false if there was none.
+
+        Futures that were granted a permit, or have an error, are added to ``heads``.
+        """
         forks = scheduler.forks
-        events, wants = scheduler.locked(self._compose, scheduler, heads)
+        request, events = scheduler.locked(self._compose, scheduler)
         for event in events:
             scheduler.emit(event)
         if scheduler.forks != forks:
             return True  # an observer has forked, and this is the child: the rest is its parent's
-        if wants is None:
-            if scheduler.closed and not heads and not events:
-                self.ledger.close()
+        if request is None:
+            self._close_if_done(scheduler)
             return bool(events)
-        answers = self.ledger.exchange(wants)
-        events = scheduler.locked(self._take_in, scheduler, wants, answers)
-        self._log_reach()
+        events = []
+        try:
+            reply = self.backend.ask(request)
+        except Exception as error:  # noqa: BLE001 - whatever a client raises, it is tried again
+            failure = error if isinstance(error, LedgerError) else self._wrapped(error)
+            warnings = scheduler.locked(self._failed, scheduler, request, failure)
+        else:
+            found = scheduler.locked(self._take_in, scheduler, request, reply, heads)
+            warnings, events = found
+        for warning in warnings:
+            log.warning("%s", warning)
         if scheduler.reader is not None:
             scheduler.reader.log_failure()
         for event in events:
             scheduler.emit(event)
+        self._close_if_done(scheduler)
         return True
 
-    def _compose(
-        self, scheduler: Scheduler, heads: list[Waiter]
-    ) -> tuple[list[Event], Wants | None]:
-        """Return the events to emit, and what is to be sent now, if anything.
+    def _close_if_done(self, scheduler: Scheduler) -> None:
+        """Let go of the ledger if the queue is closed, and there is nothing more to send."""
+        waiting = scheduler.lines.by_bucket
+        if scheduler.closed and not waiting and self.wake_us(closed=True) >= FOREVER_US:
+            self.backend.close()
 
-        While the ledger is out of reach that is only for those who try once or wait for an answer.
-        """
-        now_us, wants = self._now_us(), self.wants
-        heads[:] = [head for head in heads if head.entry is not None]  # some may have left just now
-        events = self._waiting_events(scheduler, now_us, looked=False)
-        if self.failure is not None and now_us < self.retry_us:
-            for head in heads:
-                if not head.once:
-                    head.ask_at_us = self.retry_us
-                    scheduler.notify_head(head)
-            heads[:] = [head for head in heads if head.once]
-            if not heads and not wants.requests:
-                return events, None
-        if self.unseen:
-            wants.requests.append(Request("look"))
-        wants.heads = list(heads)
-        asked = set(heads)
-        wants.joined = [one for one in wants.joined if one.entry is not None and one not in asked]
-        if not wants and not self._unsent:
-            return events, None
-        wants.can_read = scheduler.reader is not None and scheduler.reader.can_read(now_us)
-        self.wants = Wants()
-        return events, wants
+    def _wrapped(self, error: Exception) -> LedgerError:
+        failure = LedgerError(f"{self!r}: {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        error.__traceback__ = None
+        return failure
 
-    def _take_in(self, scheduler: Scheduler, wants: Wants, answers: Answers) -> list[Event]:
-        """Pass the answers on, and return the events to emit."""
+    def _compose(self, scheduler: Scheduler) -> tuple[Request | None, list[Event]]:
+        """Return the request to send, if any, and the events to emit first."""
+        now_us, reader = self._now_us(), scheduler.reader
+        can_read = reader is not None and reader.can_read(now_us)
+        asked: dict[int, Waiter] = {}
+        request = self._session.compose(
+            _OwnLines(scheduler.lines, asked), now_us, can_read=can_read
+        )
+        self._asked.update(asked)
+        return request, self._waiting_events(scheduler)
+
+    def _failed(self, scheduler: Scheduler, request: Request, error: LedgerError) -> list[str]:
+        """Note that an attempt has failed: who only tries, or whose time is up, learns of it."""
+        now_us = self._now_us()
+        self._session.failed(request, error, now_us)
+        error.__traceback__ = None  # its frames hold the request
+        since_us = self._failed_us = now_us if self._failed_us is None else self._failed_us
+        for head in scheduler.lines.heads():
+            if isinstance(error, Busy) and head.once:
+                continue  # it waits for its answer as long as for one that is on its way
+            head.ask_at_us = self._session.wake_us(now_us)
+            if head.condition is not None:
+                head.condition.notify()
+        if isinstance(error, Busy) and now_us - since_us < MAX_BUSY_US:
+            return []
+        self._failures += 1
+        if self._failures == MANY_FAILURES:
+            return [f"{error}; no permit is granted until it can be asked again"]
+        return []
+
+    def _take_in(
+        self, scheduler: Scheduler, request: Request, reply: Reply, heads: list[Waiter]
+    ) -> tuple[list[str], list[Event]]:
+        """Pass a reply on; return what to log, and the events to emit."""
         now_us = self._answered_us = self._now_us()
-        self._note(wants, answers, now_us, scheduler.lines)
-        if self.max_concurrency != scheduler.lines.max_concurrency or self.limit_changed:
-            self._opens_us.clear()
+        answers = self._session.answered(request, reply, now_us)
+        warnings = [f"{self!r}: {warning}" for warning in answers.warnings]
+        if answers.error is not None:
+            error = LedgerError(f"{self!r}: {answers.error}")
+            self._fail(scheduler, error, answers.refused, heads)
+            if self._refusal != str(error):
+                warnings.append(str(error))
+            self._refusal = str(error)
+            return warnings, []
+        self._refusal = ""
+        if self._failures >= MANY_FAILURES and self._failed_us is not None:
+            away = (now_us - self._failed_us) / US_PER_SECOND
+            warnings.append(f"{self!r} answers again, after {away:.1f} s")
+        self._failures, self._failed_us = 0, None
+        if answers.limit_changed:
             scheduler.limit_changed()
-        events = []
-        for head in wants.heads:
-            event = self._pass_on(scheduler, head, answers.heads.get(head), now_us)
-            if event is not None:
-                events.append(event)
-        looked = any(request.kind == "look" for request in wants.requests)
-        return events + self._waiting_events(scheduler, now_us, looked=looked)
+        events = self._pass_on(scheduler, answers, heads, now_us)
+        if answers.look is not None:
+            self._look, self._looks = (reply, reply.now_us - request.sent_us), self._looks + 1
+        for condition in self._waiting_for:
+            condition.notify()
+        if answers.read and scheduler.reader is not None:
+            scheduler.reader.read(scheduler, now_us)
+        warnings += self._warnings(answers)
+        return warnings, events + self._waiting_events(scheduler)
 
     def _pass_on(
-        self, scheduler: Scheduler, waiter: Waiter, answer: Permit | Denial | None, now_us: int
-    ) -> Event | None:
-        """Pass on what was answered to a head, ``None`` if the ledger was out of reach."""
-        if answer is None:
-            answer = Denial(max(0, self.retry_us - now_us), Reason.WINDOW)
-        else:
-            self._note_answer(scheduler, waiter, answer, now_us)
-        if waiter.entry is None:  # it has left meanwhile
-            if isinstance(answer, Permit):
-                self.report(answer, Report.UNUSED)
-            return None
-        event = scheduler.record(waiter, answer, now_us)
-        permit = waiter.permit
-        if permit is None and waiter.error is None:
-            scheduler.notify_head(waiter)
-        if waiter.condition is not None:
-            if permit is not None and not scheduler.closed and not scheduler.listens(permit):
-                scheduler.hand_over(waiter, permit)  # its next need not wait for the thread to wake
-            waiter.condition.notify()
-        return event
-
-    def _note_answer(
-        self, scheduler: Scheduler, waiter: Waiter, answer: Permit | Denial, now_us: int
-    ) -> None:
-        """Note when the bucket opens, and have the limit read if that is due."""
-        if isinstance(answer, Permit):
-            self._opens_us[answer.bucket] = answer.stamp_us + self.window_us
-            return
-        self._opens_us[waiter.shard_id % scheduler.lines.max_concurrency] = now_us + answer.wait_us
-        if answer.reason is Reason.RESET:
-            self._reset = answer
-            if scheduler.reader is not None:
-                scheduler.reader.read(scheduler, now_us)
-
-    def wake_us(self, *, closed: bool) -> int:
-        """Return when there is something to send, ``FOREVER_US`` if there is nothing."""
-        if not self.wants and not self.unseen and not self._unsent:
-            return FOREVER_US
-        if closed and self._failures >= MANY_FAILURES:
-            return FOREVER_US  # a closed queue gives up to send what is left
-        return NEVER if self.failure is None or self.wants.requests else self.retry_us
-
-    def _note(self, wants: Wants, answers: Answers, now_us: int, lines: Lines) -> None:
-        """Take in what came back."""
-        self._note_reach(answers.failure, now_us)
-        self._unsent = answers.unsent
-        self.limit_changed = False
-        if answers.forgotten:
-            self.wants.joined = [waiter for waiter in lines.waiters() if not waiter.once]
-        for request in wants.requests:
-            if not request.done and request.error is None:
-                self.wants.requests.append(request)  # the ledger had forgotten who waits here
+        self, scheduler: Scheduler, answers: Answers, heads: list[Waiter], now_us: int
+    ) -> list[Event]:
+        """Give permits and waits to those who asked; a permit for one that has left is given back."""
+        asked, self._asked = self._asked, {}
+        events: list[Event | None] = []
+        given: dict[int, Permit | Denial] = {one.waiter: one for one in answers.permits}
+        for number, answer in (given | answers.denials).items():
+            waiter = asked.get(number)
+            if waiter is None or waiter.entry is None or waiter.permit is not None:
+                if isinstance(answer, Permit):
+                    self.report(answer, Report.UNUSED)
                 continue
-            request.done = True
-            if request.condition is not None:
-                request.condition.notify()
-            if request.error is not None:
-                self._failed(request)
-            elif request.kind == "look":
-                self._look = request
-            elif request.kind != "trust":  # who waits for a reset goes on waiting for 5 s
-                self.limit_changed = True
-                if request.kind == "renew" and request.limit is not None:
-                    self._events.append(LimitUpdated(request.limit))
+            events.append(scheduler.record(waiter, answer, now_us))
+            if waiter.future is not None:
+                heads.append(waiter)
+            elif waiter.condition is not None:
+                granted = isinstance(answer, Permit) and not scheduler.listens(answer)
+                if granted and not scheduler.closed and isinstance(answer, Permit):
+                    scheduler.hand_over(waiter, answer)  # its next need not wait until it wakes
+                waiter.condition.notify()
+        for change in answers.changes:
+            if change.applied and change.limit.kind == messages.READ:
+                limit = change.limit
+                reset_after = limit.reset_after_us / US_PER_SECOND
+                values = limit.total, limit.remaining, reset_after, limit.max_concurrency
+                events.append(LimitUpdated(SessionStartLimit(*values)))
+        return [event for event in events if event is not None]
 
-    def _failed(self, request: Request) -> None:
-        if request.kind == "look":
-            self.unseen.clear()
-        elif request.kind == "renew":
-            self._reached = f"{request.error}; the limit that was read is dropped"
+    def _fail(
+        self,
+        scheduler: Scheduler,
+        error: LedgerError,
+        refused: list[int] | None,
+        heads: list[Waiter],
+    ) -> None:
+        """Let those in a request that was refused, or all who wait, raise what the ledger says."""
+        self._asked = {}
+        for waiter in scheduler.lines.waiters():
+            if refused is None or waiter.number in refused:
+                waiter.error = error
+                if waiter.future is not None:
+                    heads.append(waiter)
+                elif waiter.condition is not None:
+                    waiter.condition.notify()
+        for condition in self._waiting_for:
+            condition.notify()
 
-    def _note_reach(self, failure: LedgerError | None, now_us: int) -> None:
-        """Note whether the ledger could be asked, and if not, when to try again."""
-        if failure is None:
-            if self._failures >= MANY_FAILURES:
-                away = (now_us - self._failed_us) / US_PER_SECOND
-                self._reached = f"{self.ledger!r} answers again, after {away:.1f} s"
-            self.failure, self._failures, self.retry_us = None, 0, NEVER
-            return
-        if self.failure is None:
-            self._failed_us = now_us
-        self.failure = failure
-        if now_us >= self.retry_us:  # those who fail during one pause have failed once
-            self._failures += 1
-            pause_us = min(MAX_PAUSE_US, FIRST_PAUSE_US << min(self._failures - 1, 16))
-            self.retry_us = now_us + int(pause_us * random.uniform(0.5, 1.0))
-            if self._failures == MANY_FAILURES:
-                self._reached = f"{failure}; no permit is granted until it can be asked again"
+    def _warnings(self, answers: Answers) -> list[str]:
+        warnings = []
+        reads = any(one.limit.kind == messages.READ for one in answers.changes)
+        had_surplus = self._has_surplus
+        self._has_surplus = answers.surplus is not None or (had_surplus and not reads)
+        if self._has_surplus and not had_surplus:
+            warnings.append(
+                f"Discord says that {answers.surplus} session starts are left, more than count here: "
+                "permits of all processes are counted, and the smaller number is safe. update(), or "
+                "the command `limit --set`, sets another one"
+            )
+        return warnings
 
-    def _log_reach(self) -> None:
-        """Log that the ledger is out of reach, or answers again; without the lock."""
-        reached, self._reached = self._reached, ""
-        if reached:
-            log.warning("%s", reached)
-
-    def _waiting_events(self, scheduler: Scheduler, now_us: int, *, looked: bool) -> list[Event]:
-        """Return the events to emit, of those who wait by a look just made; a recent one for the log."""
-        events, self._events = self._events, []
-        look = self._look
-        recent = not self._observed and look is not None and now_us - look.at_us <= RECENT_LOOK_US
-        if look is None or look.outlook is None or not (looked or recent):
-            return events
-        lines = scheduler.lines
+    def _waiting_events(self, scheduler: Scheduler) -> list[Event]:
+        """Return the events of those who wait at a position that is known now."""
         waiting, self.unseen = self.unseen, []
+        events: list[Event] = []
         for waiter in waiting:
+            number = waiter.shard_id % self.max_concurrency
             if waiter.entry is None or waiter.permit is not None or waiter.error is not None:
                 continue
-            number = waiter.shard_id % look.outlook.max_concurrency
-            position = max(look.position(waiter), lines.position(waiter, MAX_POSITION))
-            total = max(sum(map(len, look.lines.values())), len(lines))
-            in_us = forecast.eta_us(
-                look.outlook, number, position, len({number, *look.lines}), total
-            )
+            unanswered = waiter.ask_at_us == 0 and scheduler.lines.is_head(waiter)
+            if unanswered or not self._session.knows(number):
+                self.unseen.append(waiter)
+                continue
+            position = self._session.position(number, scheduler.lines.position(waiter))
+            in_us = self._session.eta_us(number, position, self._now_us())
             eta = None if in_us is None else in_us / US_PER_SECOND
             events.append(scheduler.observers.waiting(waiter, number, position, eta))
         return events
@@ -386,10 +543,10 @@ class RemoteLedger:
 
     def timed_out(self, waiter: Waiter, timeout: float, *, is_head: bool) -> LedgerError | None:
         """Return the error of who got no permit in time because the ledger is out of reach."""
-        failure = self.failure
+        failure: Exception | None = self._session.failure
         answered = self._answered_us > waiter.arrived_us and not waiter.once  # others meanwhile
         if failure is None and waiter.ask_at_us == 0 and is_head and not answered:
-            failure = LedgerError(f"{self.ledger!r} did not answer in time")
+            failure = LedgerError(f"{self!r} did not answer in time")
         if failure is None:
             return None
         error = LedgerError(
@@ -398,12 +555,102 @@ class RemoteLedger:
         error.__cause__ = failure.__cause__ or TimeoutError()
         return error
 
-    def unanswered(self, request: Request) -> LedgerError:
-        """Return the error for a request that was not answered in time."""
-        fate = ": it may or may not have been applied" if request.kind == "update" else ""
-        error = LedgerError(f"{self.ledger!r} did not answer within 5 s{fate}")
-        error.__cause__ = TimeoutError()
-        return error
+
+def seen_in(
+    reply: Reply, own: dict[int, list[messages.Waiter]], reserve: int | None = None
+) -> QueueSnapshot:
+    """Return the snapshot of an account by a reply to a look, and of those who wait here.
+
+    Of other processes the ledger knows the first two of each line, and how many more there are. Without
+    a ``reserve``, that of who has asked for a permit last counts.
+    """
+    look, left = reply.look, None
+    assert look is not None
+    if reply.total >= 0:
+        left = Budget(reply.total, reply.remaining, reply.resets_in_us)
+    outlook = forecast.Outlook(
+        now_us=reply.now_us,
+        window_us=reply.interval_us + reply.margin_us,
+        period_us=look.period_us,
+        reserve=look.reserve if reserve is None else reserve,
+        max_concurrency=reply.max_concurrency,
+        ready_in_us=dict(look.ready),
+        others_ready_in_us=look.others_ready_in_us,
+        budget=left,
+        granted=reply.granted,
+    )
+    lines = {number: list(waiters) for number, waiters in own.items()}
+    for line in look.lines:
+        last = line.waiters[-1]
+        unknown = [last._replace(shard_id=-1)] * line.more
+        lines.setdefault(line.bucket, []).extend((*line.waiters, *unknown))
+    for waiters in lines.values():
+        waiters.sort(key=lambda one: (one.position_us, one.number))
+    snapshot = forecast.snapshot(outlook, lines)
+    buckets = (
+        replace(bucket, shards=tuple(one for one in bucket.shards if one.shard_id >= 0))
+        for bucket in snapshot.buckets
+    )
+    return replace(snapshot, buckets=tuple(buckets))
+
+
+def open_ledger(
+    make_backend: Callable[[Settings], Backend], limit: SessionStartLimit | None, settings: Settings
+) -> RemoteLedger:
+    """Open a ledger that processes share."""
+    if settings.margin < MIN_MARGIN:
+        raise ValueError(
+            f"margin must be at least {MIN_MARGIN} s for a queue shared by processes, not "
+            f"{settings.margin:g}"
+        )
+    if limit is not None:
+        check(limit, settings.reserve)
+    # A GatewayBot that reads the limit knows which bot starts the sessions.
+    bot = getattr(getattr(settings.refresh, "__self__", None), "bot_id", "")
+    backend = make_backend(settings)
+    ledger = RemoteLedger(backend, settings, limit, bot)
+    try:
+        ledger.open(can_read=settings.refresh is not None)
+        left = ledger.budget()
+        if left is not None and left.total <= settings.reserve:
+            raise ValueError(
+                f"total ({left.total}) must be more than the reserve ({settings.reserve})"
+            )
+    except BaseException:
+        backend.close()
+        raise
+    return ledger
+
+
+def check(limit: SessionStartLimit, reserve: int) -> None:
+    """Refuse a limit that a shared ledger cannot keep."""
+    check_limit(limit, reserve)
+    if limit.total > MAX_COUNTER:
+        raise ValueError(
+            f"total must be at most {MAX_COUNTER} for a shared queue, not {limit.total}"
+        )
+
+
+def peek(backend: Backend, settings: Settings) -> QueueSnapshot:
+    """Return the snapshot of an account as somebody who takes no part in it; raises as ``look``."""
+    return seen_in(look(backend, settings), {})
+
+
+def look(backend: Backend, settings: Settings) -> Reply:
+    """Return what an account is like, to somebody who takes no part in it.
+
+    Raises:
+        LedgerError: there is none, or it is out of reach.
+    """
+    interval_us, margin_us, period_us = settings.timings_us
+    now_us, lease_us = settings.clock.now_us(), to_us(settings.lease)
+    wanted = interval_us, margin_us, period_us, lease_us, settings.reserve
+    reply = backend.ask(Request(1, now_us, "", 1, *wanted, 0, 0, look=1, layout=0))
+    if reply.status == messages.REFUSED:
+        raise LedgerError(f"{backend!r}: the ledger refuses this process: {reply.error}")
+    if reply.status != messages.OK:
+        raise LedgerError(f"{backend!r} holds no account of that name") from LookupError()
+    return reply
 
 
 Ledger = MemoryLedger | RemoteLedger

@@ -1,0 +1,93 @@
+"""What a session needs from its scheduler, and what it answers: plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from gateway_queue_sync.errors import LedgerError
+from gateway_queue_sync.ledgers.shared.messages import Limit, Look
+from gateway_queue_sync.models import Permit, SessionStartLimit
+from gateway_queue_sync.token_bucket import Denial
+
+
+class Waits(Protocol):
+    """A waiter of this process."""
+
+    number: int
+    shard_id: int
+    arrived_us: int
+    position_us: int
+    once: bool
+    hold_us: int
+
+
+class WaitingLines(Protocol):
+    """The lines of this process, without those who have a permit already."""
+
+    max_concurrency: int
+
+    def first_two(self, bucket: int) -> Sequence[Waits]:
+        """Return the first two of a line, or as many as there are."""
+
+    def length(self, bucket: int) -> int:
+        """Return how many wait for a bucket."""
+
+    def buckets(self) -> Iterable[int]:
+        """Return the buckets for which somebody waits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSettings:
+    """What a process wants of the account."""
+
+    interval_us: int
+    margin_us: int
+    period_us: int
+    lease_us: int
+    reserve: int = 0
+    reread_us: int = 0
+    bot: str = ""
+    limit: SessionStartLimit | None = None
+
+
+@dataclass(slots=True, eq=False)
+class LimitChange:
+    """A limit on its way to the ledger; ``done`` with ``applied``, or with an ``error``."""
+
+    limit: Limit
+    done: bool = False
+    applied: bool = False
+    error: LedgerError | None = None
+
+
+@dataclass(slots=True)
+class Answers:
+    """What a reply means for the scheduler.
+
+    Attributes:
+        permits: granted; one for a waiter that has left must be reported unused.
+        denials: for each head that was asked for, by waiter number.
+        changes: limit changes that are done.
+        limit_changed: the session start limit or the buckets may have changed.
+        read: this process should read the limit now.
+        surplus: a read says that so many starts are left, more than count; ``None`` otherwise.
+        rejections: how many permits in a row were rejected, by serial.
+        look: who waits, if that was asked.
+        error: the ledger refuses this process, or its latest request.
+        refused: the waiters in a request that was refused, by number; ``None``: all who wait here.
+        warnings: what to log.
+    """
+
+    permits: list[Permit] = field(default_factory=list)
+    denials: dict[int, Denial] = field(default_factory=dict)
+    changes: list[LimitChange] = field(default_factory=list)
+    limit_changed: bool = False
+    read: bool = False
+    surplus: int | None = None
+    rejections: dict[int, int] = field(default_factory=dict)
+    look: Look | None = None
+    error: LedgerError | None = None
+    refused: list[int] | None = None
+    warnings: list[str] = field(default_factory=list)

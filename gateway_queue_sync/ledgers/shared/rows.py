@@ -1,0 +1,155 @@
+"""The account and the buckets that one request touches: read once, saved at its end."""
+
+from __future__ import annotations
+
+from gateway_queue_sync import limits as session_limits
+from gateway_queue_sync import token_bucket
+from gateway_queue_sync.ledgers.shared.bounds import (
+    MAX_HOLD_US,
+    MAX_INTERVAL_US,
+    MAX_LEASE_US,
+    MAX_MARGIN_US,
+)
+from gateway_queue_sync.ledgers.shared.messages import Request
+from gateway_queue_sync.ledgers.shared.store import SharedAccount, SharedBucket, Store
+from gateway_queue_sync.limits import CONFIRM_US
+from gateway_queue_sync.models import US_PER_SECOND
+from gateway_queue_sync.token_bucket import NEVER, TokenBucket
+
+MAX_SETTINGS_US = MAX_LEASE_US + MAX_INTERVAL_US + MAX_MARGIN_US
+MAX_NOTICE_US = 2 * US_PER_SECOND
+MAX_PERIODS_BACK = 100  # of a permit that is given back; an older one was lost
+DIFFERS_US = 60 * US_PER_SECOND
+READ_CLAIM_US = 10 * US_PER_SECOND  # for which one process reads for all
+
+
+class Rows:
+    """The account, if there is one, and buckets of it.
+
+    Attributes:
+        account: the account; ``None`` in a new ledger.
+        divided: the stored buckets and lines are of an earlier division, and do not count.
+    """
+
+    def __init__(self, store: Store, request: Request, now_us: int, wall_us: int) -> None:
+        self.store, self.request, self.now_us, self.wall_us = store, request, now_us, wall_us
+        self.divided = False
+        self._rejections = 0  # the longest row that goes on, when the account is divided anew
+        self.account = store.account()
+        if self.account is not None:
+            self._bound_times(self.account)
+
+    def _bound_times(self, account: SharedAccount) -> None:
+        """Let nothing last longer than it may, if the ledger's clock was set back."""
+        now_us, account.recent = self.now_us, {}
+        account.interval_until_us = min(account.interval_until_us, now_us + MAX_SETTINGS_US)
+        account.margin_until_us = min(account.margin_until_us, now_us + MAX_SETTINGS_US)
+        account.differs_until_us = min(account.differs_until_us, now_us + DIFFERS_US)
+        account.opened_us = min(account.opened_us, now_us + MAX_NOTICE_US)
+        account.settle_until_us = min(account.settle_until_us, now_us + MAX_NOTICE_US)
+        account.reader_until_us = min(account.reader_until_us, now_us + READ_CLAIM_US)
+        account.read_us = min(account.read_us, now_us)
+        if self.request.reread_us:
+            longest_us = max(self.request.reread_us, CONFIRM_US)
+            account.read_due_us = min(account.read_due_us, now_us + longest_us)
+
+    @property
+    def kept(self) -> SharedAccount:
+        """The account, where there must be one."""
+        assert self.account is not None
+        return self.account
+
+    @property
+    def notice_us(self) -> int:
+        """How long a head may take to notice that its bucket has opened early."""
+        return min(self.request.lease_us // 3, MAX_NOTICE_US)
+
+    def left(self) -> int:
+        """Return how many session starts are left, -1 while there is no limit."""
+        left = session_limits.budget(self.kept, self.wall_us)
+        return -1 if left is None else left.remaining
+
+    def bucket(self, number: int) -> SharedBucket:
+        """Return a bucket; one that was never stored is like the default bucket."""
+        buckets, default = self.kept.buckets, self.kept.default_bucket
+        bucket = buckets.get(number)
+        if not isinstance(bucket, SharedBucket):
+            bucket = None if self.divided else self.store.bucket(number)
+            if bucket is None:
+                bucket = SharedBucket(
+                    default.last_us,
+                    closed_until_us=default.closed_until_us,
+                    rejections=default.rejections,
+                    rejected_serial=0,  # so the row goes on, as 0 is also the serial before the first
+                )
+            bucket.held_until_us = min(bucket.held_until_us, self.now_us + MAX_HOLD_US)
+            bucket.opened_us = min(bucket.opened_us, self.now_us + MAX_NOTICE_US)
+            buckets[number] = bucket
+        return bucket
+
+    def load_all(self) -> None:
+        """Read all buckets that were stored."""
+        for number in () if self.divided else self.store.buckets():
+            self.bucket(number)
+
+    def divide(self) -> None:
+        """Forget the lines and buckets that there were before the account was divided anew."""
+        self.store.drop_buckets()
+        default = self.kept.default_bucket
+        default.rejections = self._rejections
+        self.kept.layout += 1
+        self.divided = True
+
+    def due_us(self, bucket: SharedBucket) -> int:
+        """Return when a bucket opens, or since when it is open."""
+        account, now_us = self.kept, self.now_us
+        due_us = now_us + token_bucket.closed_for_us(account, bucket, now_us)
+        held_us = (
+            bucket.held_until_us + account.window_us if bucket.held_until_us > NEVER else NEVER
+        )
+        return max(due_us, held_us, account.settle_until_us)
+
+    def fold_holds(self) -> None:
+        """Before the account is divided anew, let all buckets and their holds count."""
+        self.load_all()
+        known = self.kept.buckets.values()
+        going_on = [
+            bucket.rejections
+            for bucket in known
+            if bucket.rejected_serial in (bucket.serial, bucket.previous_serial)
+        ]
+        self._rejections = max(self.kept.default_bucket.rejections, *going_on, 0)
+        for bucket in self.kept.buckets.values():
+            assert isinstance(bucket, SharedBucket)
+            if bucket.held_until_us > NEVER:
+                held_us = bucket.held_until_us + self.kept.window_us
+                bucket.closed_until_us = max(bucket.closed_until_us, held_us)
+
+    def close_all(self) -> None:
+        """Let no bucket grant for one window, and each session send its lines anew."""
+        account = self.kept
+        self.fold_holds()
+        buckets = [account.default_bucket, *account.buckets.values()]
+        account.default_bucket = TokenBucket(
+            last_us=self.now_us,
+            closed_until_us=max(bucket.closed_until_us for bucket in buckets),
+        )
+        account.buckets = {}
+        self.divide()
+
+    def lose(self, period: int = 0) -> None:
+        """Close all buckets, since requests were lost; what was granted before cannot be given back.
+
+        Serials that were lost are used again, but no period is: it becomes a number that none of
+        before had, even if the states that were lost are not known.
+        """
+        self.close_all()
+        account = self.kept
+        account.period = max(max(account.period, period) + MAX_PERIODS_BACK, self.wall_us)
+
+    def save(self) -> None:
+        """Store the account and the buckets that were touched."""
+        for number, bucket in self.kept.buckets.items():
+            assert isinstance(bucket, SharedBucket)
+            self.store.put_bucket(number, bucket)
+        self.store.put_account(self.kept)

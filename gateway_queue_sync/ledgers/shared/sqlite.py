@@ -1,0 +1,274 @@
+"""The ledger of one machine: an SQLite file that any number of processes open.
+
+Each request is one transaction around ``turns.answer``. Windows are measured by the monotonic clock,
+which all processes of a machine share; the session start limit by wall time, which a reboot does not
+set back. Nothing is synced to the disk: a process that is killed loses nothing by that, and after a
+reboot all buckets are closed for one window in any case.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sqlite3
+import threading
+import weakref
+from pathlib import Path
+
+from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
+from gateway_queue_sync.errors import LedgerError, reentered
+from gateway_queue_sync.ledgers.shared.backend import Busy, Unreachable
+from gateway_queue_sync.ledgers.shared.messages import Reply, Request
+from gateway_queue_sync.ledgers.shared.sqlite_file import BUSY_TIMEOUT, OpenFile
+from gateway_queue_sync.ledgers.shared.store_sqlite import CREATE, Kept, SqliteStore
+from gateway_queue_sync.ledgers.shared.turns import answer
+from gateway_queue_sync.models import US_PER_SECOND
+
+log = logging.getLogger("gateway_queue_sync")
+
+IN_USE_US = 60 * US_PER_SECOND  # for so long a file counts as used by who used it last
+TRIES = 3  # to open a file that is replaced meanwhile
+BUSY = sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED
+SPOILT = sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB
+ADVICE = "; to begin anew move it away, and give the limit that is left"
+
+
+class SqliteBackend:
+    """An account in an SQLite file.
+
+    Args:
+        path: the file; it is made if it is not there, for its owner's eyes only.
+        name: which account in the file.
+        clock: what tells the time; every process of the file must have the same.
+    """
+
+    def __init__(self, path: str, name: str, clock: Clock) -> None:
+        self._path, self._name = Path(os.path.realpath(path)), name
+        self._clock = clock
+        self._seen: Kept | None = None  # how this process saw the account stored last
+        self._shared = ""  # the file system that was warned about
+        self._begin()
+
+    def _begin(self) -> None:
+        self._io = threading.RLock()
+        self._file: OpenFile | None = None
+        self._closer: weakref.finalize[..., SqliteBackend] | None = None
+        self._closes = False
+        self._warnings: list[str] = []
+
+    def __repr__(self) -> str:
+        name = "" if self._name == "default" else f" ({self._name})"
+        return f"SQLite file {str(self._path)!r}{name}"
+
+    def ask(self, request: Request) -> Reply:
+        """Answer a request of this process within one transaction."""
+        return self._ask(request, same_clock=True)
+
+    def relay(self, request: Request) -> Reply:
+        """Answer a request of another process, by its own clock."""
+        return self._ask(request, same_clock=False)
+
+    def _ask(self, request: Request, *, same_clock: bool) -> Reply:
+        if self._is_inside():
+            raise reentered()
+        self._closes = False
+        try:
+            with self._io:
+                try:
+                    return self._try(request, same_clock)
+                finally:
+                    if self._closes:
+                        self._disconnect()
+        finally:  # not earlier: a log may be slow, and others wait for the file
+            warnings, self._warnings = self._warnings, []
+            for warning in warnings:
+                log.warning("%r %s", self, warning)
+
+    def _try(self, request: Request, same_clock: bool) -> Reply:
+        for _ in range(TRIES):
+            was_open = self._file is not None
+            try:
+                reply = self._transact(request, same_clock)
+            except sqlite3.Error as error:
+                if _code(error) in BUSY:
+                    raise Busy(f"{self!r}: another process holds it locked") from error
+                self._disconnect()
+                if not was_open:  # else what is wrong may be what the connection remembers
+                    advice = ADVICE if _code(error) in SPOILT else ""
+                    raise LedgerError(f"{self!r}: {error}{advice}") from error
+            except OSError as error:
+                self._disconnect()
+                raise LedgerError(f"{self!r}: {error.strerror or error}") from error
+            else:
+                if reply is not None:
+                    return reply
+                self._warnings.append("was deleted or replaced; going on with what is there now")
+                self._disconnect()
+        raise Unreachable(f"{self!r} is replaced again and again") from FileNotFoundError()
+
+    def _transact(self, request: Request, same_clock: bool) -> Reply | None:
+        """Answer a request within one transaction; ``None``: another file has that name now."""
+        writes = bool(request.session)
+        file = self._opened(writes)
+        run = file.connection.execute
+        try:
+            run("BEGIN IMMEDIATE" if writes else "BEGIN")
+            if not file.is_current():
+                return None
+            if not file.has_tables and not file.check():
+                if not writes:
+                    raise LedgerError(f"{self!r} holds nothing") from LookupError()
+                for statement in CREATE:
+                    run(statement)
+            try:
+                reply, kept, lost = self._answer(file, request, same_clock)
+            except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+                raise LedgerError(f"{self!r} holds nonsense: {error!r}") from error
+            if self._file is not file:  # a signal handler forked in here
+                raise Busy(f"{self!r}: the transaction is the parent's")
+            run("COMMIT")
+        finally:
+            if self._file is file and file.connection.in_transaction:
+                file.connection.rollback()
+        file.has_tables = True
+        if writes:
+            file.is_new, self._seen = False, kept
+        if lost:
+            self._warnings.append(f"{lost}: no bucket grants for a window")
+        return reply
+
+    def _answer(
+        self, file: OpenFile, request: Request, same_clock: bool
+    ) -> tuple[Reply, Kept | None, str]:
+        """Return the reply, how the account is stored now, and why it had lost requests, if it had."""
+        now_us, wall_us = self._clock.now_us(), self._clock.wall_us()
+        if same_clock:
+            request = request._replace(sent_us=now_us)
+        generation = 0 if self._seen is None else self._seen.generation
+        now = Kept(self._clock_id(file), file.machine, file.inode, wall_us, generation)
+        store = SqliteStore(file.connection, self._name, now)
+        lost = self._lost(store, now, file) if request.session else ""
+        reply = answer(store, request, now_us, wall_us, lost=bool(lost))
+        return reply, store.kept, lost
+
+    # --- who else uses the file -------------------------------------------------------------------
+
+    def _clock_id(self, file: OpenFile) -> str:
+        """Return what tells the clock of this process from others, by which windows cannot be measured.
+
+        Where a machine does not tell its boots apart, that is when its clock was at zero.
+        """
+        if self._clock is not SYSTEM_CLOCK:
+            return "given by hand"
+        return file.boot or str(self._clock.wall_us() - self._clock.now_us())
+
+    def _lost(self, store: SqliteStore, now: Kept, file: OpenFile) -> str:
+        """Return why what is stored may be older than what was, empty if it is not.
+
+        Rows that go by another clock are deleted.
+
+        Raises:
+            LedgerError: somebody uses the file who cannot share it.
+        """
+        last = store.kept
+        if last is None:
+            return ""
+        if not _is_same_clock(last.clock, now.clock):
+            self._check_users(last, now)
+            store.begin_anew()
+            return "was kept by another clock (a reboot?)"
+        if (file.is_new and last.inode != now.inode) or last.generation < now.generation:
+            return "was replaced by a copy, which may be older"
+        return ""
+
+    def _check_users(self, last: Kept, now: Kept) -> None:
+        idle_us = abs(now.touched_us - last.touched_us)
+        if last.clock.split()[:1] == now.clock.split()[:1]:
+            if idle_us < IN_USE_US:
+                raise LedgerError(
+                    f"{self!r} is in use by processes of another time namespace, whose monotonic "
+                    "clock cannot be compared with this one's; give each a file of its own"
+                ) from ValueError(last.clock)
+            return
+        other, seen = (
+            "" not in {last.machine, now.machine} and last.machine != now.machine,
+            self._seen,
+        )
+        if seen is not None and seen.clock == now.clock and last.generation > seen.generation:
+            other = True  # this machine was not booted since
+            idle_us = min(idle_us, abs(now.touched_us - seen.touched_us))
+        if other and idle_us < IN_USE_US:
+            raise LedgerError(
+                f"{self!r} was used by another machine {idle_us // US_PER_SECOND} s ago, and the clocks "
+                "of two machines cannot be compared: use RedisQueue or HttpQueue, or go on with the "
+                f"file {IN_USE_US // US_PER_SECOND} s after the other has stopped"
+            ) from ValueError(last.machine)
+
+    # --- the file ---------------------------------------------------------------------------------
+
+    def _opened(self, writes: bool) -> OpenFile:
+        if self._file is not None and writes and not self._file.writes:
+            self._disconnect()
+        if self._file is None:
+            file = OpenFile(self._path, writes, self._warnings)
+            self._closer = weakref.finalize(self, file.connection.close)
+            self._closer.atexit = False  # a worker may be in the midst of a statement then
+            self._file = file
+            if file.shared != self._shared:
+                self._shared = file.shared
+                self._warnings.append(
+                    f"is on a network or shared file system ({file.shared}): locks may not hold there, "
+                    "and then the spacing does not either; use a local disk, or RedisQueue"
+                )
+        elif self._file.connection.in_transaction:  # an interrupt came in the way of ending it
+            self._file.connection.rollback()
+        return self._file
+
+    def _disconnect(self) -> None:
+        file, self._file = self._file, None
+        if self._closer is not None:
+            self._closer.detach()
+        if file is not None:
+            file.connection.close()
+
+    def _is_inside(self) -> bool:
+        return bool(self._io._is_owned())  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Close the file; at once, or at the end of the request that is under way."""
+        self._closes = True
+        if not self._is_inside() and self._io.acquire(timeout=BUSY_TIMEOUT):
+            try:
+                self._disconnect()
+            finally:
+                self._io.release()
+
+    # --- forks ------------------------------------------------------------------------------------
+
+    def before_fork(self) -> None:
+        """Let no transaction be under way: SQLite in the child would wait for its end for ever."""
+        self._io.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on after a fork."""
+        self._io.release()
+
+    def begin_in_child(self) -> None:
+        """Open the file anew when it is needed; the parent's connection is never used nor closed."""
+        if self._file is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._file.connection))
+        if self._closer is not None:
+            self._closer.detach()
+        self._begin()
+
+
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _is_same_clock(one: str, other: str) -> bool:
+    """Return whether two of these are one clock; where a machine has no boot id, more or less."""
+    if one.isdigit() and other.isdigit():
+        return abs(int(one) - int(other)) < IN_USE_US
+    return one == other

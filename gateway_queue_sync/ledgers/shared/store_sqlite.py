@@ -1,0 +1,237 @@
+"""The rows of one account in an SQLite file: a ``store.Store`` of five tables."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import fields
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from gateway_queue_sync.ledgers.shared.messages import Waiter
+from gateway_queue_sync.ledgers.shared.store import LineRow, SessionRow, SharedAccount, SharedBucket
+from gateway_queue_sync.token_bucket import NEVER, TokenBucket
+
+APPLICATION_ID = 0x47515359  # "GQSY": the file is this library's
+SCHEMA_VERSION = 3
+
+
+class Kept(NamedTuple):
+    """How an account was last stored: by which clock, on which machine, in which file and when.
+
+    Attributes:
+        clock: tells the monotonic clock from others.
+        machine: tells the machine from others; empty if unknown.
+        inode: tells the file from copies of it.
+        touched_us: when, by the wall clock.
+        generation: counts how often the account was stored, so that an older copy can be noticed.
+    """
+
+    clock: str
+    machine: str
+    inode: str
+    touched_us: int
+    generation: int
+
+
+_NOT_COLUMNS = {"buckets", "default_bucket", "recent", "patience_us", "other_reset"}
+_ACCOUNT = [field.name for field in fields(SharedAccount) if field.name not in _NOT_COLUMNS]
+_DEFAULT = ("last_us", "closed_until_us", "rejections")
+_BUCKET = [field.name for field in fields(SharedBucket)]
+_account_values, _default_values, _bucket_values = (
+    attrgetter(*columns) for columns in (_ACCOUNT, _DEFAULT, _BUCKET)
+)
+_ALL_OF_ACCOUNT = (
+    *_ACCOUNT,
+    *(f"default_{column}" for column in _DEFAULT),
+    *("other_reset_us", "other_read_us"),
+    *Kept._fields,
+)
+_LINE = (
+    *("session", "layout", "bucket", "until_us", "more"),
+    *(f"{which}_{field}" for which in ("first", "second") for field in Waiter._fields),
+)
+_TABLES = {  # the rest of the key after ``name``, and the columns
+    "account": ("", _ALL_OF_ACCOUNT),
+    "bucket": (", number", ("number", *_BUCKET)),
+    "session": (", session", SessionRow._fields),
+    "line": (", session, layout, bucket", _LINE),
+    "recent": (", serial", ("serial", "wall_us")),
+}
+CREATE = (
+    *(
+        f"CREATE TABLE {table} (name, {', '.join(columns)}, PRIMARY KEY (name{key})) WITHOUT ROWID"
+        for table, (key, columns) in _TABLES.items()
+    ),
+    "CREATE INDEX session_heard ON session (name, last_request_us)",
+    "CREATE INDEX line_turn ON line (name, layout, bucket, until_us)",
+    "CREATE INDEX recent_wall ON recent (name, wall_us)",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
+_PUT, _SELECT = {}, {}
+for _table, (_, _columns) in _TABLES.items():
+    _PUT[_table] = f"INSERT OR REPLACE INTO {_table} VALUES (?{', ?' * len(_columns)})"
+    _SELECT[_table] = f"SELECT {', '.join(_columns)} FROM {_table} WHERE name = ?"
+_SILENT = (
+    f"SELECT * FROM ({_SELECT['session']} AND last_request_us < ? ORDER BY last_request_us LIMIT ?) "
+    f"UNION ALL "
+    f"SELECT * FROM ({_SELECT['session']} AND last_request_us > ? ORDER BY last_request_us LIMIT ?) "
+    "ORDER BY last_request_us, session LIMIT ?"
+)
+_OF_ANOTHER_CLOCK = [
+    *("opened_us", "settle_until_us", "interval_until_us", "margin_until_us", "differs_until_us"),
+    *("reader_until_us", "read_us", "read_due_us", "default_closed_until_us"),
+]
+
+
+class SqliteStore:
+    """The rows of the account ``name``, within a transaction.
+
+    Attributes:
+        kept: how the account is stored; ``None`` if there is none.
+
+    Args:
+        connection: in a transaction.
+        name: which account in the file.
+        now: how the account is to be stored, but with the generation that this process has seen.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, name: str, now: Kept) -> None:
+        self._run, self._name = connection.execute, name
+        self._unchanged: dict[int, tuple[Any, ...]] = {}  # buckets as they are in the file
+        self._read_account()
+        kept = self.kept
+        generation = now.generation if kept is None else max(kept.generation, now.generation)
+        self._now = now._replace(generation=generation + 1)
+
+    def _read_account(self) -> None:
+        self._account = self._run(_SELECT["account"], (self._name,)).fetchone()
+        row = self._account
+        self.kept = None if row is None else Kept(*row[-len(Kept._fields) :])
+
+    def begin_anew(self) -> None:
+        """Forget who waits, and all times by the monotonic clock: there is another one."""
+        for table in ("bucket", "session", "line"):
+            self._run(f"DELETE FROM {table} WHERE name = ?", (self._name,))
+        never = ", ".join(f"{column} = {NEVER}" for column in _OF_ANOTHER_CLOCK)
+        self._run(
+            f"UPDATE account SET waiting = 0, reader = '', refresh_owed = 1, {never} WHERE name = ?",
+            (self._name,),
+        )
+        self._read_account()
+
+    # --- the account and its buckets --------------------------------------------------------------
+
+    def account(self) -> SharedAccount | None:
+        if self._account is None:
+            return None
+        values = dict(zip(_ALL_OF_ACCOUNT, self._account, strict=True))
+        account = SharedAccount(**{column: values[column] for column in _ACCOUNT})
+        account.refresh_owed = bool(account.refresh_owed)
+        account.default_bucket = TokenBucket(
+            **{column: values[f"default_{column}"] for column in _DEFAULT}
+        )
+        if values["other_reset_us"] is not None:
+            account.other_reset = values["other_reset_us"], values["other_read_us"]
+        return account
+
+    def put_account(self, account: SharedAccount) -> None:
+        self.kept = self._now
+        self._account = (
+            *_account_values(account),
+            *_default_values(account.default_bucket),
+            *(account.other_reset or (None, None)),
+            *self._now,
+        )
+        self._run(_PUT["account"], (self._name, *self._account))
+
+    def bucket(self, number: int) -> SharedBucket | None:
+        row = self._run(f"{_SELECT['bucket']} AND number = ?", (self._name, number)).fetchone()
+        return None if row is None else self._as_bucket(row)
+
+    def buckets(self) -> dict[int, SharedBucket]:
+        found = self._run(_SELECT["bucket"], (self._name,))
+        return {row[0]: self._as_bucket(row) for row in found}
+
+    def _as_bucket(self, row: tuple[Any, ...]) -> SharedBucket:
+        self._unchanged[row[0]] = row
+        return SharedBucket(*row[1:])
+
+    def put_bucket(self, number: int, bucket: SharedBucket) -> None:
+        row = (number, *_bucket_values(bucket))
+        if self._unchanged.get(number) != row:
+            self._run(_PUT["bucket"], (self._name, *row))
+            self._unchanged[number] = row
+
+    def drop_buckets(self) -> None:
+        self._unchanged.clear()
+        self._run("DELETE FROM bucket WHERE name = ?", (self._name,))
+
+    # --- sessions ---------------------------------------------------------------------------------
+
+    def session(self, session: str) -> SessionRow | None:
+        row = self._run(f"{_SELECT['session']} AND session = ?", (self._name, session)).fetchone()
+        return None if row is None else SessionRow(*row)
+
+    def put_session(self, row: SessionRow) -> None:
+        self._run(_PUT["session"], (self._name, *row))
+
+    def drop_session(self, session: str) -> None:
+        self._run("DELETE FROM session WHERE name = ? AND session = ?", (self._name, session))
+
+    def silent(self, before_us: int, after_us: int, at_most: int) -> list[SessionRow]:
+        name = self._name
+        values = (name, before_us, at_most, name, after_us, at_most, at_most)
+        return [SessionRow(*row) for row in self._run(_SILENT, values)]
+
+    # --- lines ------------------------------------------------------------------------------------
+
+    def _lines(self, condition: str, *values: object) -> list[LineRow]:
+        found = self._run(f"{_SELECT['line']} AND {condition}", (self._name, *values))
+        return [_line(row) for row in found]
+
+    def line(self, layout: int, bucket: int, session: str) -> LineRow | None:
+        found = self._lines("session = ? AND layout = ? AND bucket = ?", session, layout, bucket)
+        return found[0] if found else None
+
+    def put_line(self, row: LineRow) -> None:
+        first, second = (*row.waiters, (None,) * len(Waiter._fields))[:2]
+        values = (row.session, row.layout, row.bucket, row.until_us, row.more, *first, *second)
+        self._run(_PUT["line"], (self._name, *values))
+
+    def drop_line(self, row: LineRow) -> None:
+        self._run(
+            "DELETE FROM line WHERE name = ? AND session = ? AND layout = ? AND bucket = ?",
+            (self._name, row.session, row.layout, row.bucket),
+        )
+
+    def lines_of(self, session: str) -> list[LineRow]:
+        return self._lines("session = ? ORDER BY layout, bucket", session)
+
+    def live(self, layout: int, bucket: int, after_us: int, up_to_us: int) -> list[LineRow]:
+        condition = "layout = ? AND bucket = ? AND until_us > ? AND until_us <= ?"
+        return self._lines(condition, layout, bucket, after_us, up_to_us)
+
+    # --- recent permits ---------------------------------------------------------------------------
+
+    def recent(self) -> dict[int, int]:
+        return dict(self._run(_SELECT["recent"], (self._name,)).fetchall())
+
+    def put_recent(self, serial: int, wall_us: int) -> None:
+        self._run(_PUT["recent"], (self._name, serial, wall_us))
+
+    def drop_recent(self, serial: int) -> bool:
+        gone = self._run("DELETE FROM recent WHERE name = ? AND serial = ?", (self._name, serial))
+        return gone.rowcount > 0
+
+    def drop_recent_before(self, wall_us: int) -> None:
+        self._run("DELETE FROM recent WHERE name = ? AND wall_us < ?", (self._name, wall_us))
+
+
+def _line(row: tuple[Any, ...]) -> LineRow:
+    session, layout, bucket, until_us, more, *numbers = row
+    size = len(Waiter._fields)
+    waiters: tuple[Waiter, ...] = (Waiter(*numbers[:size]),)
+    if numbers[size] is not None:
+        waiters += (Waiter(*numbers[size:]),)
+    return LineRow(layout, bucket, session, until_us, more, waiters)

@@ -1,0 +1,466 @@
+"""The rules of a ledger that processes share, as one pure function: ``answer``.
+
+``token_bucket.py`` says whether a bucket may grant; here it is said to which process, and each request
+is applied exactly once. No thread, clock or I/O: the time is an argument, and what is stored is in a
+``Store``, row by row. A ledger calls ``answer`` in one atomic step, and if it raises nothing is stored.
+``PROTOCOL.md`` has all this in prose; the script for Redis follows it function by function.
+
+Turns: only the head that each session has for a bucket stands in the bucket's line, ordered by position.
+It has *rank* r if r heads of other sessions come before it, and may take r *graces* after the bucket
+opened. So a session that is dead or stuck costs those behind it one grace, once: who is passed over
+leaves the line until it asks again. If a bucket opens earlier than its head could know, graces count
+from when the head has had time to notice.
+
+What each part keeps true:
+
+- ``answer``: a request takes effect once, however often and in whatever order its copies arrive.
+- ``Rows.close_all``: after requests were lost, nothing is granted for one window.
+- ``_report``: a permit is refunded at most once, since its request takes effect once; and none from
+  before a loss, whose serial may be another permit's now.
+- ``_replace_line``: what is stored of a session is what its latest request said.
+- ``_ask``: one permit per window and bucket, within the limit, in order.
+"""
+
+from __future__ import annotations
+
+import json
+
+from gateway_queue_sync import limits as session_limits
+from gateway_queue_sync import token_bucket
+from gateway_queue_sync.ledgers.shared import limits, messages
+from gateway_queue_sync.ledgers.shared.bounds import MAX_LEASE_US, refusal
+from gateway_queue_sync.ledgers.shared.messages import (
+    Granted,
+    Introduction,
+    Line,
+    Look,
+    Ready,
+    Rejections,
+    Reply,
+    Report,
+    Request,
+    Wait,
+    Waiter,
+    from_wire,
+    to_wire,
+)
+from gateway_queue_sync.ledgers.shared.rows import DIFFERS_US, MAX_PERIODS_BACK, Rows
+from gateway_queue_sync.ledgers.shared.store import (
+    LineRow,
+    SessionRow,
+    SharedAccount,
+    SharedBucket,
+    Store,
+)
+from gateway_queue_sync.models import US_PER_SECOND, Permit
+from gateway_queue_sync.token_bucket import NEVER, UNSEEN_US, Denial, Reason
+
+MAX_GRACE_US = US_PER_SECOND // 10
+SILENT_US = 60 * US_PER_SECOND  # after which a session is removed
+MAX_REMOVED = 4  # sessions, by one request
+PATIENCE_US = 5 * US_PER_SECOND  # that a reset waits for a read
+READ_AGAIN_US = US_PER_SECOND // 2  # after which a head looks whether the limit was read
+RECENT_US = 2 * UNSEEN_US
+UNKNOWN_AGE_US = 3_600 * US_PER_SECOND
+
+
+def answer(
+    store: Store, request: Request, now_us: int, wall_us: int, *, lost: bool = False
+) -> Reply:
+    """Apply a request if it is the next of its session, and answer it.
+
+    ``lost``: the storage is another or an older one than before, or was restarted.
+    """
+    step = _Step(store, request, now_us, wall_us)
+    account, row = step.rows.account, None
+    if lost and account is not None:
+        step.lost = 1
+        step.rows.lose()
+        account.refresh_owed = True
+        step.rows.save()
+    error = refusal(request) or step.other_bot()
+    if error:
+        return step.reply(messages.REFUSED, error)
+    if not request.session:
+        return step.reply(messages.INTRODUCE if account is None else messages.OK)
+    if account is not None:
+        row = store.session(request.session)
+    introduces = request.introduction is not None
+    if row is not None and row.number == request.number:
+        return step.replay(row)
+    if introduces and row is None:
+        return step.apply(row)
+    if not introduces and row is not None:
+        if request.number == row.number + 1:
+            return step.apply(row)
+        if request.number > row.number:
+            step.lost = 1
+            step.rows.lose()
+            step.remove(request.session)
+            step.rows.save()
+    return step.reply(messages.INTRODUCE)
+
+
+class _Step:
+    """One request while it is answered."""
+
+    def __init__(self, store: Store, request: Request, now_us: int, wall_us: int) -> None:
+        self.store, self.request, self.now_us, self.wall_us = store, request, now_us, wall_us
+        self.shift_us = now_us - request.sent_us  # from the process's clock to the ledger's
+        self.lost = self.limit_result = 0
+        self.surplus = -1
+        self.reset_denied = False
+        self.rejections: list[Rejections] = []
+        self.permits: list[Granted] = []
+        self.waits: list[Wait] = []
+        self.rows = Rows(store, request, now_us, wall_us)
+
+    # --- the whole request ------------------------------------------------------------------------
+
+    def other_bot(self) -> str:
+        """Return why the bot of this process may not use the account, empty if it may."""
+        introduction, account = self.request.introduction, self.rows.account
+        if introduction is None or account is None or introduction.bot in ("", account.bot):
+            return ""
+        if not account.bot:
+            return ""
+        return (
+            f"the account belongs to bot {account.bot}, not {introduction.bot}: each needs an account "
+            "of its own (`limit --forget` frees this one)"
+        )
+
+    def apply(self, row: SessionRow | None) -> Reply:
+        """Do what a request says, once."""
+        request, store = self.request, self.store
+        if request.introduction is not None:
+            self._introduce(request.introduction)
+        elif row is not None and row.layout != self.rows.kept.layout == request.layout:
+            self._drop_lines(request.session)
+            row = row._replace(layout=request.layout, waiting=0)
+        account = self.rows.kept
+        if row is None:
+            row = SessionRow(request.session, 1, self.now_us, account.layout, 0, "")
+        self._settings()
+        self._reports(others_wait=account.waiting > row.waiting)
+        waiting = row.waiting
+        if request.layout == account.layout:
+            for line in request.lines:
+                waiting += self._replace_line(line)
+        read = limits.reads(self.rows, reset_denied=self.reset_denied)
+        reply = self.reply(messages.OK, read=read)
+        written = json.dumps(to_wire(reply._replace(look=None)), separators=(",", ":"))
+        store.put_session(
+            row._replace(
+                number=request.number, last_request_us=self.now_us, waiting=waiting, reply=written
+            )
+        )
+        before_us, after_us = self.now_us - SILENT_US, self.now_us + SILENT_US
+        for silent in store.silent(before_us, after_us, MAX_REMOVED):
+            if silent.last_request_us > self.now_us:  # the ledger's clock was set back since
+                store.put_session(silent._replace(last_request_us=self.now_us))
+            else:
+                self.remove(silent.session)
+        self.rows.save()
+        return reply
+
+    def replay(self, row: SessionRow) -> Reply:
+        """Return the stored reply as if it was given now; nothing changes."""
+        reply = from_wire(Reply, json.loads(row.reply))
+        since_us = self.now_us - reply.now_us
+        if since_us < 0:  # the ledger's clock was set back
+            since_us = UNKNOWN_AGE_US
+        return reply._replace(
+            attempt=self.request.attempt,
+            now_us=self.now_us,
+            permits=tuple(one._replace(age_us=one.age_us + since_us) for one in reply.permits),
+            waits=tuple(
+                one._replace(wait_us=max(0, one.wait_us - since_us)) for one in reply.waits
+            ),
+            look=self._look() if self.request.look else None,
+        )
+
+    def reply(self, status: int, error: str = "", *, read: int = 0) -> Reply:
+        """Return the answer as it is now."""
+        account = self.rows.account or SharedAccount(0, 0)
+        left = session_limits.budget(account, self.wall_us)
+        looks = self.request.look and status == messages.OK
+        return Reply(
+            self.request.attempt,
+            self.request.number,
+            status,
+            error,
+            self.lost,
+            self.now_us,
+            account.granted,
+            account.period,
+            account.layout,
+            -1 if left is None else left.total,
+            0 if left is None else left.remaining,
+            0 if left is None else left.resets_in_us,
+            account.max_concurrency,
+            account.interval_us,
+            account.margin_us,
+            int(self.now_us < account.differs_until_us),
+            account.waiting,
+            read,
+            self.limit_result,
+            self.surplus,
+            tuple(self.rejections),
+            tuple(self.permits),
+            tuple(self.waits),
+            self._look() if looks else None,
+        )
+
+    def _look(self) -> Look:
+        account, now_us = self.rows.kept, self.now_us
+        since_us = now_us - self.rows.notice_us  # who was passed over has not asked again yet
+        self.rows.load_all()
+        ready = tuple(
+            Ready(number, max(0, self.rows.due_us(self.rows.bucket(number)) - now_us))
+            for number in sorted(account.buckets)
+        )
+        others_us = token_bucket.closed_for_us(account, account.default_bucket, now_us)
+        lines = tuple(
+            Line(row.bucket, row.more, row.waiters)
+            for number in sorted(account.buckets)
+            for row in sorted(self._others(number, since_us), key=lambda row: row.session)
+        )
+        others_us = max(0, others_us, account.settle_until_us - now_us)
+        return Look(ready, others_us, lines, account.reserve, account.period_us)
+
+    def _others(self, number: int, since_us: int) -> list[LineRow]:
+        """Return the lines of other sessions for a bucket that were live at some time since then."""
+        until_us = self.now_us + MAX_LEASE_US
+        live = self.store.live(self.rows.kept.layout, number, since_us, until_us)
+        return [row for row in live if row.session != self.request.session]
+
+    # --- sessions ---------------------------------------------------------------------------------
+
+    def _introduce(self, new: Introduction) -> None:
+        """Begin a session; a ledger that has no account, or an older one, takes its word."""
+        if self.rows.account is None:
+            limits.create(self.rows, new)
+            self.lost = 1
+        else:
+            older = new.granted > self.rows.account.granted
+            if older:
+                self.rows.lose(new.period)
+            elif new.closed_us:
+                self.rows.close_all()
+            if older:
+                limits.recover(self.rows, new)
+                self.lost = 1
+            if new.limit is not None:
+                limits.open_with(self.rows, new.limit)
+        account, default = self.rows.kept, self.rows.kept.default_bucket
+        if new.closed_us:
+            default.closed_until_us = max(default.closed_until_us, self.now_us + new.closed_us)
+        account.bot = account.bot or new.bot
+        if new.replaces and self.store.session(new.replaces) is not None:
+            self.remove(new.replaces)
+
+    def remove(self, session: str) -> None:
+        """Delete all that is stored of a session."""
+        self._drop_lines(session)
+        self.store.drop_session(session)
+
+    def _settings(self) -> None:
+        """Let the larger interval and the larger margin of all live processes count."""
+        account, request, now_us = self.rows.kept, self.request, self.now_us
+        until_us = now_us + request.lease_us + request.interval_us + request.margin_us
+        if request.interval_us >= account.interval_us or now_us >= account.interval_until_us:
+            account.interval_us, account.interval_until_us = request.interval_us, until_us
+        if request.margin_us >= account.margin_us or now_us >= account.margin_until_us:
+            account.margin_us, account.margin_until_us = request.margin_us, until_us
+        if (account.interval_us, account.margin_us) != (request.interval_us, request.margin_us):
+            account.differs_until_us = now_us + DIFFERS_US
+        window_us, account.window_us = account.window_us, account.interval_us + account.margin_us
+        if account.window_us < window_us:  # buckets open earlier than their heads could know
+            account.opened_us = now_us + self.rows.notice_us
+        account.period_us = request.period_us
+
+    # --- reports and limits -----------------------------------------------------------------------
+
+    def _reports(self, *, others_wait: bool) -> None:
+        """Take in what became of permits, and a limit."""
+        request, left = self.request, self._left()
+        for report in request.reports:
+            self._report(report)
+        if request.limit is not None:
+            self.limit_result, self.surplus = limits.change(
+                self.rows, request.limit, others_wait=others_wait
+            )
+        if left <= request.reserve < self._left():
+            self.rows.kept.opened_us = self.now_us + self.rows.notice_us
+
+    def _left(self) -> int:
+        """Return how many session starts are left, -1 while heads wait for the limit."""
+        resets_at_us = self.rows.kept.resets_at_us
+        if resets_at_us is not None and self.wall_us >= resets_at_us:
+            return -1
+        return self.rows.left()
+
+    def _report(self, report: Report) -> None:
+        account = self.rows.kept
+        bucket = self.rows.bucket(report.shard_id % account.max_concurrency)
+        due_us = self.rows.due_us(bucket)
+        permit = Permit(report.shard_id, report.shard_id % account.max_concurrency)
+        permit.serial, permit.period = report.serial, report.period
+        at_us = min(self.now_us, report.at_us + self.shift_us)
+        since_lost = 0 <= account.period - report.period < MAX_PERIODS_BACK
+        if report.ends_hold and bucket.serial == report.serial and since_lost:
+            bucket.held_until_us = NEVER
+        if report.kind == messages.SENT:
+            token_bucket.sent(account, permit, at_us)
+        elif report.kind == messages.UNUSED:
+            if since_lost:
+                self._refund(permit)
+        elif report.serial > bucket.rejected_serial:
+            in_a_row = token_bucket.rejected(account, permit, at_us)
+            self.rejections.append(Rejections(report.serial, in_a_row))
+        if self.now_us < due_us > self.rows.due_us(bucket):
+            bucket.opened_us = min(due_us, self.now_us + self.rows.notice_us)
+
+    def _refund(self, permit: Permit) -> None:
+        """Undo a grant; if the limit was read since, without it, there is nothing to refund."""
+        account = self.rows.kept
+        recent, is_recent = account.recent, self.store.drop_recent(permit.serial)
+        account.recent = None if is_recent or account.read_us == NEVER else {}
+        token_bucket.unused(account, permit)
+        account.recent = recent
+
+    # --- turns ------------------------------------------------------------------------------------
+
+    def _replace_line(self, line: Line) -> int:
+        """Replace a session's line, answer its head, and return by how many more wait in it."""
+        account, store, request = self.rows.kept, self.store, self.request
+        if any(one.shard_id % account.max_concurrency != line.bucket for one in line.waiters):
+            return 0
+        old = store.line(account.layout, line.bucket, request.session)
+        stored = {} if old is None else {one.number: one for one in old.waiters}
+        waiters = [self._by_own_clock(one, stored.get(one.number)) for one in line.waiters]
+        others = self._others(line.bucket, self.now_us) if waiters else []
+        wait = None
+        while waiters:
+            answered = self._ask(line.bucket, waiters[0], others)
+            if isinstance(answered, Granted):
+                self.permits.append(answered)
+                wait = None
+            else:
+                wait = answered
+                if not waiters[0].once:
+                    break
+            del waiters[0]
+        before = 0 if old is None else old.waiting
+        row = LineRow(
+            account.layout,
+            line.bucket,
+            request.session,
+            self.now_us + request.lease_us,
+            line.more if waiters else 0,
+            tuple(waiters),
+        )
+        if waiters:
+            store.put_line(row)
+        elif old is not None:
+            store.drop_line(old)
+        added = row.waiting - before
+        account.waiting += added
+        bucket = self.rows.bucket(line.bucket)
+        bucket.waiting += added
+        if wait is not None:
+            self.waits.append(wait._replace(waiting=bucket.waiting))
+        return added
+
+    def _by_own_clock(self, waiter: Waiter, stored: Waiter | None) -> Waiter:
+        """Return a waiter with times by the ledger's clock; its position never becomes worse."""
+        arrived_us, position_us = (
+            waiter.arrived_us + self.shift_us,
+            waiter.position_us + self.shift_us,
+        )
+        if stored is not None:
+            arrived_us = min(arrived_us, stored.arrived_us)
+            position_us = min(position_us, stored.position_us)
+        return waiter._replace(arrived_us=arrived_us, position_us=position_us)
+
+    def _drop_lines(self, session: str) -> None:
+        account = self.rows.kept
+        for row in self.store.lines_of(session):
+            self.store.drop_line(row)
+            account.waiting -= row.waiting
+            if row.layout == account.layout:
+                self.rows.bucket(row.bucket).waiting -= row.waiting
+
+    def _ask(self, number: int, head: Waiter, others: list[LineRow]) -> Granted | Wait:
+        """Grant a permit to the head of a line if it is its turn, or say how long to wait."""
+        account, request, now_us, wall_us = self.rows.kept, self.request, self.now_us, self.wall_us
+        bucket, resets_at_us = self.rows.bucket(number), account.resets_at_us
+        position = head.position_us, request.session
+        ahead = [row for row in others if (row.waiters[0].position_us, row.session) < position]
+        late_us = len(ahead) * min(MAX_GRACE_US, account.window_us // 5)
+        due_us = self.rows.due_us(bucket)
+        turn_us = self._turn_us(bucket, head, due_us, late_us) if ahead else due_us
+        if account.total is None:
+            return self._wait(number, READ_AGAIN_US, messages.RESET, len(ahead))
+        waited_us = PATIENCE_US if resets_at_us is None else wall_us - resets_at_us
+        reset_us, account.reserve = self._reset_us(), request.reserve
+        if reset_us > NEVER and account.read_us > NEVER:
+            account.recent = limits.recent(self.rows)
+        answered = token_bucket.take(
+            account,
+            head.shard_id,
+            now_us,
+            wall_us,
+            self._can_read() and 0 <= waited_us < PATIENCE_US,
+            turn_us,
+        )
+        account.recent = {}
+        if isinstance(answered, Denial):
+            if answered.reason is Reason.WINDOW:
+                wait_us = due_us + late_us - now_us
+                if wait_us <= 0:  # it opened early: look again when another window may have passed
+                    wait_us = min(answered.wait_us, account.window_us)
+                return self._wait(number, wait_us, messages.WINDOW, len(ahead))
+            if answered.reason is Reason.BUDGET:
+                return self._wait(number, answered.wait_us + late_us, messages.BUDGET, len(ahead))
+            wait_us = min(READ_AGAIN_US, PATIENCE_US - waited_us) + late_us
+            return self._wait(number, wait_us, messages.RESET, len(ahead))
+        if resets_at_us is not None and account.resets_at_us != resets_at_us:
+            account.opened_us = max(account.opened_us, reset_us)
+        for row in ahead:
+            others.remove(row)
+            self.store.put_line(row._replace(until_us=now_us))
+        bucket.held_until_us = now_us + head.hold_us if head.hold_us else NEVER
+        self.store.put_recent(answered.serial, wall_us)
+        self.store.drop_recent_before(wall_us - RECENT_US)
+        remaining = -1 if answered.remaining is None else answered.remaining
+        return Granted(
+            head.number, answered.serial, number, head.shard_id, answered.period, remaining, 0
+        )
+
+    def _turn_us(self, bucket: SharedBucket, head: Waiter, due_us: int, late_us: int) -> int:
+        """Return from when a head may take that has others ahead of it."""
+        opened_us = max(due_us, self.rows.kept.opened_us, bucket.opened_us, self._reset_us())
+        return max(opened_us + late_us, self.now_us + head.once)
+
+    def _can_read(self) -> bool:
+        """Return whether this process can read the limit, or another one probably can."""
+        return bool(self.request.can_read) or self.rows.kept.read_us > NEVER
+
+    def _reset_us(self) -> int:
+        """Return since when a reset that is due lets heads take, ``NEVER`` if none is due."""
+        resets_at_us = self.rows.kept.resets_at_us
+        if resets_at_us is None or self.wall_us < resets_at_us:
+            return NEVER
+        since_us = self.wall_us - resets_at_us
+        if since_us >= PATIENCE_US and self._can_read():  # all have waited for a read that failed
+            since_us -= PATIENCE_US
+        return self.now_us - since_us
+
+    def _wait(self, number: int, wait_us: int, reason: int, ahead: int) -> Wait:
+        self.reset_denied = self.reset_denied or reason == messages.RESET
+        # In equal parts, so that the last is not shorter than a round trip.
+        parts = -(-wait_us // self.rows.notice_us)
+        wait_us = max(1, -(-wait_us // max(1, parts)))
+        opens_us = max(0, self.rows.due_us(self.rows.bucket(number)) - self.now_us)
+        return Wait(number, wait_us, opens_us, reason, ahead, 0)

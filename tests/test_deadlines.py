@@ -1,0 +1,225 @@
+"""Deadlines hold, and no call blocks, while a ledger or Discord does not respond.
+
+Times are those of the fastest of a few tries: on a machine that has other work, one may be slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import threading
+import time
+
+import pytest
+import redis_servers
+from test_sqlite_faults import Holder
+
+from gateway_queue_sync import HttpQueue, RedisQueue, SessionStartLimit, SqliteQueue, serve
+
+QUICK = {"interval": 0.05, "margin": 0.05}
+SETTINGS = {"limit": SessionStartLimit(1000, 1000, 0.0, 16), **QUICK}
+PATIENCE = 20.0  # s a test waits for what must come
+TIMEOUT = 0.3  # s
+TRIES = 5
+
+
+def with_permits(queue):
+    """Return a queue, and some permits that it has granted."""
+    return queue, [queue.acquire(shard_id, timeout=PATIENCE) for shard_id in range(2 * TRIES)]
+
+
+@contextlib.contextmanager
+def a_stopped_process_holds_the_file(folder):
+    with SqliteQueue(folder / "q.sqlite3", **SETTINGS) as queue:
+        made = with_permits(queue)
+        holder = Holder(folder / "q.sqlite3", "BEGIN IMMEDIATE")
+        try:
+            yield made
+        finally:
+            holder.kill()
+
+
+@contextlib.contextmanager
+def redis_is_stopped(folder):
+    if redis_servers.BINARY is None:
+        pytest.skip(redis_servers.WITHOUT)
+    server = redis_servers.RedisServer(folder)
+    try:
+        with RedisQueue(server.url, **SETTINGS) as queue:
+            made = with_permits(queue)
+            server.send(signal.SIGSTOP)
+            yield made
+            server.send(signal.SIGCONT)
+    finally:
+        server.stop()
+
+
+class Relay:
+    """A port before another, through which replies come one byte per second once ``drips`` is set."""
+
+    def __init__(self, port):
+        self._port = port
+        self.drips, self.ends = threading.Event(), threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads, self._sockets = [], [self._listener]
+        self._start(self._accept)
+
+    def _start(self, function, *args):
+        self._threads.append(threading.Thread(target=function, args=args, daemon=True))
+        self._threads[-1].start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._port))
+                self._sockets += [client, server]
+                self._start(self._pump, client, server, self.ends)
+                self._start(self._pump, server, client, self.drips)
+
+    def _pump(self, source, target, drips):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                for at in range(len(data) if drips.is_set() else 1):
+                    target.sendall(data[at : at + 1] if drips.is_set() else data)
+                    if drips.is_set() and self.ends.wait(1.0):
+                        return
+            target.shutdown(socket.SHUT_WR)
+
+    def close(self):
+        self.ends.set()
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        for one in self._sockets:
+            one.close()
+
+
+@contextlib.contextmanager
+def a_broker_sends_a_byte_per_second(folder):
+    with SqliteQueue(folder / "q.sqlite3", **SETTINGS) as own, serve(own, port=0) as broker:
+        with (
+            contextlib.closing(Relay(broker.port)) as relay,
+            HttpQueue(relay.url, **QUICK) as queue,
+        ):
+            made = with_permits(queue)
+            relay.drips.set()
+            yield made
+
+
+@contextlib.contextmanager
+def discord_does_not_answer(folder):
+    """At a reset, which waits for it for 5 seconds."""
+    asked, ends = threading.Event(), threading.Event()
+
+    def refresh():
+        asked.set()
+        ends.wait()
+        raise OSError
+
+    limit = SessionStartLimit(2 * TRIES, 2 * TRIES, 0.0, 16)
+    settings = {"refresh": refresh, "period": 1.0, **QUICK}
+    with SqliteQueue(folder / "q.sqlite3", limit, **settings) as queue:
+        made = with_permits(queue)
+        queue.enqueue(0)
+        assert asked.wait(PATIENCE)
+        yield made
+        ends.set()
+
+
+FAULTS = (
+    a_stopped_process_holds_the_file,
+    redis_is_stopped,
+    a_broker_sends_a_byte_per_second,
+    discord_does_not_answer,
+)
+
+
+@pytest.fixture(params=FAULTS, ids=lambda fault: fault.__name__)
+def faulty(request, tmp_path):
+    """A queue whose ledger (or Discord) does not respond from now on, and its permits."""
+    with request.param(tmp_path) as made:
+        yield made
+
+
+def fastest(calls):
+    """Return how long the fastest of some calls takes, and the slowest."""
+    times = []
+    for call in calls:
+        began = time.monotonic()
+        with contextlib.suppress(Exception):
+            call()
+        times.append(time.monotonic() - began)
+    return min(times), max(times)
+
+
+def test_a_timeout_is_kept_within_50_ms(faulty):
+    queue, _ = faulty
+    took, longest = fastest([lambda: queue.acquire(0, timeout=TIMEOUT)] * 3)
+    assert TIMEOUT <= took < TIMEOUT + 0.05
+    assert longest < TIMEOUT + 1.0
+
+
+def test_a_try_takes_half_a_second_at_most(faulty):
+    queue, _ = faulty
+    took, longest = fastest([lambda: queue.try_acquire(0)] * 3)
+    assert took < 0.55
+    assert longest < 1.5
+
+
+class Interrupt(BaseException):
+    """What Ctrl-C raises, without pytest's taking notice."""
+
+
+def test_ctrl_c_ends_a_wait_within_100_ms(faulty):
+    queue, _ = faulty
+    late = []
+
+    def handler(signum, frame):
+        raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        for _ in range(3):
+            due = time.monotonic() + 0.2
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(Interrupt):
+                queue.acquire(0)
+            late.append(time.monotonic() - due)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert min(late) < 0.1
+    assert max(late) < 1.0
+
+
+def test_closing_takes_no_time_and_ends_every_wait(faulty, crew):
+    queue, permits = faulty
+    call, future = crew(queue.acquire, 0), queue.enqueue(1)
+    permits[0].sent()
+    took, _ = fastest([queue.close])
+    assert took < 0.5
+    assert call.exception(PATIENCE) is not None
+    assert future.exception(PATIENCE) is not None
+
+
+def test_nothing_that_an_event_loop_calls_does_io(faulty):
+    """Each takes less than 5 ms on a machine that is idle."""
+    queue, permits = faulty
+    given_back, used = permits[:TRIES], permits[TRIES:]
+
+    async def call_all():
+        return {
+            "enqueue": fastest([lambda: queue.enqueue(0)] * TRIES),
+            "sent": fastest([permit.sent for permit in used]),
+            "unused": fastest([permit.unused for permit in given_back]),
+        }
+
+    times = asyncio.run(call_all())
+    assert {name: took for name, (took, _) in times.items() if took >= 0.005} == {}
+    assert {name: longest for name, (_, longest) in times.items() if longest >= 0.3} == {}

@@ -1,0 +1,557 @@
+"""A Redis server as a shared ledger: what goes wrong there grants nothing, and says what it is."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import random
+import signal
+import threading
+import time
+
+import pytest
+import redis
+from redis_servers import RedisCluster, RedisServer, needs_redis, until
+
+from gateway_queue_sync.clock import SYSTEM_CLOCK, SystemClock
+from gateway_queue_sync.errors import LedgerError
+from gateway_queue_sync.ledgers.shared import messages
+from gateway_queue_sync.ledgers.shared import redis as module
+from gateway_queue_sync.ledgers.shared.backend import Unreachable
+from gateway_queue_sync.ledgers.shared.messages import (
+    Introduction,
+    Limit,
+    Line,
+    Reply,
+    Report,
+    Request,
+    Waiter,
+)
+from gateway_queue_sync.ledgers.shared.redis import RedisBackend, checked, maker, portable
+
+pytestmark = needs_redis
+
+S = 1_000_000
+WINDOW = 300_000
+SECRET = "hunter2"
+
+
+class Talker:
+    """A session whose requests a test writes."""
+
+    def __init__(self, backend: RedisBackend, session: str | None = None) -> None:
+        self.backend = backend
+        self.session = session or f"{random.getrandbits(64):016x}"
+        self.number = self.layout = self.attempt = 0
+        self.settings = {"interval_us": WINDOW, "lease_us": S}
+
+    def introduce(self, granted: int = 0, layout: int = 0) -> Reply:
+        limit = Limit(messages.OPEN, 1000, 1000, 0, 1, self.now_us(), self.now_us())
+        return self.say(introduction=Introduction("", "", 0, limit, granted, 0, layout, None))
+
+    def now_us(self) -> int:
+        clock = self.backend._clock or SYSTEM_CLOCK
+        return clock.now_us()
+
+    def say(self, **what: object) -> Reply:
+        self.number += 1
+        return self.again(**what)
+
+    def again(self, **what: object) -> Reply:
+        self.attempt += 1
+        request = Request(
+            attempt=self.attempt, sent_us=self.now_us(), session=self.session, number=self.number,
+            margin_us=0, period_us=86_400 * S, reserve=0, reread_us=0, can_read=0, look=0,
+            layout=self.layout, **self.settings,
+        )._replace(**what)  # fmt: skip
+        reply = self.backend.ask(request)
+        self.layout = reply.layout
+        return reply
+
+    def ask(self, waiter: int = 1, shard_id: int = 0) -> Reply:
+        at_us = self.now_us()
+        return self.say(lines=(Line(shard_id, 0, (Waiter(waiter, shard_id, at_us, at_us),)),))
+
+    def permit(self) -> messages.Granted:
+        """Ask until a permit comes."""
+        give_up = time.monotonic() + 10
+        while True:
+            reply = self.ask()
+            if reply.permits:
+                return reply.permits[0]
+            assert time.monotonic() < give_up, reply
+            time.sleep(reply.waits[0].wait_us / S if reply.waits else 0.01)
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory):
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(shared_server):
+    yield shared_server
+    with shared_server.client() as client:
+        client.flushall()
+        client.execute_command("ACL", "DELUSER", "bot")
+
+
+@contextlib.contextmanager
+def started(folder, *options):
+    server = RedisServer(folder, *options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def talker(server_or_client, clock=SYSTEM_CLOCK) -> Talker:
+    given = getattr(server_or_client, "url", server_or_client)
+    new = Talker(RedisBackend(given, "default", clock))
+    assert new.introduce().status == messages.OK
+    return new
+
+
+def state(server) -> dict[bytes, object]:
+    with server.client() as client:
+        return {key: client.dump(key) for key in client.keys("*")}
+
+
+# --- a server as it should be ---------------------------------------------------------------------
+
+
+def test_sessions_share_an_account_by_the_servers_time(server):
+    one, other = talker(server), talker(server)
+    first = one.permit()
+    assert other.ask().waits[0].opens_us > WINDOW - 100_000
+    second = other.permit()
+    assert (first.serial, second.serial) == (1, 2)
+
+
+def test_a_request_that_is_repeated_takes_one_permit(server):
+    one = talker(server)
+    serial = one.permit().serial
+    at_us = one.now_us()
+    lines = (Line(0, 0, (Waiter(1, 0, at_us, at_us),)),)
+    assert one.again(lines=lines).permits[0].serial == serial
+
+
+def test_a_flushed_script_is_sent_again(server):
+    one = talker(server)
+    with server.client() as client:
+        client.script_flush()
+    assert one.say().status == messages.OK
+
+
+# --- users and what they may not do ---------------------------------------------------------------
+
+
+def user(server, *rights: str) -> str:
+    with server.client() as client:
+        client.execute_command(
+            "ACL", "SETUSER", "bot", "reset", "on", f">{SECRET}", "~*", "+@all", *rights
+        )
+    return f"redis://bot:{SECRET}@127.0.0.1:{server.port}/0"
+
+
+NEEDED = (
+    "hset", "hget", "hgetall", "hmget", "hkeys", "hexists", "hdel", "zadd", "zrange",
+    "zrangebyscore", "zrangebylex", "zrem", "unlink", "time",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", NEEDED)
+def test_the_command_that_a_user_may_not_run_is_named(server, command):
+    backend = RedisBackend(user(server, f"-{command}"), "default", SYSTEM_CLOCK)
+    with pytest.raises(LedgerError, match=f"may not run {command.upper()}") as caught:
+        Talker(backend).introduce()
+    assert not isinstance(caught.value, Unreachable)
+    assert SECRET not in repr(caught.value) + repr(backend)
+    assert not state(server)
+
+
+@pytest.mark.parametrize("command", NEEDED)
+def test_a_right_that_is_taken_away_meanwhile_changes_nothing(server, command):
+    """Another process has died and left a line, so all kinds of writes are needed."""
+    url = user(server)
+    clock = SystemClock()
+    clock.now_us = clock.wall_us = lambda: now_us  # type: ignore[method-assign]
+    now_us = 1_700_000_000 * S
+    dead, one = talker(url, clock), talker(url, clock)
+    dead.ask(9)
+    now_us += S
+    serial = one.ask(1).permits[0].serial
+    one.ask(2)
+    now_us += 61 * S
+    user(server, f"-{command}")
+    before = state(server)
+    number = one.number
+    report = (Report(messages.UNUSED, serial, 0, 1, now_us, 0),)
+    line = (Line(0, 0, (Waiter(2, 0, now_us, now_us),)),)
+    if command == "time":  # which is taken along here
+        return
+    if command in ("zrange", "hkeys", "hexists"):  # which this request does not need
+        one.backend._tried = False
+    for _ in range(3):
+        one.number = number
+        with pytest.raises(LedgerError):
+            one.say(lines=line, reports=report)
+        assert state(server) == before
+    user(server)
+    one.number = number
+    assert [one.say(lines=line, reports=report).permits[0].serial] == [serial + 1]
+
+
+@pytest.mark.parametrize("command", ["eval", "evalsha"])
+def test_a_user_without_scripts_is_told_so(server, command):
+    backend = RedisBackend(user(server, f"-{command}"), "default", SYSTEM_CLOCK)
+    with pytest.raises(LedgerError, match=command) as caught:
+        Talker(backend).introduce()
+    assert not isinstance(caught.value, Unreachable)
+
+
+def test_a_wrong_password_is_no_outage_and_not_shown(server):
+    user(server)
+    backend = RedisBackend(
+        f"redis://bot:{SECRET}er@127.0.0.1:{server.port}/0", "default", SYSTEM_CLOCK
+    )
+    with pytest.raises(LedgerError) as caught:
+        Talker(backend).introduce()
+    assert not isinstance(caught.value, Unreachable)
+    assert SECRET not in repr(caught.value) + str(caught.value) + repr(backend)
+
+
+def use_all(one: Talker) -> None:
+    """Make requests that need all keys."""
+    one.ask()
+    one.say(
+        limit=Limit(messages.READ, 9, 9, 0, 3, one.now_us(), one.now_us()),
+        reports=(Report(messages.UNUSED, 1, 0, 1, 0),),
+    )
+
+
+@pytest.mark.parametrize("part", module.KEYS[:-1])
+def test_another_programs_key_is_left_as_it_is(server, part):
+    one = talker(server)
+    one.ask()
+    with server.client() as client:
+        key = f"gateway_queue_sync:{{default}}:{part}"
+        client.delete(key)
+        client.set(key, "theirs")
+    before = state(server)
+    with pytest.raises(LedgerError, match="WRONGTYPE") as caught:
+        use_all(one)
+    assert not isinstance(caught.value, Unreachable)
+    assert state(server) == before
+
+
+def test_a_user_without_info_is_warned_once(server, caplog):
+    backend = RedisBackend(user(server, "-info"), "default", SYSTEM_CLOCK)
+    with caplog.at_level(logging.WARNING, "gateway_queue_sync"):
+        one = Talker(backend)
+        one.introduce()
+        one.permit()
+        backend._tried = False
+        one.say()
+    assert [record.message for record in caplog.records] == [
+        (
+            f"{backend!r}: neither run_id nor master_replid can be read (INFO), so a restart or "
+            "failover is noticed only by what the processes know"
+        )
+    ]
+
+
+# --- restarts and failovers -----------------------------------------------------------------------
+
+
+def test_a_restart_closes_all_buckets_for_one_window(tmp_path):
+    with started(tmp_path, "--save", "3600 1000000") as server:
+        one = talker(server)
+        one.permit()
+        with server.client() as client:
+            client.save()
+        time.sleep(WINDOW / S)
+        server.stop()
+        server.start()
+        reply = one.ask()
+        assert (reply.lost, reply.permits) == (1, ())
+        assert one.ask().waits[0].opens_us > WINDOW - 100_000
+        assert one.permit().serial == 2
+        assert one.say().lost == 0
+
+
+def test_a_failover_and_back_within_the_lag_closes_all_buckets(tmp_path):
+    sync = ("--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0")
+    with started(tmp_path, *sync) as one, started(tmp_path, *sync) as two:
+        with one.client() as client, two.client() as copy:
+            copy.replicaof("127.0.0.1", one.port)
+            until(lambda: copy.info("replication")["master_link_status"] == "up")
+            early = talker(one)
+            early.permit()
+            until(
+                lambda: (
+                    copy.info("replication")["slave_repl_offset"]
+                    == client.info("replication")["master_repl_offset"]
+                )
+            )
+            time.sleep(WINDOW / S + 0.2)
+            copy.replicaof("NO", "ONE")  # type: ignore[arg-type]
+            client.replicaof("127.0.0.1", two.port)
+            until(lambda: client.info("replication")["master_link_status"] == "up")
+            client.replicaof("127.0.0.1", 1)  # the link is cut, and what `two` grants is lost
+            late = talker(two)
+            late.permit()
+            granted_at = time.monotonic()
+            two.stop()
+            client.replicaof("NO", "ONE")  # type: ignore[arg-type]
+            talker(one).permit()  # of a process that did not see that permit
+            assert time.monotonic() - granted_at >= WINDOW / S
+
+
+def test_a_server_that_lost_everything_is_introduced_to(tmp_path):
+    with started(tmp_path) as server:
+        one = talker(server)
+        one.permit()
+        server.stop()
+        server.start()
+        assert one.ask().status == messages.INTRODUCE
+        again = Talker(one.backend)
+        reply = again.introduce(granted=1, layout=one.layout)
+        assert (reply.lost, reply.granted) == (1, 1)
+        assert again.permit().serial == 2
+
+
+def test_rows_of_an_account_that_was_deleted_alone_do_not_count(server):
+    one = talker(server)
+    one.permit()
+    one.ask()
+    with server.client() as client:
+        client.delete("gateway_queue_sync:{default}:account")
+    other = talker(server)
+    assert other.say(look=1).waiting == 0
+    assert one.ask().status == messages.INTRODUCE
+    assert other.ask().waits[0].opens_us > WINDOW - 100_000
+
+
+# --- out of reach ---------------------------------------------------------------------------------
+
+
+def test_a_server_that_does_not_answer_is_unreachable_within_seconds(tmp_path):
+    with started(tmp_path) as server:
+        one = talker(server)
+        server.send(signal.SIGSTOP)
+        begin = time.monotonic()
+        with pytest.raises(Unreachable):
+            one.say()
+        assert time.monotonic() - begin < 2.5
+        server.send(signal.SIGCONT)
+        assert one.again().status == messages.OK
+        server.stop()
+        with pytest.raises(Unreachable, match=str(server.port)):
+            one.again()
+
+
+def test_a_replica_is_asked_again_later(tmp_path):
+    with started(tmp_path) as server, server.client() as client:
+        one = talker(server)
+        client.replicaof("127.0.0.1", 1)
+        with pytest.raises(Unreachable, match=r"(?i)read ?only"):
+            one.say()
+        client.replicaof("NO", "ONE")  # type: ignore[arg-type]
+        assert one.again().status == messages.OK
+
+
+def test_a_primary_without_its_replicas_grants_nothing(server):
+    one = talker(server)
+    with server.client() as client:
+        client.config_set("min-replicas-to-write", 1)
+        before = state(server)
+        try:
+            time.sleep(WINDOW / S)
+            with pytest.raises(Unreachable, match="NOREPLICAS"):
+                one.ask()
+            assert state(server) == before
+        finally:
+            client.config_set("min-replicas-to-write", 0)
+
+
+# --- forks, copies and what is shown --------------------------------------------------------------
+
+
+def in_child(work) -> str:
+    """Return what a forked child says, or that it did not come back."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(10)
+            os.write(writer, work().encode())
+        except BaseException as error:  # noqa: BLE001 - a child must not go on with the tests
+            os.write(writer, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        text = said.read()
+    os.waitpid(child, 0)
+    return text
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["url", "client", "single", "blocking", "cluster", "replicated"])
+def test_a_child_has_a_client_of_its_own_whatever_locks_were_held(server, tmp_path, kind, request):
+    if kind == "cluster":
+        cluster = RedisCluster(tmp_path)
+        request.addfinalizer(cluster.stop)
+        client = cluster.client()
+    elif kind == "url":
+        client = server.url
+    elif kind == "single":
+        client = server.client(single_connection_client=True)
+    elif kind == "blocking":
+        pool = redis.BlockingConnectionPool(host="127.0.0.1", port=server.port)
+        client = redis.Redis(connection_pool=pool)
+    else:
+        client = server.client(decode_responses=kind == "replicated")
+    one = talker(client)
+    given = one.backend._client
+    held, go = threading.Event(), threading.Event()
+    locks = [given.nodes_manager._lock] if kind == "cluster" else [given.connection_pool._lock]
+    if kind == "single":
+        locks.append(given.single_connection_lock)
+
+    def hold():
+        with contextlib.ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            go.wait(20)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(5)
+
+    def work() -> str:
+        one.backend.begin_in_child()
+        child = Talker(one.backend)
+        child.introduce()
+        one.backend.close()
+        return f"{child.say().status}"
+
+    try:
+        assert in_child(work) == "0"
+    finally:
+        go.set()
+        holder.join()
+    assert one.say().status == messages.OK
+
+
+def test_a_client_of_sentinel_can_be_made_again(server):
+    sentinel = redis.sentinel.Sentinel(
+        [("127.0.0.1", 1)], sentinel_kwargs={"password": SECRET}, min_other_sentinels=1
+    )
+    client = sentinel.master_for("mine", password="x", socket_timeout=0.5)
+    again = maker(client)()
+    pool = again.connection_pool
+    assert (pool.service_name, pool.is_master) == ("mine", True)
+    assert pool.connection_kwargs["password"] == "x"
+    assert pool.connection_kwargs["socket_timeout"] == 0.5
+    assert pool.sentinel_manager.min_other_sentinels == 1
+    [watcher] = pool.sentinel_manager.sentinels
+    assert watcher.connection_pool.connection_kwargs["port"] == 1
+    assert watcher.connection_pool.connection_kwargs["password"] == SECRET
+    assert watcher is not sentinel.sentinels[0]
+    with pytest.raises(Unreachable):
+        Talker(RedisBackend(client, "default", SYSTEM_CLOCK)).introduce()
+    with pytest.raises(TypeError, match="master_for"):
+        maker(sentinel.slave_for("mine"))
+
+
+class OddPool(redis.ConnectionPool):
+    pass
+
+
+class OddConnection(redis.Connection):
+    pass
+
+
+@pytest.mark.parametrize("pool", [OddPool(), redis.ConnectionPool(connection_class=OddConnection)])
+def test_a_client_that_a_child_could_not_make_is_rejected(pool):
+    with pytest.raises(TypeError, match=r"forked child.*Odd"):
+        RedisBackend(redis.Redis(connection_pool=pool), "default", SYSTEM_CLOCK)
+
+
+@pytest.mark.parametrize("client", [None, 1, object()])
+def test_what_is_no_client_is_rejected(client):
+    with pytest.raises(TypeError, match="client must be"):
+        checked(client)
+
+
+@pytest.mark.parametrize("url", ["http://x", f"redis://u:{SECRET}/x@host", "redis://h:port/"])
+def test_what_is_no_url_of_a_server_is_rejected_without_showing_it(url):
+    with pytest.raises(ValueError, match="the URL") as caught:
+        RedisBackend(url, "default", SYSTEM_CLOCK)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_client_is_portable_and_a_repr_shows_no_secret(server):
+    for given in (server.url, server.client(password=SECRET)):
+        make, what = pickle.loads(pickle.dumps(portable(given)))
+        again = make(*what)
+        backend = RedisBackend(again, "mine", SYSTEM_CLOCK)
+        assert repr(backend) == f"Redis server 127.0.0.1:{server.port}/0 (mine)"
+
+
+# --- many sessions --------------------------------------------------------------------------------
+
+
+def test_twenty_thousand_dead_sessions_delay_nobody(server):
+    now_us = 1_700_000_000 * S
+    clock = SystemClock()
+    clock.now_us = clock.wall_us = lambda: now_us  # type: ignore[method-assign]
+    with server.client() as client:
+        backend = RedisBackend(client, "default", clock)
+        plain, asked = backend._client, []
+        pipeline = client.pipeline(transaction=False)
+
+        class Batched:
+            connection_pool, connection = client.connection_pool, None
+
+            def evalsha(self, *given):
+                pipeline.eval(module.SCRIPT, *given[1:]) if not asked else pipeline.evalsha(*given)
+                asked.append(1)
+                return b"[]"
+
+        one = talker(server, clock)
+        backend._client, backend._tried = Batched(), True
+        for number in range(20_000):
+            dead = Talker(backend, f"{number:016x}")
+            dead.settings["lease_us"] = S // 10
+            for ask in (dead.introduce, dead.ask):
+                with contextlib.suppress(LedgerError):
+                    dead.layout = one.layout
+                    ask()
+            if number % 50 == 49:
+                now_us += 110_000  # so that setting up takes no longer than it must
+            if number % 2_000 == 1_999:
+                pipeline.execute()
+        backend._client = plain
+        assert client.hlen("gateway_queue_sync:{default}:session") == 20_001
+        now_us += 90 * S
+        new = Talker(backend)
+        begin = time.perf_counter()
+        new.introduce()
+        reply = new.ask()
+        while not reply.permits:
+            now_us += max(wait.wait_us for wait in reply.waits)
+            reply = new.ask()
+        took = time.perf_counter() - begin
+        print(f"first permit after {took * 1000:.1f} ms of work")
+        assert took < 0.05
+        left = client.hlen("gateway_queue_sync:{default}:session")
+        new.say()
+        assert client.hlen("gateway_queue_sync:{default}:session") == left - 4

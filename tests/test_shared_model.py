@@ -1,0 +1,37 @@
+"""Random walks through whole systems that share a ledger, and whether they find known defects."""
+
+from __future__ import annotations
+
+import model_shared
+import pytest
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 10))
+def test_whole_systems_keep_every_invariant(seed):
+    for one in range(seed, seed + 10):
+        model_shared.walk(one)
+
+
+# Those that most walks find; ``python -m tests.model_shared --defects`` confirms all.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "number check dropped",
+        "stored reply not kept",
+        "age taken from the first send",
+        "age of a repeated reply not recomputed",
+        "age taken from a later send for an earlier reply",
+        "writes in the old order",
+        "grace of 0",
+        "margin not checked",
+        "hold not kept",
+    ],
+)
+def test_walks_find_a_defect(name):
+    assert model_shared.find(name, 7, 40) is not None
+
+
+def test_every_defect_still_applies_to_the_code():
+    for name in model_shared.DEFECTS:
+        with model_shared.defect(name):
+            pass

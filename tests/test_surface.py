@@ -55,7 +55,7 @@ FLOORS = [
     ["broker.routes"],
     ["broker.server"],
     ["broker"],
-    ["__init__", "testing"],
+    ["__init__", "testing", "aio"],
     ["environment"],
     ["serve_command"],
     ["demo.gateway"],

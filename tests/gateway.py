@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import random
+import re
 import socket
 import threading
 import time
@@ -163,6 +164,13 @@ class Gateway:
                 if online is (connection.shard is not None):
                     connection.lose()
 
+    def invalidate(self) -> None:
+        """Tell all that have a session that it is invalid, and cannot be resumed."""
+        with self.changed:
+            connections = [one for one in self.connections if one.shard is not None]
+        for connection in connections:
+            connection.invalidate()
+
     def revoke(self) -> None:
         """Reset the token, as Discord does when the limit is passed: nobody gets in any more."""
         self.referee.token_reset = True
@@ -215,13 +223,16 @@ class Gateway:
         if "Upgrade" in request.headers:
             return None
         routes = {
+            "/gateway": lambda: {"url": self.url},
             "/gateway/bot": self._gateway_bot,
             "/users/@me": lambda: USER,
+            "/applications/@me": lambda: APPLICATION,
             "/oauth2/applications/@me": lambda: APPLICATION,
         }
-        route = routes.get(urlsplit(request.path).path)
+        route = routes.get(re.sub(r"^(/api)?(/v\d+)?", "", urlsplit(request.path).path))
         status, body = HTTPStatus.OK, {}
-        if request.headers.get("Authorization") != f"Bot {TOKEN}" or self.referee.token_reset:
+        told = request.headers.get("Authorization")
+        if (route != routes["/gateway"] and told != f"Bot {TOKEN}") or self.referee.token_reset:
             status, body = HTTPStatus.UNAUTHORIZED, {"message": "401: Unauthorized", "code": 0}
         elif route is None:
             status, body = HTTPStatus.NOT_FOUND, {"message": "404: Not Found", "code": 0}
@@ -360,6 +371,13 @@ class Connection:
                     self.websocket.recv(5)  # until the client closes
         self.lose()
         return False
+
+    def invalidate(self) -> None:
+        """End the session; its client may identify again here, or over another connection."""
+        self.gateway.sessions.pop(self.session, None)
+        self.shard = None
+        with contextlib.suppress(ConnectionClosed):
+            self._send(Op.INVALID_SESSION, False)
 
     def lose(self) -> None:
         with contextlib.suppress(OSError):

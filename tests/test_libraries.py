@@ -1,0 +1,267 @@
+"""The recipes in the real libraries, each in a process of its own, by a broker, against the gateway.
+
+``BOT_LIBRARIES`` names a folder with a virtual environment for each Python library, by its name on PyPI,
+and with ``node`` for those of npm. ``.ci/libraries`` makes it. What is not there is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from gateway import TOKEN, Gateway
+from processes import until
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+LIBRARIES = Path(os.environ.get("BOT_LIBRARIES", "/nowhere"))
+PATIENCE = 30.0
+SHARDS, CONCURRENCY = 16, 4
+INTERVAL, MARGIN = 0.2, 0.4
+WINDOW = {"interval": INTERVAL, "margin": MARGIN}
+
+SCRIPTS = {
+    "discord.py": "discord_py.py",
+    "py-cord": "discord_py.py",
+    "nextcord": "discord_py.py",
+    "disnake": "discord_py.py",
+    "websocket-client": "threaded.py",
+    "websockets": "threaded.py",
+}
+
+
+def command_of(library):
+    """Return what runs the bot of a library."""
+    script = HERE / "libraries" / SCRIPTS[library]
+    if script.suffix != ".py":
+        if shutil.which("node") and (LIBRARIES / "node/node_modules" / library).is_dir():
+            return ["node", script]
+    elif (python := LIBRARIES / library / "bin/python").exists():
+        return [python, script]
+    pytest.skip(f"BOT_LIBRARIES names no folder with {library}")
+
+
+class Broker:
+    """A broker in a process of its own, which reads the limit from the gateway."""
+
+    def __init__(self, gateway, folder, **settings):
+        self.gateway, self.folder = gateway, folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        settings = {"port": self.port, "state": self.folder / "q.sqlite3"} | WINDOW
+        settings |= {"base-url": self.gateway.api}
+        command = [sys.executable, "-m", "gateway_queue_sync", "serve"]
+        command += [f"--{name}={value}" for name, value in settings.items()]
+        log = (self.folder / "broker.log").open("a")
+        self.process = subprocess.Popen(
+            command, env=os.environ | {"DISCORD_TOKEN": TOKEN}, stderr=log, cwd=ROOT
+        )
+        log.close()
+        until(self.is_up, "the broker")
+
+    def is_up(self):
+        try:
+            with urllib.request.urlopen(f"{self.url}/healthz", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+    def status(self):
+        with urllib.request.urlopen(f"{self.url}/status.json", timeout=5) as answer:
+            return json.load(answer)
+
+    @property
+    def used(self):
+        limit = self.status()["limit"]
+        return limit["total"] - limit["remaining"]
+
+
+class Bot:
+    """A bot in a process of its own."""
+
+    def __init__(self, library, gateway, broker, shards=SHARDS, **how):
+        how = WINDOW | {
+            "library": library,
+            "url": gateway.url,
+            "api": gateway.api,
+            "broker": broker.url,
+            "token": TOKEN,
+            "shards": shards,
+            "lease": 2.0,
+            "heartbeat_timeout": 60.0,
+            **how,
+        }
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "NODE_PATH": str(LIBRARIES / "node/node_modules"),
+        }
+        self.log = broker.folder / "bot.log"
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [*command_of(library), json.dumps(how)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=os.environ | environment,
+                text=True,
+            )
+
+    def close(self):
+        self.process.stdin.write("close\n")
+        self.process.stdin.flush()
+        try:
+            assert self.process.wait(PATIENCE) == 0
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)  # a Python tells where it is
+            raise
+
+    def kill(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(params=SCRIPTS)
+def library(request):
+    command_of(request.param)
+    return request.param
+
+
+@pytest.fixture
+def world(library, tmp_path):
+    """Return what makes a gateway, its broker, and what starts bots there."""
+    with ExitStack() as stack:
+
+        def make(shards=SHARDS, max_concurrency=CONCURRENCY, **rules):
+            rules |= {"shards": shards, "max_concurrency": max_concurrency, "interval": INTERVAL}
+            gateway = stack.enter_context(Gateway(**rules))
+            broker = Broker(gateway, tmp_path)
+            stack.callback(broker.kill)
+
+            def start(shards=shards, **how):
+                bot = Bot(library, gateway, broker, shards, **how)
+                stack.callback(bot.kill)
+                return bot
+
+            return gateway, broker, start
+
+        yield make
+        for log in sorted(tmp_path.glob("*.log")):  # shown if the test fails
+            print(f"--- {log.name}", *log.read_text().splitlines()[-60:], sep="\n")
+
+
+def wait_for(gateway, shards=SHARDS, accepted=0):
+    gateway.wait_for(set(range(shards)), PATIENCE)
+    assert gateway.referee.refusals == []
+    assert gateway.referee.accepted >= accepted
+
+
+def online(gateway, count):
+    until(lambda: len(gateway.online) >= count, f"{count} shards")
+
+
+def budgets_are_equal(gateway, broker, lost=0):
+    """Permits whose IDENTIFY went down with its connection count for the queue alone."""
+
+    def are_equal():
+        return 0 <= broker.used - gateway.referee.accepted <= lost
+
+    until(are_equal, f"equal budgets: {gateway}")
+
+
+def test_all_shards_become_ready(world):
+    gateway, broker, start = world()
+    bot = start()
+    wait_for(gateway)
+    budgets_are_equal(gateway, broker)
+    assert gateway.referee.accepted == SHARDS
+    bot.close()
+
+
+def test_a_bot_of_one_shard_becomes_ready(world):
+    gateway, broker, start = world(shards=1)
+    bot = start()
+    wait_for(gateway, 1)
+    budgets_are_equal(gateway, broker)
+    bot.close()
+
+
+def test_all_connections_are_dropped_during_the_start(world):
+    gateway, broker, start = world()
+    start()
+    online(gateway, CONCURRENCY)
+    gateway.drop(online=False)
+    gateway.drop(online=True)
+    time.sleep(0.1)
+    wait_for(gateway)
+    budgets_are_equal(gateway, broker, lost=CONCURRENCY)
+
+
+def test_all_sessions_become_invalid(world):
+    gateway, broker, start = world()
+    start()
+    wait_for(gateway)
+    gateway.invalidate()
+    until(lambda: gateway.referee.accepted >= 2 * SHARDS, "the second start", PATIENCE)
+    wait_for(gateway)
+    budgets_are_equal(gateway, broker)
+
+
+def test_a_bot_that_is_closed_while_its_shards_wait_leaves_nothing(world):
+    gateway, broker, start = world()
+    bot = start()
+    online(gateway, CONCURRENCY)
+    bot.close()
+    until(lambda: broker.status()["waiting"] == 0, "an empty line")
+    budgets_are_equal(gateway, broker)
+    assert gateway.referee.accepted < SHARDS
+
+
+def test_the_broker_is_killed_and_comes_back_during_the_start(world):
+    gateway, broker, start = world()
+    start()
+    online(gateway, CONCURRENCY)
+    broker.kill()
+    time.sleep(1)
+    broker.start()
+    wait_for(gateway)
+    budgets_are_equal(gateway, broker, lost=CONCURRENCY)
+
+
+def test_a_bot_that_is_terminated_while_its_shards_wait_can_start_again(world):
+    gateway, broker, start = world()
+    bot = start()
+    online(gateway, CONCURRENCY)
+    bot.process.send_signal(signal.SIGTERM)
+    bot.process.wait(PATIENCE)
+    until(lambda: gateway.online == set(), "the end of the bot")
+    start()
+    wait_for(gateway)
+    budgets_are_equal(gateway, broker, lost=CONCURRENCY)
+
+
+def test_a_line_may_be_longer_than_the_heartbeat_timeout(world):
+    gateway, broker, start = world(max_concurrency=1, heartbeat=0.5)
+    start(heartbeat_timeout=1.0)
+    wait_for(gateway)
+    assert gateway.referee.accepted == SHARDS
+    assert gateway.seen["timed out"] == 0
+    budgets_are_equal(gateway, broker)

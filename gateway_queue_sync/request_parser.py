@@ -12,9 +12,9 @@ import re
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
-from gateway_queue_sync.ledgers.shared.http import OUR_HEADER
-from gateway_queue_sync.ledgers.shared.messages import MAX_NUMBER
-from gateway_queue_sync.models import to_us
+from gateway_queue_sync.ledgers.http import OUR_HEADER
+from gateway_queue_sync.ledgers.wire import MAX_NUMBER
+from gateway_queue_sync.models import Report, to_us
 
 MAX_HEAD = 8_192  # bytes
 MAX_HEADERS = 100
@@ -156,12 +156,17 @@ def _body_length(headers: dict[str, str], is_old: bool) -> int | None:
 
 
 class PermitRequest(NamedTuple):
-    """What a client asks for: ``timeout`` in seconds; its position is held under ``key``, if any."""
+    """What a client asks for: ``timeout`` in seconds; its position is held under ``key``, if any.
+
+    ``ticket`` names the request if the client did; with ``confirms`` it will report on its permit.
+    """
 
     shard_id: int = 0
     priority_us: int = 0
     timeout: float | None = None
     key: tuple[str, str | int] | None = None
+    ticket: str = ""
+    confirms: bool = False
 
 
 def parse_query(query: str) -> tuple[PermitRequest, list[str]]:
@@ -179,12 +184,28 @@ def parse_query(query: str) -> tuple[PermitRequest, list[str]]:
         wrong.append(f"shard must be a shard id, not {shard!r:.50}" if shard else "no shard")
     if len(ticket) > MAX_TICKET:
         wrong.append(f"ticket must be {MAX_TICKET} characters at most")
-        key = None
+        key, ticket = None, ""
+    confirms = fields.get("confirm") == "1"
+    if confirms and not ticket:
+        wrong.append("confirm needs a ticket")
     priority = _seconds(fields, "priority", -math.inf, wrong) or 0.0
     priority = max(-MAX_HEAD_START, min(priority, MAX_HEAD_START))
     timeout = _seconds(fields, "timeout", 0.0, wrong)
     timeout = None if timeout is None else max(timeout, MIN_TIMEOUT)
-    return PermitRequest(shard_id, to_us(priority), timeout, key), wrong
+    request = PermitRequest(
+        shard_id, to_us(priority), timeout, key, ticket, confirms=confirms and bool(ticket)
+    )
+    return request, wrong
+
+
+def parse_report(query: str) -> tuple[str, Report]:
+    """Return a ticket, and what its holder says became of the permit.
+
+    Raises:
+        ValueError: the query says something else.
+    """
+    fields = dict(parse_qsl(query, max_num_fields=100))
+    return fields.get("ticket", ""), Report(fields.get("state"))
 
 
 def _seconds(fields: dict[str, str], name: str, least: float, wrong: list[str]) -> float | None:

@@ -360,6 +360,85 @@ def come_back_after(client, queue, clock, pause, ask, again):
     return "before" if first == 0 else "behind"
 
 
+def test_a_later_request_with_the_same_ticket_replaces_the_older_one(
+    client, queue, clock, short_tarpit
+):
+    queue.update(limit(1000, 0, 40.0))  # nobody is granted meanwhile
+    older = client("/?shard=1&ticket=a")
+    wait_for_line(queue, 1)
+    clock.advance(1.0)
+    other = client("/?shard=5")
+    wait_for_line(queue, 2)
+    later = client("/?shard=1&ticket=a")
+    assert older.is_closed_without_a_byte()
+    wait_for_line(queue, 2)
+    clock.advance(40.0)
+    assert first_to_hear({0: later, 1: other}) == 0
+
+
+def test_a_client_that_understands_is_told_that_it_was_replaced(client, queue):
+    queue.acquire(0)
+    older = client("/?shard=1&ticket=a", "GET", OURS)
+    wait_for_line(queue, 1)
+    client("/?shard=1&ticket=a", "GET", OURS)
+    assert older.read()[0] == 409
+    wait_for_line(queue, 1)
+
+
+# --- permits that their clients confirm -----------------------------------------------------------
+
+CONFIRMED = "/?shard=1&ticket=a&confirm=1"
+
+
+def report(client, state, ticket="a"):
+    return client(f"/permit?ticket={ticket}&state={state}", "POST", OURS).read()[0]
+
+
+def test_the_window_starts_when_the_client_reports_that_it_has_identified(client, queue, clock):
+    assert client(CONFIRMED).granted
+    clock.advance(WINDOW - 0.1)
+    assert report(client, "sent") == 200
+    until(lambda: queue.snapshot().buckets[0].ready_in == WINDOW, "the report")
+
+
+def test_a_permit_that_is_not_confirmed_counts_from_its_grant(client, queue, clock):
+    assert client(CONFIRMED).granted
+    clock.advance(WINDOW)
+    assert client("/?shard=2").granted
+
+
+def test_an_unused_permit_is_given_back(client, queue, clock):
+    assert client(CONFIRMED).granted
+    assert report(client, "unused") == 200
+    until(lambda: queue.snapshot().limit.remaining == 1000, "the report")
+    assert report(client, "sent") == 404
+
+
+def test_a_permit_that_was_sent_may_be_rejected(client, queue, clock):
+    assert client(CONFIRMED).granted
+    assert report(client, "sent") == report(client, "rejected") == 200
+    until(lambda: queue.snapshot().buckets[0].ready_in == 2 * WINDOW, "the report")
+
+
+def test_a_report_that_fits_no_permit_is_refused(client, queue):
+    assert client("/?shard=1&ticket=a").granted
+    assert report(client, "sent") == 404
+    assert report(client, "lost") == 400
+    assert client("/permit?ticket=a&state=sent", "GET", OURS).read()[0] == 405
+
+
+def test_reports_are_taken_for_a_minute(client, queue, clock, monkeypatch):
+    monkeypatch.setattr(waiting, "TICK", 0.01)
+    with serve(queue, port=0) as broker, clients_of(broker.port) as ask:
+        assert ask(CONFIRMED).granted
+        clock.advance(60.1)
+        until(lambda: report(ask, "sent") == 404, "the end of the minute")
+
+
+def test_confirming_takes_a_ticket(strict):
+    assert strict("/?shard=1&confirm=1", "GET", OURS, SECRET).read()[0] == 400
+
+
 def test_of_several_kept_places_the_oldest_is_taken(client, queue, clock):
     queue.update(limit(1000, 0, 40.0))
     arrivals = []

@@ -37,6 +37,7 @@ class Response(NamedTuple):
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 GRANTED = Response(200, b'{"message": "You\'re free to connect now! :)"}')
+NOTED = Response(200, b'{"message": "noted"}')
 TO_PAGE = Response(303, headers=(("Location", "/status"),))
 NOT_FOUND = Response(404)
 PAGE_HEADERS = (

@@ -21,7 +21,7 @@ from gateway_queue_sync.broker.waiting import WaitingClient, WaitingRoom
 from gateway_queue_sync.log import LogFilter
 from gateway_queue_sync.models import Permit
 from gateway_queue_sync.queue import GatewayQueue, scheduler_of
-from gateway_queue_sync.request_parser import Head, parse_query
+from gateway_queue_sync.request_parser import Head, parse_query, parse_report
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
@@ -164,6 +164,17 @@ class Service:
         else:
             connection.waiting = WaitingClient(self.room, connection, request)
 
+    def _take_report(self, connection: Connection, head: Head, _: bytes) -> None:
+        try:
+            ticket, report = parse_report(head.query)
+        except ValueError as error:
+            connection.refuse(400, str(error))
+            return
+        if self.room.report(ticket, report):
+            connection.respond(responses.NOTED)
+        else:
+            connection.refuse(404, "no client with this ticket was to confirm its permit")
+
     def _give_page(self, connection: Connection, _: Head, __: bytes) -> None:
         connection.respond(_page())
 
@@ -197,5 +208,6 @@ ROUTES = {
     "/status.json": Route(_READ, Service._readers, Service._give_report),
     "/recent.json": Route(_READ, Service._readers, Service._give_report),
     "/metrics": Route(_READ, Service._readers, Service._give_report),
+    "/permit": Route(("POST",), Service._programs, Service._take_report),
     "/ledger": Route(("POST",), Service._queues, Service._give_ledger, reads_body=True),
 }

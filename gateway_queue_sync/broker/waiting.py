@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -15,7 +16,7 @@ from typing import Protocol
 from gateway_queue_sync.broker.positions import HeldPositions, Position
 from gateway_queue_sync.broker.responses import GRANTED, Header, Response
 from gateway_queue_sync.errors import QueueClosed, SessionLimitExhausted
-from gateway_queue_sync.models import US_PER_SECOND, Permit
+from gateway_queue_sync.models import US_PER_SECOND, Permit, Report
 from gateway_queue_sync.request_parser import PermitRequest
 from gateway_queue_sync.scheduler import Scheduler
 from gateway_queue_sync.worker import enqueue
@@ -23,6 +24,8 @@ from gateway_queue_sync.worker import enqueue
 log = logging.getLogger("gateway_queue_sync.broker")
 
 TICK = 1.0  # s between two looks at the session start limit
+HELD_US = 60 * US_PER_SECOND  # how long a client may report on its permit
+MAX_HELD = 100_000
 MAX_REST = 60.0  # s before a used-up limit is looked at again for a client that gets no status
 
 
@@ -50,19 +53,39 @@ class WaitingRoom:
         self.scheduler, self.loop, self.granted = scheduler, loop, granted
         self.clients: set[WaitingClient] = set()
         self.positions = HeldPositions()
+        self.by_ticket: dict[str, WaitingClient] = {}
+        self._held: OrderedDict[str, tuple[int, Permit]] = OrderedDict()  # since when, by ticket
         self._leaving: set[Future[Permit]] = set()  # until the queue knows
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="gateway-queue-broker-leave")
         loop.call_later(TICK, self._tick)
 
     def _tick(self) -> None:
         self.loop.call_later(TICK, self._tick)
-        self.positions.expire(self.scheduler.now_us())
-        left = self.scheduler.ledger.budget()
-        if left is None or left.remaining > self.scheduler.reserve or not left.resets_in_us:
-            return
-        for one in list(self.clients):
+        now_us = self.scheduler.now_us()
+        self.positions.expire(now_us)
+        while self._held and next(iter(self._held.values()))[0] < now_us - HELD_US:
+            self._held.popitem(last=False)
+        resets_in = self.exhausted_for()
+        for one in list(self.clients) if resets_in else ():
             if not one.client.legacy:
                 one.exhausted(left.resets_in_us / US_PER_SECOND)
+
+    def hold(self, ticket: str, permit: Permit, now_us: int) -> None:
+        """Keep a permit that its client will report on; if it does not, it was used at the grant."""
+        self._held.pop(ticket, None)
+        self._held[ticket] = now_us, permit
+        if len(self._held) > MAX_HELD:
+            self._held.popitem(last=False)
+
+    def report(self, ticket: str, report: Report) -> bool:
+        """Book a report; return false if there is no such permit."""
+        _, permit = self._held.get(ticket, (0, None))
+        if permit is None:
+            return False
+        if report is not Report.SENT:  # which the gateway may still reject
+            del self._held[ticket]
+        self.executor.submit(getattr(permit, report.value))
+        return True
 
     def give_back(self, future: Future[Permit]) -> None:
         """Leave the line, or give back the permit that has come, in another thread."""
@@ -95,6 +118,10 @@ class WaitingClient:
         self.future: Future[Permit] | None = None
         self._timeout: asyncio.TimerHandle | None = None
         self._rest: asyncio.TimerHandle | None = None
+        older = room.by_ticket.get(request.ticket) if request.ticket else None
+        if older is not None:
+            older.leave()
+            older.client.refuse(409, "a later request has the same ticket")
         now_us = room.scheduler.now_us()
         self.position = Position(now_us, request.priority_us)
         held = None if request.key is None else room.positions.claim(request.key, now_us)
@@ -103,6 +130,8 @@ class WaitingClient:
                 self.position, held, key=lambda one: one.arrived_us - one.priority_us
             )
         room.clients.add(self)
+        if request.ticket:
+            room.by_ticket[request.ticket] = self
         if request.timeout is not None:
             self._timeout = room.loop.call_later(request.timeout, self._timed_out)
         self._join()  # even if the limit is used up: joining asks the ledger how much is left now
@@ -144,6 +173,8 @@ class WaitingClient:
             room.give_back(future)
         elif self.client.respond(GRANTED):
             self.end()
+            if self._request.confirms:
+                room.hold(self._request.ticket, future.result(), now_us)
             room.granted(now_us, future.result())
         else:
             room.give_back(future)
@@ -176,6 +207,8 @@ class WaitingClient:
     def end(self) -> None:
         """Wait no more."""
         self._room.clients.discard(self)
+        if self._room.by_ticket.get(self._request.ticket) is self:
+            del self._room.by_ticket[self._request.ticket]
         self.future = None
         for timer in (self._timeout, self._rest):
             if timer is not None:

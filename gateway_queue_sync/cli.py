@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 import gateway_queue_sync
-from gateway_queue_sync import demo, limit_command, planner, serve_command, status
+from gateway_queue_sync import demo, planner, recipe_command, serve_command, status
 
-COMMANDS = (demo, planner, serve_command, status, limit_command)
+COMMANDS = (demo, planner, recipe_command, serve_command, status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

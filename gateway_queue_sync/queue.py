@@ -121,9 +121,7 @@ class GatewayQueue:
         Callbacks run in the queue's worker, which serves all futures (or in the caller, if it cancels,
         or if the future is done already): keep them quick, and never block in them on this queue. The
         future carries ``QueueClosed`` if the queue is closed before its turn, and
-        ``SessionLimitExhausted`` if the queue was made to raise that. From asyncio::
-
-            permit = await asyncio.wrap_future(queue.enqueue(shard_id))
+        ``SessionLimitExhausted`` if the queue was made to raise that. From asyncio use ``aio.acquire``.
 
         Args:
             shard_id: the shard that wants to IDENTIFY, from 0 on.

@@ -1,4 +1,4 @@
-"""What bots do in processes of their own, made of the README's recipes."""
+"""What bots do in processes of their own, made of the recipes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Account:
 
 def run_shards(account: Account, shard_ids: Iterable[int], shards: int) -> None:
     """Run shards, a thread for each, until there is no use in trying again."""
-    shard, keep_online = recipes.threaded_bot("websockets")
+    shard = recipes.threaded_bot("websockets")
     queue = account.queue()
     threads = []
     for shard_id in shard_ids:
         bot = shard(queue, account.token, shard_id, shards)
-        threads.append(threading.Thread(target=keep_online, args=(bot, account.url)))
+        threads.append(threading.Thread(target=bot.run, args=(account.url,)))
         threads[-1].start()
     for thread in threads:
         thread.join()
@@ -41,15 +41,12 @@ def run_shards(account: Account, shard_ids: Iterable[int], shards: int) -> None:
 
 def run_and_crash(account: Account) -> None:
     """Run a shard that crashes as soon as it is READY."""
-    shard, keep_online = recipes.threaded_bot("websockets")
 
-    class Crashing(shard):
-        def receive(self, payload: dict[str, Any], send: Any) -> bool:
-            if payload["t"] == "READY":
-                crash()
-            return super().receive(payload, send)
+    class Crashing(recipes.threaded_bot("websockets")):  # type: ignore[misc]
+        def received(self, event: str, data: Any) -> None:
+            crash()
 
-    keep_online(Crashing(account.queue(), account.token, 0, 1), account.url)
+    Crashing(account.queue(), account.token, 0, 1).run(account.url)
 
 
 def crash() -> NoReturn:

@@ -1,10 +1,10 @@
-"""Run the README's threaded bots in greenlets: a script, since monkey-patching is for good."""
+"""Run shards in threads under gevent: a script, since monkey-patching is for good."""
 
 from __future__ import annotations
 
-import recipes  # and with it the library: only the queue must be made after the patching
+from gevent import monkey
 
-recipes.run("monkey.patch_all()")
+monkey.patch_all()
 
 import json  # noqa: E402
 import sys  # noqa: E402
@@ -12,6 +12,7 @@ import threading  # noqa: E402
 import time  # noqa: E402
 
 import gevent  # noqa: E402
+import recipes  # noqa: E402
 from gateway import TOKEN  # noqa: E402
 
 from gateway_queue_sync import LargeBotQueue  # noqa: E402
@@ -20,9 +21,9 @@ from gateway_queue_sync import LargeBotQueue  # noqa: E402
 def run(api: str, url: str, shards: int, interval: float, margin: float) -> dict[str, float]:
     """Run all shards until the gateway resets the token, and look after each switch how long it took."""
     queue = LargeBotQueue.from_token(TOKEN, base_url=api, interval=interval, margin=margin)
-    shard, keep_online = recipes.threaded_bot("websocket-client")
+    shard = recipes.threaded_bot("websocket-client")
     threads = [
-        threading.Thread(target=keep_online, args=(shard(queue, TOKEN, shard_id, shards), url))
+        threading.Thread(target=shard(queue, TOKEN, shard_id, shards).run, args=(url,))
         for shard_id in range(shards)
     ]
     for thread in threads:

@@ -320,6 +320,7 @@ class Connection:
             self.session = gateway.new_session(shard)
             more = {"session_id": self.session, "resume_gateway_url": gateway.resume_url}
             more |= {"v": 10, "user": USER, "guilds": [], "shard": shard}
+            more |= {"application": {"id": "1", "flags": 0}}
             self._send(Op.DISPATCH, more, "READY")
             if gateway.random.random() < weather.asked:
                 gateway.count("asked")

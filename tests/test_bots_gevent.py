@@ -1,4 +1,4 @@
-"""The README's threaded bot under gevent's monkey-patching, as the old threaded frameworks run."""
+"""The shards in threads under gevent's monkey-patching, as the old threaded frameworks run."""
 
 from __future__ import annotations
 

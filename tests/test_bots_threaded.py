@@ -1,4 +1,4 @@
-"""The README's threaded bots, in the libraries that threaded bots use, against the gateway."""
+"""The shards in threads, in the libraries that threaded bots use, against the gateway."""
 
 from __future__ import annotations
 
@@ -41,11 +41,9 @@ def library(request):
 @contextmanager
 def running(library, gateway, queue, shards, token=TOKEN):
     """Run a thread for each shard, and have the gateway end them all by resetting the token."""
-    shard, keep_online = recipes.threaded_bot(library)
+    shard = recipes.threaded_bot(library)
     bots = [shard(queue, token, shard_id, shards) for shard_id in range(shards)]
-    threads = [
-        threading.Thread(target=keep_online, args=(bot, gateway.url), daemon=True) for bot in bots
-    ]
+    threads = [threading.Thread(target=bot.run, args=(gateway.url,), daemon=True) for bot in bots]
     for thread in threads:
         thread.start()
     try:
@@ -113,9 +111,7 @@ def test_a_refused_shard_tells_the_queue_and_comes_again_later(library):
     assert (gateway.referee.accepted, gateway.referee.refused) == (2, 1)
 
 
-@pytest.mark.parametrize("library", ["websockets"])
 def test_a_connection_that_is_lost_in_line_costs_no_session_start(library):
-    """Where the library notices; ``websocket-client`` sends into the void, and that counts."""
     limit = SessionStartLimit(10, 10, 600.0, 1)
     with Gateway(interval=0.2) as gateway, LargeBotQueue(limit, interval=0.4, margin=0.1) as queue:
         queue.acquire(0)

@@ -195,11 +195,6 @@ def in_plan_start():
     return names, lambda: names["plan"].remaining == 936
 
 
-def in_enqueue():
-    names = {"asyncio": asyncio, "queue": LocalQueue(), "shard_id": 3}
-    return names, lambda: names["permit"].shard_id == 3
-
-
 def in_fake_clock():
     """Ready two threads that wait for a permit."""
     clock = testing.FakeClock()
@@ -222,7 +217,6 @@ def in_fake_clock():
 READY = {
     "__init__": in_package,
     "plan.plan_start": in_plan_start,
-    "queue.GatewayQueue.enqueue": in_enqueue,
     "testing.FakeClock": in_fake_clock,
 }
 

@@ -37,6 +37,7 @@ SCRIPTS = {
     "disnake": "discord_py.py",
     "websocket-client": "threaded.py",
     "websockets": "threaded.py",
+    "discord.js": "discord_js.js",
 }
 
 

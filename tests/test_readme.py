@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import json
 import re
 import shlex
@@ -11,14 +10,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from recipes import BLOCKS, LIBRARIES, SHARED, block, run
+from recipes import BLOCKS, README, SHARED, block, run
 
 import benchmarks.__main__ as benchmarks
+import gateway_queue_sync
 from gateway_queue_sync import (
-    LargeBotQueue,
-    LocalQueue,
-    QueueClosed,
-    SessionStartLimit,
     SqliteQueue,
     cli,
     serve,
@@ -42,52 +38,6 @@ def test_the_bot_in_ten_lines_starts_its_shards(monkeypatch):
     for _ in range(4):
         assert ran.acquire(timeout=20)
     assert sorted(sent) == [0, 1, 2, 3]
-
-
-@pytest.fixture
-def wait_to_identify():
-    names = {"asyncio": asyncio}
-    exec(block("python", "async def wait_to_identify"), names)
-    return names["wait_to_identify"]
-
-
-def test_the_recipe_for_asyncio_gets_a_permit(wait_to_identify):
-    permit = asyncio.run(wait_to_identify(LocalQueue(), 3))
-    assert permit.shard_id == 3
-
-
-def test_the_recipe_for_asyncio_strands_no_permit(wait_to_identify):
-    """Cancelled at the very instant at which its permit has come."""
-    queue = LargeBotQueue(SessionStartLimit(10, 10, 600.0, 1), interval=0.01, margin=0.0)
-
-    async def main():
-        queue.acquire(0)
-        task = asyncio.ensure_future(wait_to_identify(queue, 1))
-        await asyncio.sleep(0)
-        while queue.snapshot().granted < 2:  # the loop does not run: the permit cannot be delivered
-            pass
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(main())
-    assert queue.snapshot().limit.remaining == 9
-
-
-def test_the_recipe_for_asyncio_stays_cancelled_when_the_queue_is_closed(wait_to_identify):
-    queue = LocalQueue(interval=30)
-
-    async def main():
-        queue.acquire(0)
-        task = asyncio.ensure_future(wait_to_identify(queue, 1))
-        await asyncio.sleep(0)
-        queue.close()
-        task.cancel()
-        with pytest.raises((asyncio.CancelledError, QueueClosed)):
-            await task
-        return task
-
-    assert asyncio.run(main()).done()
 
 
 COMMANDS = [code for language, code in BLOCKS if language in {"sh", "ini"}]
@@ -176,12 +126,17 @@ def blocks_named_in(path):
 
 
 NAMED = [one for path in Path(__file__).parent.glob("*.py") for one in blocks_named_in(path)]
-NAMED += [
-    ("python", text) for text in (*LIBRARIES.values(), *(text for text, *_ in SHARED.values()))
-]
+NAMED += [("python", text) for text, *_ in SHARED.values()]
 CODE = [one for one in BLOCKS if one[0] in {"python", "js"}]
 
 
 @pytest.mark.parametrize(("language", "code"), CODE, ids=[code.split("\n")[0] for _, code in CODE])
 def test_each_block_of_code_is_named_by_a_test_that_runs_it(language, code):
     assert any(named == language and text in code for named, text in NAMED)
+
+
+def test_the_recipes_are_listed_as_in_their_folder():
+    listed = Path(gateway_queue_sync.__file__).parent.joinpath("recipes/README.md").read_text()
+    rows = [line for line in listed.splitlines() if line.startswith("|")]
+    assert len(rows) > 2
+    assert "\n".join(rows) in README

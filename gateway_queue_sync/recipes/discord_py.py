@@ -30,11 +30,9 @@ INVALID_SESSION = 1000  # the code that these libraries close with when the gate
 class QueuedIdentify:
     """Let a client's shards identify when a queue says so, instead of one each 5 seconds.
 
-    It stands before ``Client``, ``AutoShardedClient`` or one of the ``Bot`` classes::
-
-        class Bot(QueuedIdentify, discord.AutoShardedClient): ...
-
-        Bot(queue, intents=discord.Intents.default()).run(token)
+    It stands before ``Client``, ``AutoShardedClient`` or one of the ``Bot`` classes, as in
+    ``class Bot(QueuedIdentify, discord.AutoShardedClient): ...``; then
+    ``Bot(queue, intents=discord.Intents.default()).run(token)``.
 
     Args:
         queue: any queue of this package, which several clients may share. It is not closed here.

@@ -45,7 +45,10 @@ class Connection(Protocol):
         """Send a message, from any thread."""
 
     def close(self, code: int) -> None:
-        """Close with a code."""
+        """Say that it is to be closed, from any thread; nothing happens if it is closed."""
+
+    def release(self) -> None:
+        """Close the socket."""
 
 
 class Shard:
@@ -128,20 +131,19 @@ class _Conversation:
         try:
             while self._receive(json.loads(self._connection.receive())):
                 pass
-            self.close(4000)  # 1000 would end the session
         except GatewayQueueError:  # the queue is closed
-            self.close(4000)
             return False
         except Closed as closed:
             return closed.code not in FATAL
         except OSError:
             pass
         finally:
-            self._end()
+            self.close(4000)  # 1000 would end the session
+            self._connection.release()
         return True
 
     def close(self, code: int) -> None:
-        """Say goodbye."""
+        """Leave the line, and say goodbye; the thread that reads ends when that is answered."""
         self._end()
         with contextlib.suppress(OSError, Closed):
             self._connection.close(code)

@@ -12,14 +12,7 @@ TIMEOUT = 90.0  # s: heartbeats are answered sooner
 
 
 class Shard(threaded.Shard):
-    """One shard, whose thread calls ``run``.
-
-    All of them start like this::
-
-        for shard_id in range(shards):
-            shard = Shard(queue, token, shard_id, shards)
-            threading.Thread(target=shard.run, args=("wss://gateway.discord.gg",)).start()
-    """
+    """One shard, whose thread calls ``run("wss://gateway.discord.gg")``."""
 
     def __init__(
         self, queue: GatewayQueue, token: str, shard_id: int, shards: int, **options: Any
@@ -56,6 +49,8 @@ class _Connection:
     def close(self, code: int) -> None:
         try:
             self._websocket.send_close(code)
-            self._websocket.shutdown()
         except self._library.WebSocketException as error:
             raise Closed from error
+
+    def release(self) -> None:
+        self._websocket.shutdown()

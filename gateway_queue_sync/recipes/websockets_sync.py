@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from gateway_queue_sync.queue import GatewayQueue
@@ -12,7 +13,7 @@ TIMEOUT = 90.0  # s: heartbeats are answered sooner
 
 
 class Shard(threaded.Shard):
-    """One shard, whose thread calls ``run``, as that of ``websocket_client``."""
+    """One shard, whose thread calls ``run("wss://gateway.discord.gg")``."""
 
     def __init__(
         self, queue: GatewayQueue, token: str, shard_id: int, shards: int, **options: Any
@@ -26,8 +27,10 @@ class _Connection:
         from websockets.sync.client import connect  # noqa: PLC0415
 
         self._closed: Any = exceptions.ConnectionClosed
+        self._exit = contextlib.ExitStack()
         try:
-            self._websocket = connect(url, max_size=None, ping_interval=None)
+            opened = connect(url, max_size=None, ping_interval=None)
+            self._websocket = self._exit.enter_context(opened)
         except exceptions.WebSocketException as error:
             raise ConnectionError(str(error)) from error
         self.socket = self._websocket.socket
@@ -46,3 +49,6 @@ class _Connection:
 
     def close(self, code: int) -> None:
         self._websocket.close(code)
+
+    def release(self) -> None:
+        self._exit.close()

@@ -1,0 +1,96 @@
+'use strict';
+// For discord.js and @discordjs/ws: shards identify when a broker says so.
+//
+//   const { BrokerThrottler } = require('./discord.js'); // this file
+//   const client = new Client({ intents, ws: {
+//     buildIdentifyThrottler: () => new BrokerThrottler('http://127.0.0.1:8787'),
+//   } });
+//
+// Of @discordjs/ws alone: new WebSocketManager({ buildIdentifyThrottler: ... }). Needs Node.js 20.3.
+
+const { randomUUID } = require('node:crypto');
+const { setTimeout: sleep } = require('node:timers/promises');
+
+const HEAD_START = 60; // s that a shard which identified before is ahead of a cold start
+const UNAUTHORIZED = new Set([401, 403]);
+
+class BrokerThrottler {
+  #url;
+  #headers;
+  #name = randomUUID();
+  #identified = new Set();
+  #closed = new AbortController();
+  #warned = false;
+
+  /**
+   * @param {string} url the broker's
+   * @param {{ secret?: string, pause?: number }} [options] the broker's secret; how many milliseconds to
+   *   wait, at most, before the broker is asked again when it is away
+   */
+  constructor(url, { secret, pause = 1000 } = {}) {
+    this.#url = url.replace(/\/+$/, '');
+    this.#headers = { 'Gateway-Queue': '1' };
+    if (secret) this.#headers.Authorization = `Bearer ${secret}`;
+    this.pause = pause;
+  }
+
+  /**
+   * Wait until the shard may identify. Rejects when the signal is aborted, and never else: discord.js would
+   * identify after an error. An abort leaves the line, and a permit that comes then is given back.
+   */
+  async waitForIdentify(shardId, signal = new AbortController().signal) {
+    const ticket = `${this.#name}-${shardId}`;
+    const query = new URLSearchParams({ shard: shardId, ticket, confirm: 1 });
+    if (this.#identified.has(shardId)) query.set('priority', HEAD_START);
+    const ended = AbortSignal.any([signal, this.#closed.signal]);
+    for (;;) {
+      signal.throwIfAborted();
+      if (this.#closed.signal.aborted) return untilAborted(signal);
+      let pause = this.pause * Math.random();
+      try {
+        const response = await this.#ask(`/?${query}`, { signal: ended });
+        response.arrayBuffer().catch(() => {}); // so that its connection can be used again
+        if (response.status === 200) {
+          if (!ended.aborted) {
+            this.#report(ticket, 'sent'); // it is sent in this very turn of the event loop
+            this.#identified.add(shardId);
+            return;
+          }
+          this.#report(ticket, 'unused');
+        } else {
+          this.#warn(response.status);
+          pause += 1000 * (Number(response.headers.get('Retry-After')) || 0);
+        }
+      } catch {} // aborted, or the broker is away: the position is held for 30 s
+      await sleep(pause, undefined, { signal: ended }).catch(() => {});
+    }
+  }
+
+  /** Leave the line with all shards, for worker strategies: a worker that ends does not abort. */
+  close() {
+    this.#closed.abort();
+  }
+
+  #ask(path, options) {
+    return fetch(this.#url + path, { headers: this.#headers, ...options });
+  }
+
+  async #report(ticket, state) {
+    const query = new URLSearchParams({ ticket, state });
+    const asked = this.#ask(`/permit?${query}`, { method: 'POST' });
+    await asked.then((response) => response.arrayBuffer()).catch(() => {}); // it counts as sent then
+  }
+
+  #warn(status) {
+    if (UNAUTHORIZED.has(status) && !this.#warned) {
+      this.#warned = true;
+      process.emitWarning(`the broker at ${this.#url} answers ${status}: is the secret right?`);
+    }
+  }
+}
+
+function untilAborted(signal) {
+  return new Promise((_, reject) => signal.addEventListener('abort', () => reject(signal.reason)));
+}
+
+module.exports = { BrokerThrottler };

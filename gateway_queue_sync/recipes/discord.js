@@ -6,7 +6,7 @@
 //     buildIdentifyThrottler: () => new BrokerThrottler('http://127.0.0.1:8787'),
 //   } });
 //
-// Of @discordjs/ws alone: new WebSocketManager({ buildIdentifyThrottler: ... }). Needs Node.js 20.3.
+// Of @discordjs/ws alone: new WebSocketManager({ buildIdentifyThrottler: ... }). Needs Node.js 18.
 
 const { randomUUID } = require('node:crypto');
 const { setTimeout: sleep } = require('node:timers/promises');
@@ -42,7 +42,7 @@ class BrokerThrottler {
     const ticket = `${this.#name}-${shardId}`;
     const query = new URLSearchParams({ shard: shardId, ticket, confirm: 1 });
     if (this.#identified.has(shardId)) query.set('priority', HEAD_START);
-    const ended = AbortSignal.any([signal, this.#closed.signal]);
+    const ended = either(signal, this.#closed.signal);
     for (;;) {
       signal.throwIfAborted();
       if (this.#closed.signal.aborted) return untilAborted(signal);
@@ -87,6 +87,16 @@ class BrokerThrottler {
       process.emitWarning(`the broker at ${this.#url} answers ${status}: is the secret right?`);
     }
   }
+}
+
+function either(...signals) {
+  const either = new AbortController(); // AbortSignal.any needs Node.js 20
+  for (const signal of signals) {
+    const abort = () => either.abort(signal.reason);
+    if (signal.aborted) abort();
+    else signal.addEventListener('abort', abort, { once: true, signal: either.signal });
+  }
+  return either.signal;
 }
 
 function untilAborted(signal) {

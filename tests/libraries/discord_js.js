@@ -6,7 +6,7 @@ const { BrokerThrottler } = require('../../gateway_queue_sync/recipes/discord.js
 const how = JSON.parse(process.argv[2]);
 const client = new Client({
   intents: [GatewayIntentBits.Guilds],
-  shards: [...Array(how.shards).keys()],
+  shards: how.shard_ids ?? [...Array(how.shards).keys()],
   shardCount: how.shards,
   rest: { api: `${how.api}/api` },
   ws: { buildIdentifyThrottler: () => new BrokerThrottler(how.broker, { pause: 100 }) },

@@ -45,6 +45,8 @@ async def main() -> None:
             print("ready", flush=True)
 
     options = {"shard_count": HOW["shards"]} if HOW["shards"] > 1 else {}
+    if "shard_ids" in HOW:
+        options |= {"shard_ids": HOW["shard_ids"]}
     if HOW["library"] == "discord.py":
         options |= {"guild_ready_timeout": 0.05}
     bot = Bot(

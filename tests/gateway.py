@@ -30,7 +30,7 @@ from websockets.sync.server import ServerConnection, serve
 from gateway_queue_sync.testing import Referee
 
 TOKEN = "not-a.real-token_0123456789"
-USER = {"id": "1", "username": "bot", "discriminator": "0000", "avatar": None}
+USER = {"id": "1", "bot": True, "username": "bot", "discriminator": "0000", "avatar": None}
 APPLICATION = {
     "id": "1",
     "name": "bot",
@@ -320,7 +320,7 @@ class Connection:
             self.session = gateway.new_session(shard)
             more = {"session_id": self.session, "resume_gateway_url": gateway.resume_url}
             more |= {"v": 10, "user": USER, "guilds": [], "shard": shard}
-            more |= {"application": {"id": "1", "flags": 0}}
+            more |= {"application": {"id": "1", "flags": 0}, "private_channels": []}
             self._send(Op.DISPATCH, more, "READY")
             if gateway.random.random() < weather.asked:
                 gateway.count("asked")
@@ -360,7 +360,7 @@ class Connection:
         self.gateway.count(how)
 
     def _authenticates(self, d: dict[str, Any]) -> bool:
-        good = d["token"] == TOKEN and not self.gateway.referee.token_reset
+        good = d["token"].removeprefix("Bot ") == TOKEN and not self.gateway.referee.token_reset
         return good or self._close(Close.AUTHENTICATION_FAILED)
 
     def _drop(self) -> bool:

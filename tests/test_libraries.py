@@ -38,6 +38,10 @@ SCRIPTS = {
     "websocket-client": "threaded.py",
     "websockets": "threaded.py",
     "discord.js": "discord_js.js",
+    "eris": "eris.js",
+    "oceanic.js": "eris.js",
+    "seyfert": "seyfert.js",
+    "@discordeno/gateway": "discordeno.mjs",
 }
 
 
@@ -260,8 +264,8 @@ def test_a_bot_that_is_terminated_while_its_shards_wait_can_start_again(library,
 
 
 def test_a_line_may_be_longer_than_the_heartbeat_timeout(library, world):
-    gateway, broker, start = world(max_concurrency=1, heartbeat=0.5)
-    start(heartbeat_timeout=1.0)
+    gateway, broker, start = world(max_concurrency=1, heartbeat=1.5)
+    start(heartbeat_timeout=4.0)
     wait_for(gateway)
     assert gateway.referee.accepted == SHARDS
     assert gateway.seen["timed out"] == 0

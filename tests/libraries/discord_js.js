@@ -1,7 +1,7 @@
 'use strict';
 // A bot on discord.js, with the throttler: it ends when it reads a line.
 const { Client, GatewayIntentBits } = require('discord.js');
-const { BrokerThrottler } = require('../../gateway_queue_sync/recipes/discord.js');
+const { BrokerThrottler } = require('../../gateway_queue_sync/recipes/discord_js.cjs');
 
 const how = JSON.parse(process.argv[2]);
 const client = new Client({

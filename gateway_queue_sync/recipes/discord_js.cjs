@@ -1,7 +1,7 @@
 'use strict';
 // For discord.js and @discordjs/ws: shards identify when a broker says so.
 //
-//   const { BrokerThrottler } = require('./discord.js'); // this file
+//   const { BrokerThrottler } = require('./discord_js.cjs'); // this file
 //   const client = new Client({ intents, ws: {
 //     buildIdentifyThrottler: () => new BrokerThrottler('http://127.0.0.1:8787'),
 //   } });
@@ -36,27 +36,26 @@ class BrokerThrottler {
 
   /**
    * Wait until the shard may identify. Rejects when the signal is aborted, and never else: discord.js would
-   * identify after an error. An abort leaves the line, and a permit that comes then is given back.
+   * identify after an error. An abort leaves the line. A permit that comes then, or while the connection is
+   * not open, is given back.
    */
-  async waitForIdentify(shardId, signal = new AbortController().signal) {
+  async waitForIdentify(shardId, signal = new AbortController().signal, isOpen = () => true) {
     const ticket = `${this.#name}-${shardId}`;
     const query = new URLSearchParams({ shard: shardId, ticket, confirm: 1 });
     if (this.#identified.has(shardId)) query.set('priority', HEAD_START);
     const ended = either(signal, this.#closed.signal);
     for (;;) {
-      signal.throwIfAborted();
-      if (this.#closed.signal.aborted) return untilAborted(signal);
+      if (ended.aborted) return untilAborted(signal);
       let pause = this.pause * Math.random();
       try {
         const response = await this.#ask(`/?${query}`, { signal: ended });
         response.arrayBuffer().catch(() => {}); // so that its connection can be used again
         if (response.status === 200) {
-          if (!ended.aborted) {
-            this.#report(ticket, 'sent'); // it is sent in this very turn of the event loop
-            this.#identified.add(shardId);
-            return;
-          }
-          this.#report(ticket, 'unused');
+          const isUsed = !ended.aborted && isOpen();
+          this.#report(ticket, isUsed ? 'sent' : 'unused'); // in the turn of the event loop that sends it
+          if (!isUsed) return untilAborted(signal);
+          this.#identified.add(shardId);
+          return;
         } else {
           this.#warn(response.status);
           pause += 1000 * (Number(response.headers.get('Retry-After')) || 0);
@@ -100,7 +99,10 @@ function either(...signals) {
 }
 
 function untilAborted(signal) {
-  return new Promise((_, reject) => signal.addEventListener('abort', () => reject(signal.reason)));
+  return new Promise((_, reject) => {
+    if (signal.aborted) reject(signal.reason);
+    signal.addEventListener('abort', () => reject(signal.reason));
+  });
 }
 
 module.exports = { BrokerThrottler };

@@ -1,0 +1,25 @@
+// For @discordeno/gateway: its shards identify when a broker says so.
+//
+//   import { BrokerThrottler } from './discord_js.cjs';
+//   import { queuedPresence } from './discordeno.mjs'; // this file
+//   createGatewayManager({
+//     ...options,
+//     spawnShardDelay: 0, // its own limiter is off
+//     makePresence: queuedPresence(new BrokerThrottler('http://127.0.0.1:8787')),
+//   });
+
+/** Return a `makePresence` that waits: a shard calls it between its connection and its IDENTIFY. */
+export function queuedPresence(throttler, makePresence = async () => undefined) {
+  return async function () {
+    const controller = new AbortController();
+    const { socket } = this;
+    if (!socket) return new Promise(() => {}); // closed: the shard calls again when it has connected
+    socket.addEventListener('close', () => controller.abort());
+    try {
+      await throttler.waitForIdentify(this.id, controller.signal, () => this.isOpen());
+    } catch {
+      return new Promise(() => {}); // else the IDENTIFY would be sent over the next connection
+    }
+    return makePresence.call(this);
+  };
+}

@@ -17,6 +17,7 @@ import re
 import socket
 import threading
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -29,8 +30,18 @@ from websockets.sync.server import ServerConnection, serve
 
 from gateway_queue_sync.testing import Referee
 
-TOKEN = "not-a.real-token_0123456789"
-USER = {"id": "1", "bot": True, "username": "bot", "discriminator": "0000", "avatar": None}
+TOKEN = "MQ.not-a-real.token_0123456789"
+USER = {
+    "id": "1",
+    "bot": True,
+    "username": "bot",
+    "discriminator": "0000",
+    "avatar": None,
+    "verified": True,
+    "mfa_enabled": False,
+    "flags": 0,
+    "locale": "en-US",
+}
 APPLICATION = {
     "id": "1",
     "name": "bot",
@@ -40,6 +51,7 @@ APPLICATION = {
     "bot_public": True,
     "bot_require_code_grant": False,
     "verify_key": "",
+    "summary": "",
     "owner": USER,
 }
 
@@ -265,6 +277,9 @@ class Connection:
         self.shard: list[int] | None = None  # None: there is no session yet
         self.drop_at = math.inf
         self._sequence = itertools.count(1)
+        self._sending = threading.Lock()
+        query = urlsplit(websocket.request.path).query
+        self._zlib = zlib.compressobj() if "compress=zlib-stream" in query else None
         self._heard_at = time.monotonic()
 
     def run(self) -> None:
@@ -393,5 +408,11 @@ class Connection:
         time.sleep(self.gateway.random.uniform(0, longest))
 
     def _send(self, op: Op, d: Any, event: str | None = None) -> None:
-        number = next(self._sequence) if op is Op.DISPATCH else None
-        self.websocket.send(json.dumps({"op": op, "d": d, "t": event, "s": number}))
+        with self._sending:
+            number = next(self._sequence) if op is Op.DISPATCH else None
+            text = json.dumps({"op": op, "d": d, "t": event, "s": number})
+            if self._zlib is None:
+                self.websocket.send(text)
+            else:
+                data = self._zlib.compress(text.encode()) + self._zlib.flush(zlib.Z_SYNC_FLUSH)
+                self.websocket.send(data)

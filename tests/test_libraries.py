@@ -37,6 +37,8 @@ SCRIPTS = {
     "disnake": "discord_py.py",
     "websocket-client": "threaded.py",
     "websockets": "threaded.py",
+    "interactions.py": "interactions_py.py",
+    "hikari": "hikari.py",
     "discord.js": "discord_js.js",
     "eris": "eris.js",
     "oceanic.js": "eris.js",

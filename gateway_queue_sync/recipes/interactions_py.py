@@ -1,0 +1,48 @@
+"""A mixin for the clients of interactions.py, whose own start neither spaces its shards nor ends.
+
+The IDENTIFY is held back: see ``held_identify``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from gateway_queue_sync.queue import GatewayQueue
+from gateway_queue_sync.recipes.held_identify import HeldIdentify, HeldSocket
+
+
+class QueuedIdentify:
+    """Let the shards of a client identify when a queue says so.
+
+    It stands before ``AutoShardedClient``, as in
+    ``class Bot(QueuedIdentify, interactions.AutoShardedClient): ...``; then
+    ``Bot(queue, total_shards=16).start(token)``.
+
+    Args:
+        queue: any queue of this package. It is not closed here.
+        args, options: what the client takes.
+    """
+
+    http: Any
+    login: Any
+    stop: Any
+    _connection_states: Any
+
+    def __init__(self, queue: GatewayQueue, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        held = HeldIdentify(queue)
+        connect = self.http.websocket_connect
+
+        async def websocket_connect(url: str) -> HeldSocket:
+            return HeldSocket(held, await connect(url))
+
+        self.http.websocket_connect = websocket_connect
+
+    async def astart(self, token: str | None = None) -> None:
+        """Start all shards at once: they wait for the queue."""
+        await self.login(token)
+        try:
+            await asyncio.gather(*[shard.start() for shard in self._connection_states])
+        finally:
+            await self.stop()

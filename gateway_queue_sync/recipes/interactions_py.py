@@ -11,6 +11,8 @@ from typing import Any
 from gateway_queue_sync.queue import GatewayQueue
 from gateway_queue_sync.recipes.held_identify import HeldIdentify, HeldSocket
 
+PAUSE = 1.0  # s before a shard is started again
+
 
 class QueuedIdentify:
     """Let the shards of a client identify when a queue says so.
@@ -26,12 +28,12 @@ class QueuedIdentify:
 
     http: Any
     login: Any
-    stop: Any
     _connection_states: Any
 
     def __init__(self, queue: GatewayQueue, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         held = HeldIdentify(queue)
+        self._stopping = False
         connect = self.http.websocket_connect
 
         async def websocket_connect(url: str) -> HeldSocket:
@@ -43,6 +45,18 @@ class QueuedIdentify:
         """Start all shards at once: they wait for the queue."""
         await self.login(token)
         try:
-            await asyncio.gather(*[shard.start() for shard in self._connection_states])
+            await asyncio.gather(*map(self._keep_online, self._connection_states))
         finally:
             await self.stop()
+
+    async def _keep_online(self, shard: Any) -> None:
+        """Start a shard, again where the library would leave it: if its connection is lost too early."""
+        while not self._stopping:
+            await shard.start()
+            await asyncio.sleep(PAUSE)
+
+    async def stop(self) -> None:
+        """Stop the shards before the HTTP session: the library's own ``stop`` does not end."""
+        self._stopping = True
+        await asyncio.gather(*[shard.stop() for shard in self._connection_states])
+        await super().stop()  # type: ignore[misc]

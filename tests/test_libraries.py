@@ -287,6 +287,16 @@ def test_an_event_loop_that_is_often_busy_sends_at_the_right_time(world):
     assert gateway.referee.accepted == 24
 
 
+def test_the_processes_of_a_sharding_manager_share_a_broker(world):
+    command_of("discord.js")
+    gateway, broker, start = world(shards=8)
+    bot = start("discord.js", manager=True)
+    wait_for(gateway, 8)
+    budgets_are_equal(gateway, broker)
+    bot.close()
+    until(lambda: broker.status()["waiting"] == 0, "an empty line")
+
+
 def test_libraries_in_two_languages_share_a_broker_through_a_storm(world):
     for library in ("discord.py", "discord.js"):
         command_of(library)

@@ -35,6 +35,7 @@ SCRIPTS = {
     "py-cord": "discord_py.py",
     "nextcord": "discord_py.py",
     "disnake": "discord_py.py",
+    "betterdisco-py": "betterdisco.py",
     "websocket-client": "threaded.py",
     "websockets": "threaded.py",
     "interactions.py": "interactions_py.py",

@@ -56,7 +56,7 @@ FLOORS = [
     ["broker.server"],
     ["broker"],
     ["__init__", "testing", "aio"],
-    ["recipes", "recipes.held_identify", "recipes.threaded"],
+    ["recipes", "recipes.held_identify", "recipes.threaded", "recipes.betterdisco"],
     ["recipes.discord_py", "recipes.interactions_py", "recipes.hikari"],
     ["recipes.websocket_client", "recipes.websockets_sync"],
     ["environment"],

@@ -12,6 +12,7 @@ const { randomUUID } = require('node:crypto');
 const { setTimeout: sleep } = require('node:timers/promises');
 
 const HEAD_START = 60; // s that a shard which identified before is ahead of a cold start
+const REPORT_TIMEOUT = 1000; // ms
 const UNAUTHORIZED = new Set([401, 403]);
 
 class BrokerThrottler {
@@ -60,7 +61,10 @@ class BrokerThrottler {
           this.#warn(response.status);
           pause += 1000 * (Number(response.headers.get('Retry-After')) || 0);
         }
-      } catch {} // aborted, or the broker is away: the position is held for 30 s
+      } catch {
+        // The broker is away, and holds the position for 30 s; or it was aborted, just granted perhaps.
+        if (ended.aborted) await this.#report(ticket, 'unused');
+      }
       await sleep(pause, undefined, { signal: ended }).catch(() => {});
     }
   }
@@ -76,7 +80,8 @@ class BrokerThrottler {
 
   async #report(ticket, state) {
     const query = new URLSearchParams({ ticket, state });
-    const asked = this.#ask(`/permit?${query}`, { method: 'POST' });
+    const options = { method: 'POST', signal: AbortSignal.timeout(REPORT_TIMEOUT) };
+    const asked = this.#ask(`/permit?${query}`, options);
     await asked.then((response) => response.arrayBuffer()).catch(() => {}); // it counts as sent then
   }
 

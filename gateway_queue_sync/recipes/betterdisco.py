@@ -1,0 +1,61 @@
+"""For betterdisco, under gevent: its clients identify when a queue says so.
+
+The IDENTIFY is held back; meanwhile the client reads its socket and sends heartbeats, as always.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+from gateway_queue_sync.models import Permit
+from gateway_queue_sync.queue import GatewayQueue
+
+IDENTIFY = 2
+HEAD_START = 60.0  # s that a shard which had a session before is ahead of a cold start
+LOOK = 0.25  # s between two looks at whether a shard that waits is still connected
+
+
+def queue_identify(queue: GatewayQueue) -> None:
+    """Let all clients of this program ask a queue; call it once, after ``monkey.patch_all()``."""
+    kind: Any = importlib.import_module("disco.gateway.client").GatewayClient
+    send = kind.send
+    asked_at: dict[int, float] = {}  # a shard that reconnects returns to its position
+    identified: set[int] = set()
+
+    def identify(self: Any, socket: Any, data: Any) -> None:
+        shard_id, now = data["shard"][0], time.monotonic()
+        waited = now - asked_at.setdefault(shard_id, now)
+        head_start = HEAD_START if shard_id in identified else 0.0
+        future = queue.enqueue(shard_id, priority=head_start + waited)
+        while not socket.is_closed and self.ws is socket:
+            with contextlib.suppress(TimeoutError):
+                permit = future.result(LOOK)
+                if socket.is_closed or self.ws is not socket:
+                    break
+                with permit:
+                    send(self, IDENTIFY, data)
+                identified.add(shard_id)
+                del asked_at[shard_id]
+                return
+        if not future.cancel():
+            future.add_done_callback(give_back)
+
+    def queued_send(self: Any, op: int, data: Any) -> None:
+        if int(op) == IDENTIFY:
+            args = self, self.ws, data
+            threading.Thread(target=identify, args=args, daemon=True).start()
+        else:
+            send(self, op, data)
+
+    kind.send = queued_send
+
+
+def give_back(future: Future[Permit]) -> None:
+    """Give back a permit that came too late."""
+    if future.exception() is None:
+        future.result().unused()

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     if arguments.markdown:
-        print(report.as_markdown(results))
+        table = report.as_markdown(results)
+        print(f"{table}\n\n{report.for_readme(table)}")
     elif arguments.load:
         print(report.header(found))
         for result in results:
@@ -111,7 +112,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the charts there")
-    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    parser.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print the tables of the READMEs",
+    )
     return parser
 
 

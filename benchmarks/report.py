@@ -1,4 +1,4 @@
-"""Results as people read them: tables of text, and the README's table in Markdown."""
+"""Results as people read them: tables of text, and those of the documents in Markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks import fairness, free_path, lines, wake
 from benchmarks.figures import LEAST_TAIL, OURS, Figure, Kind, Result, Row, Table
 from benchmarks.peers import SUBJECTS
 
-README_COLUMNS = (
+COLUMNS = (
     "one permit each 50 ms",
     "late, median",
     "late, p99",
@@ -19,6 +19,11 @@ README_COLUMNS = (
     "CPU of 1,000 idle",
     "free path",
 )
+NOT_IN_README = {"CPU of 1,000 idle"}
+"""The column that only ``benchmarks/README.md`` has."""
+
+DETAILS = ("**this package**, `NoOpQueue`", "a `Lock` and `time.sleep`", "throttled-py, timeout")
+"""The rows that only ``benchmarks/README.md`` has."""
 
 
 def number(value: float) -> str:
@@ -104,7 +109,7 @@ def _aligned(cells: Sequence[Sequence[str]]) -> Iterable[str]:
         yield ("  " + "  ".join([*texts, row[-1]])).rstrip()
 
 
-# --- the README's table ---------------------------------------------------------------------------
+# --- the tables of the documents ------------------------------------------------------------------
 
 
 def as_markdown(results: Sequence[Result]) -> str:
@@ -132,12 +137,23 @@ def as_markdown(results: Sequence[Result]) -> str:
         for subject in SUBJECTS.values()
         if subject.kind != "ours"
     ]
-    text = [_markdown_row(README_COLUMNS), _markdown_row(["---"] + ["--:"] * len(columns))]
+    text = [_markdown_row(COLUMNS), _markdown_row(["---"] + ["--:"] * len(columns))]
     for said, names in rows:
         cells = [_measured(table, names, figure, unit) for table, figure, unit in columns]
         if any(cells):
             text.append(_markdown_row([said, *cells]))
     return "\n".join(text)
+
+
+def for_readme(markdown: str) -> str:
+    """Return the part of the table of ``as_markdown`` that ``README.md`` has."""
+    shown = [at for at, name in enumerate(COLUMNS) if name not in NOT_IN_README]
+    rows = [line.strip("|").split("|") for line in markdown.splitlines()]
+    return "\n".join(
+        _markdown_row(row[at].strip() for at in shown)
+        for row in rows
+        if row[0].strip() not in DETAILS
+    )
 
 
 def _said(name: str, kind: Kind) -> str:

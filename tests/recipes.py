@@ -1,4 +1,4 @@
-"""The README's code, to be run as it stands there, and the shards in threads."""
+"""The code in the documents, to be run as it stands there, and the shards in threads."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from typing import Any
 
 from gateway_queue_sync import GatewayQueue, RedisQueue, SqliteQueue
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-"""The language and the code of each."""
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md"]
+DOCUMENTS += sorted(ROOT.glob("gateway_queue_sync/**/*.md")) + sorted(ROOT.glob("benchmarks/*.md"))
+
+
+def blocks_of(document: Path) -> list[tuple[str, str]]:
+    """Return the language and the code of each code block in a document."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
 
 
 def block(language: str, containing: str) -> str:

@@ -60,9 +60,10 @@ def test_what_was_measured_can_be_shown_again(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert set(shown.splitlines()) <= set(measured.splitlines())
     assert main(["--load", str(file), "--markdown"]) == 0
-    head, ruler, *rows = capsys.readouterr().out.splitlines()
-    assert len({line.count("|") for line in (head, ruler, *rows)}) == 1
-    assert rows[0].startswith("| **this package** |")
+    for table in capsys.readouterr().out.split("\n\n"):
+        head, ruler, *rows = table.splitlines()
+        assert len({line.count("|") for line in (head, ruler, *rows)}) == 1
+        assert rows[0].startswith("| **this package** |")
 
 
 def test_a_name_that_is_no_benchmark_is_refused(capsys):

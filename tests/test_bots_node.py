@@ -1,4 +1,4 @@
-"""The README's recipe for Node.js, by a broker, against the gateway."""
+"""The recipe for Node.js, by a broker, against the gateway."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's queue of one's own, in a framework that knows no more than the protocol ``Queue``."""
+"""The recipe for a queue of one's own, in a framework that knows no more than the protocol ``Queue``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_it_is_a_queue_of_twenty_lines(make):
 
 
 def test_a_framework_that_only_knows_the_protocol_starts_its_shards_with_it(make):
-    """The framework is the README's bot in ten lines."""
+    """The framework is the bot of the README."""
 
     def connect_to(shard_id):
         connection = opened.enter_context(connect(gateway.url))

@@ -1,4 +1,4 @@
-"""The README's code is run as it stands there, so that none of it can rot."""
+"""The documents: their code runs as it stands there, their links lead somewhere, and they are short."""
 
 from __future__ import annotations
 
@@ -6,22 +6,38 @@ import ast
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
-from recipes import BLOCKS, README, SHARED, block, run
+from recipes import BLOCKS, DOCUMENTS, ROOT, SHARED, block, blocks_of, run
 
 import benchmarks.__main__ as benchmarks
-import gateway_queue_sync
-from gateway_queue_sync import (
-    SqliteQueue,
-    cli,
-    serve,
-)
+from gateway_queue_sync import LocalQueue, SqliteQueue, cli, serve
+
+README = ROOT / "README.md"
 
 
-def test_the_bot_in_ten_lines_starts_its_shards(monkeypatch):
+# --- code -----------------------------------------------------------------------------------------
+
+
+def test_the_first_example_has_ten_lines_and_runs_by_itself(capfd):
+    first = block("python", "def start_shard")
+    assert first == next(code for language, code in blocks_of(README) if language == "python")
+    assert sum(bool(line.strip()) for line in first.splitlines()) <= 10
+    before = set(threading.enumerate())
+    exec(first.replace("LocalQueue()", "LocalQueue(interval=0.01, margin=0.01)"), {})
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+    assert sorted(
+        re.findall(r"^shard (\d) may identify", capfd.readouterr().out, re.MULTILINE)
+    ) == [*"012"]
+
+
+def test_the_bot_starts_its_shards(monkeypatch):
     sent, ran = [], threading.Semaphore(0)
 
     class WebSocket:
@@ -66,7 +82,7 @@ def test_the_options_of_the_benchmarks_are_there(arguments):
 
 
 def test_the_first_commands_need_nothing_installed():
-    first, second = [code for language, code in BLOCKS if language == "sh"][:2]
+    first, second = [code for language, code in blocks_of(README) if language == "sh"][:2]
     assert first == "python3 -m gateway_queue_sync demo\n"
     assert shlex.split(second)[:4] == ["python3", "-m", "venv", ".venv"]
 
@@ -85,6 +101,10 @@ def test_the_shared_queue_grants_and_can_be_looked_at(monkeypatch, tmp_path, cap
     assert command.pop() == "--watch"
     assert cli.main(command[3:]) == 0
     assert "left today  999 of 1000" in capsys.readouterr().out
+    command = shlex.split(block("sh", "limit --sqlite"))
+    assert cli.main([*command[3:], "--yes"]) == 0
+    assert "done: 500 of 1000" in capsys.readouterr().out
+    assert Path("identify.sqlite3-journal").stat().st_size == 0
 
 
 def test_the_remote_queue_asks_its_broker(tmp_path, capsys):
@@ -99,6 +119,20 @@ def test_the_plan_is_what_the_comment_says(capsys):
     run("plan_start(")
     said = block("python", "plan_start(").split("print(plan)  # ")[1]
     assert capsys.readouterr().out == said
+
+
+def test_the_command_for_a_plan_draws_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(block("sh", "plan --shards"))[3:]) == 1
+    assert Path("start.svg").read_text().startswith("<svg ")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+def test_the_command_for_curl_gets_a_permit():
+    with LocalQueue() as queue, serve(queue, port=0) as broker:
+        command = block("sh", "curl").replace("http://127.0.0.1:8787", broker.url)
+        done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"message": "You're free to connect now! :)"}
 
 
 def blocks_named_in(path):
@@ -135,8 +169,61 @@ def test_each_block_of_code_is_named_by_a_test_that_runs_it(language, code):
     assert any(named == language and text in code for named, text in NAMED)
 
 
-def test_the_recipes_are_listed_as_in_their_folder():
-    listed = Path(gateway_queue_sync.__file__).parent.joinpath("recipes/README.md").read_text()
-    rows = [line for line in listed.splitlines() if line.startswith("|")]
-    assert len(rows) > 2
-    assert "\n".join(rows) in README
+# --- text -----------------------------------------------------------------------------------------
+
+WITH_NAMES = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in DOCUMENTS]
+
+
+def test_the_readme_has_1500_words_at_most():
+    assert len(README.read_text().split()) <= 1500
+
+
+def anchors(document):
+    """What its headings are called in links."""
+    prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall("^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", WITH_NAMES)
+def test_each_link_leads_somewhere_in_a_clone(document):
+    links = re.findall(r"\]\(([^)\s]+)\)", document.read_text())
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if not link.startswith("https://"):
+            target = (document.parent / path).resolve() if path else document
+            assert target.is_file(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", WITH_NAMES)
+def test_pictures_are_in_the_clone_too(document):
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)|<img", document.read_text())
+    assert all(picture and not picture.startswith("http") for picture in pictures)
+
+
+def test_every_section_of_the_readme_is_in_its_table_of_contents():
+    listed = re.findall(r"\]\(#([^)]*)\)", README.read_text())
+    assert set(listed) == anchors(README) - {"gateway-queue-sync"}
+
+
+@pytest.mark.parametrize("document", WITH_NAMES[1:])
+def test_each_document_is_packed(document):
+    """In the wheel if it is in the package, and in the source distribution in any case."""
+    package = ROOT / "gateway_queue_sync"
+    if document.is_relative_to(package):
+        settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        globs = settings["tool"]["setuptools"]["package-data"]["gateway_queue_sync"]
+        assert any(document in package.glob(glob) for glob in globs)
+    else:
+        assert f"graft {document.parent.relative_to(ROOT)}" in (ROOT / "MANIFEST.in").read_text()
+
+
+def test_the_readmes_figures_are_among_those_of_the_benchmarks():
+    def figures(document):
+        text = document.read_text()
+        lines = text[text.index("| one permit each 50 ms |") :].split("\n\n")[0].splitlines()
+        head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        return {(row[0], name): cell for row in rows for name, cell in zip(head, row, strict=True)}
+
+    assert figures(README).items() <= figures(ROOT / "benchmarks" / "README.md").items()

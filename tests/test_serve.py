@@ -418,7 +418,7 @@ def test_the_state_is_in_the_platforms_folder_and_nobody_elses_to_read(
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
-def test_the_readmes_systemd_unit_is_hardened(tmp_path):
+def test_the_systemd_unit_is_hardened(tmp_path):
     unit = tmp_path / "gateway-queue.service"
     unit.write_text(block("ini", "ExecStart"))
     command = ["systemd-analyze", "security", "--offline=true", str(unit)]

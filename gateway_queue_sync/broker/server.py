@@ -46,9 +46,9 @@ def serve(
 ) -> Broker:
     """Serve a queue to any process over HTTP, from a thread in the background, until it is closed.
 
-    A client sends ``GET /?shard=N`` and waits without a byte until its shard may identify; the README
-    has the whole protocol. ``HttpQueue`` needs an ``SqliteQueue`` or a ``RedisQueue``. The queue stays
-    its owner's, who closes it.
+    A client sends ``GET /?shard=N`` and gets no byte until its shard may identify; ``README.md`` beside
+    this file has the whole protocol. ``HttpQueue`` needs an ``SqliteQueue`` or a ``RedisQueue``. The
+    queue stays its owner's, who closes it.
 
     Without a secret only programs of this machine are served. A page in a browser gets no permit, gives
     no order, and sees no data under a name of its own that was pointed here.

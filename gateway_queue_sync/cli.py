@@ -7,6 +7,7 @@ arguments and returns the exit code.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -14,28 +15,43 @@ from collections.abc import Sequence
 import gateway_queue_sync
 from gateway_queue_sync import demo, planner, recipe_command, serve_command, status
 
-COMMANDS = (demo, planner, recipe_command, serve_command, status)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+COMMANDS = (demo, planner, serve_command, status, limit_command, recipe_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` (or the command line) names, and return its exit code.
 
-    The code is 0 if all is well, 1 if it is not, 130 after Ctrl-C, and 141 if the reader of a pipe went
-    away (128 and the signal's number, as shells have it).
+    The code is 0 if all is well, 1 if it is not, 2 if the output cannot be written, 130 after Ctrl-C,
+    and 141 if the reader of a pipe went away (128 and the signal's number, as shells have it).
 
     Raises:
         SystemExit: with 2 for options that are wrong, with 0 for ``--help`` and ``--version``.
     """
     try:
-        arguments = make_parser().parse_args(argv)
-        return int(arguments.func(arguments))
+        try:
+            arguments = make_parser().parse_args(argv)
+            return int(arguments.func(arguments))
+        finally:
+            print(end="", flush=True)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a name, not a path
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # for the interpreter's last flush
+        _discard_output()
         return 141
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"cannot write the output: {error.strerror}", file=sys.stderr)
+        _discard_output()
+        return 2
+
+
+def _discard_output() -> None:
+    """Let the interpreter's last flush of the standard output succeed."""
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a name, not a path
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -45,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Let the shards of a Discord bot identify when they may.",
     )
     version = f"gateway_queue_sync {gateway_queue_sync.__version__}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("-V", "--version", action="version", version=version)
     subparsers = parser.add_subparsers(title="commands", metavar="command", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)

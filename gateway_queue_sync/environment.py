@@ -12,16 +12,13 @@ from urllib.parse import parse_qs, urlsplit
 
 log = logging.getLogger("gateway_queue_sync")
 
-# What messages call their files:
-SECRET, TOKEN, REDIS_URL = "the secret", "the token", "the Redis URL's"
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
-def read_secret(file: str, what: str) -> str:
-    """Return the text of a file that holds a secret.
+def read_secret(file: str, option: str) -> str:
+    """Return the text of the file that an option names, and which holds a secret.
 
-    Args:
-        file: its path.
-        what: what messages call it: ``SECRET``, ``TOKEN`` or ``REDIS_URL``.
+    Logs a WARNING if every user may read it.
 
     Raises:
         OSError: it cannot be read.
@@ -30,11 +27,13 @@ def read_secret(file: str, what: str) -> str:
     try:
         secret = Path(file).read_text("utf-8").strip()
     except OSError as error:
-        raise OSError(f"cannot read {what} file {file!r}: {error.strerror}") from error
+        raise OSError(f"{option} {file!r}: {error.strerror}") from error
     except UnicodeError:
-        raise ValueError(f"{what} file {file!r} is no text") from None
+        raise ValueError(f"{option} {file!r} is no text") from None
     if not secret:
-        raise ValueError(f"{what} file {file!r} is empty")
+        raise ValueError(f"{option} {file!r} is empty")
+    if os.name == "posix" and mode & stat.S_IROTH:
+        log.warning("%s %r can be read by every user of this machine (chmod o-r)", option, file)
     return secret
 
 
@@ -48,7 +47,7 @@ def public_url(url: str) -> str:
     """Return a server's URL that stood on a command line.
 
     Raises:
-        ValueError: it holds a password; the message does not.
+        ValueError: it is no URL of a Redis server, or holds a password; the message does not.
     """
     try:
         parts = urlsplit(url)
@@ -59,6 +58,11 @@ def public_url(url: str) -> str:
         raise ValueError(
             "--redis must hold no password, because every user of this machine can see the command "
             "line: put the URL into a file (--redis-file)"
+        )
+    if not url.startswith(REDIS_SCHEMES):
+        shown = "" if "@" in url else f", not {url!r}"
+        raise ValueError(
+            f"--redis must be a URL such as redis://host:6379/0 (with rediss:// for TLS){shown}"
         )
     return url
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 
 
-def format_time(now: datetime, in_seconds: float) -> str:
-    """Return in how long something happens, and at what time of day."""
+def format_time(
+    now: datetime, in_seconds: float, format_: Callable[[float], str] | None = None
+) -> str:
+    """Return in how long something happens (``format_duration`` by default), and at what time of day."""
+    duration = (format_ or format_duration)(in_seconds)
     try:
         at = (now + timedelta(seconds=in_seconds)).astimezone()  # its offset may be another then
     except (OverflowError, ValueError):
-        return f"in {format_duration(in_seconds)}"
+        return f"in {duration}"
     day = "" if at.date() == now.date() else "%Y-%m-%d "
-    return f"in {format_duration(in_seconds)} ({at.strftime(day + '%H:%M:%S')})"
+    return f"in {duration} ({at.strftime(day + '%H:%M:%S')})"
 
 
 def format_duration(duration: float) -> str:
@@ -25,6 +28,11 @@ def format_duration(duration: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def format_exact(duration: float) -> str:
+    """Return a duration that is known to the hundredth of a second, such as that of a window."""
+    return f"{duration:.4g} s" if round(duration, 2) < 60 else format_duration(duration)
 
 
 def format_clock(duration: float) -> str:
@@ -47,3 +55,8 @@ def format_ranges(numbers: Iterable[int]) -> str:
 def format_count(number: int, what: str) -> str:
     """Return how many there are, as ``1 shard``, ``2 shards``."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def sentence(words: str) -> str:
+    """Return words with a capital at the beginning; all others stay as they are."""
+    return words[:1].upper() + words[1:]

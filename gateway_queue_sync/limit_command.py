@@ -19,7 +19,7 @@ from functools import partial
 from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.environment import TOKEN, read_secret, warn_if_open
 from gateway_queue_sync.errors import GatewayBotError, LedgerError
-from gateway_queue_sync.format import format_time
+from gateway_queue_sync.format import format_time, sentence
 from gateway_queue_sync.gateway_bot import GatewayBot
 from gateway_queue_sync.ledgers.remote import look
 from gateway_queue_sync.ledgers.shared import messages
@@ -68,9 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _bot(arguments: argparse.Namespace) -> GatewayBot:
-    bot = GatewayBot(read_secret(arguments.token_file, TOKEN), base_url=arguments.base_url)
-    warn_if_open(arguments.token_file, TOKEN)
-    return bot
+    token = read_secret(arguments.token_file, "--token-file")
+    return GatewayBot(token, base_url=arguments.base_url)
 
 
 def _run(backend: Backend, arguments: argparse.Namespace, bot: GatewayBot | None) -> int:
@@ -221,7 +220,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "limit",
         help=what,
-        description=f"{what.capitalize()}; the processes that use it adopt that. Exits with 1 if "
+        description=f"{sentence(what)}; the processes that use it adopt that. Exits with 1 if "
         "nothing was shown or changed.",
     )
     add_ledger(parser)

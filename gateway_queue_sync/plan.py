@@ -104,7 +104,8 @@ def plan_start(
     limits.adopt(account, limit, 0)
     lines: dict[int, deque[int]] = {}
     for shard_id in shard_ids:
-        shard_id = whole_number("shard_id", shard_id)  # noqa: PLW2901 - the same, as an int
+        if type(shard_id) is not int or shard_id < 0:
+            shard_id = whole_number("shard_id", shard_id)  # noqa: PLW2901 - the same, as an int
         lines.setdefault(shard_id % limit.max_concurrency, deque()).append(shard_id)
 
     queue = [(0, place, line) for place, line in enumerate(lines.values())]  # is a heap
@@ -128,7 +129,9 @@ def plan_start(
         )
         waves[place] += 1
         lasts = lasts and at_us == wave * account.window_us
-        if not line:
+        if line:  # not before the window is over
+            heapq.heapreplace(queue, (at_us + account.window_us, place, line))
+        else:
             heapq.heappop(queue)
 
     left = limits.budget(account, 0)

@@ -7,6 +7,8 @@ import importlib.resources
 import re
 import sys
 
+from gateway_queue_sync.format import sentence
+
 FOLDER = importlib.resources.files("gateway_queue_sync") / "recipes"
 _ROW = re.compile(r"^\| ([^|]+) \| `([^`|]+)` \|", re.MULTILINE)
 
@@ -14,7 +16,7 @@ _ROW = re.compile(r"^\| ([^|]+) \| `([^`|]+)` \|", re.MULTILINE)
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this command to those of the command line."""
     what = "print how a bot library uses the queue"
-    parser = subparsers.add_parser("recipe", help=what, description=f"{what.capitalize()}.")
+    parser = subparsers.add_parser("recipe", help=what, description=f"{sentence(what)}.")
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="a library or a file (default: the list of all)"
     )

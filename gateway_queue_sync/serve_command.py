@@ -32,6 +32,7 @@ from gateway_queue_sync.environment import (
     warn_if_open,
 )
 from gateway_queue_sync.errors import GatewayBotError, LedgerError
+from gateway_queue_sync.format import sentence
 from gateway_queue_sync.gateway_bot import GatewayBot
 from gateway_queue_sync.ledgers.remote import MIN_MARGIN, peek
 from gateway_queue_sync.ledgers.shared.limits import DISCORDS_DEFAULT
@@ -166,15 +167,13 @@ class _Settings:
         if margin < MIN_MARGIN:
             raise ValueError(f"margin must be at least {MIN_MARGIN} s, not {margin:g}")
         if arguments.secret_file is not None:
-            secret = read_secret(arguments.secret_file, SECRET)
+            secret = read_secret(arguments.secret_file, "--secret-file")
             sources.append(f"the secret is read from {arguments.secret_file} (--secret-file)")
         most = chosen("max_connections", default=MAX_CONNECTIONS)
         host, port = chosen("host", "HOST", DEFAULT_HOST), chosen("port", "PORT", DEFAULT_PORT)
         broker = BrokerSettings(host, _whole("port", port), secret, arguments.strict, most)
         make, where = _state(arguments, environment, sources)
-        token = environment.get("DISCORD_TOKEN") or None
-        if token is not None:
-            GatewayBot(token, base_url=arguments.base_url)
+        token = _token(arguments, environment, sources)
         buckets = None if concurrency is None else _whole("max_concurrency", concurrency)
         if buckets is not None and not 1 <= buckets <= MAX_BUCKETS:
             raise ValueError(
@@ -278,7 +277,7 @@ class _Reads:
     def session_start_limit(self) -> SessionStartLimit:
         """Return the limit as it is now."""
         limit, buckets = self._bot.session_start_limit(), self._max_concurrency
-        log.info("the limit is Discord's, read with DISCORD_TOKEN: %s", limit)
+        log.info("the limit is Discord's: %s", limit)
         if buckets is None:
             return limit
         if buckets > limit.max_concurrency and not self._warned:
@@ -291,6 +290,19 @@ class _Reads:
         return replace(limit, max_concurrency=buckets)
 
 
+def _token(
+    arguments: argparse.Namespace, environment: Mapping[str, str], sources: list[str]
+) -> str | None:
+    """Return the bot's token, checked, if there is one."""
+    token = environment.get("DISCORD_TOKEN") or None
+    if arguments.token_file is not None:
+        token = read_secret(arguments.token_file, "--token-file")
+        sources.append(f"the token is read from {arguments.token_file} (--token-file)")
+    if token is not None:
+        GatewayBot(token, base_url=arguments.base_url)
+    return token
+
+
 def _state(
     arguments: argparse.Namespace, environment: Mapping[str, str], sources: list[str]
 ) -> tuple[type[SqliteQueue | RedisQueue], str]:
@@ -299,7 +311,7 @@ def _state(
     if arguments.redis is not None:
         url = public_url(arguments.redis)
     elif arguments.redis_file is not None:
-        url, source = read_secret(arguments.redis_file, REDIS_URL), "--redis-file"
+        url, source = read_secret(arguments.redis_file, "--redis-file"), "--redis-file"
     elif arguments.state is None and environment.get("REDIS_URL"):
         url, source = environment["REDIS_URL"], "the environment's REDIS_URL"
     if url is not None:
@@ -329,8 +341,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "serve",
         help=what,
-        description=f"{what.capitalize()}. Flags win over the environment (HOST, PORT, CONCURRENCY, "
-        "REDIS_URL; DISCORD_TOKEN to read the limit from Discord), the environment over what is "
+        description=f"{sentence(what)}. Flags win over the environment (HOST, PORT, CONCURRENCY, "
+        "REDIS_URL; DISCORD_TOKEN, unless there is a --token-file), the environment over what is "
         "stored.",
     )
     parser.add_argument("--host", help=f"the address to listen on (default: {DEFAULT_HOST})")
@@ -352,9 +364,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--secret-file", metavar="FILE", help="what clients must send: Authorization: Bearer ..."
     )
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="a file that holds the bot's token: read the limit from Discord",
+    )
     for name, default, unit in (
         ("interval", IDENTIFY_INTERVAL, "seconds between two permits of a bucket"),
-        ("margin", DEFAULT_MARGIN, "seconds added to it, for the way"),
+        ("margin", DEFAULT_MARGIN, "seconds added for the way to Discord"),
     ):
         help_ = f"{unit} (default: {default})"
         parser.add_argument(f"--{name}", type=float, metavar="SECONDS", help=help_)

@@ -21,7 +21,7 @@ from gateway_queue_sync.environment import (
     warn_if_open,
 )
 from gateway_queue_sync.errors import LedgerError
-from gateway_queue_sync.format import format_duration, format_ranges, format_time
+from gateway_queue_sync.format import format_duration, format_ranges, format_time, sentence
 from gateway_queue_sync.ledgers.remote import peek
 from gateway_queue_sync.ledgers.shared.backend import Backend
 from gateway_queue_sync.models import BucketSnapshot, QueueSnapshot, seconds
@@ -68,14 +68,9 @@ def ledger_of(arguments: argparse.Namespace) -> Backend:
     if arguments.redis is not None:
         return redis_backend(public_url(arguments.redis), settings)
     if arguments.redis_file is not None:
-        backend = redis_backend(read_secret(arguments.redis_file, REDIS_URL), settings)
-        warn_if_open(arguments.redis_file, REDIS_URL)
-        return backend
-    secret = arguments.secret_file and read_secret(arguments.secret_file, SECRET)
-    backend = http_backend(arguments.url, secret, settings)
-    if secret:
-        warn_if_open(arguments.secret_file, SECRET)
-    return backend
+        return redis_backend(read_secret(arguments.redis_file, "--redis-file"), settings)
+    secret = arguments.secret_file and read_secret(arguments.secret_file, "--secret-file")
+    return http_backend(arguments.url, secret, settings)
 
 
 def _show(backend: Backend, arguments: argparse.Namespace) -> bool:
@@ -160,7 +155,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "status",
         help=what,
-        description=f"{what.capitalize()}. Exits with 1 if there is none, or it is out of reach.",
+        description=f"{sentence(what)}. Exits with 1 if there is none, or it is out of reach.",
     )
     add_ledger(parser)
     parser.add_argument(

@@ -39,9 +39,10 @@ def raising(error: BaseException) -> Any:
     return func
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        cli.main(["--version"])
+        cli.main([option])
     assert end.value.code == 0
     assert capsys.readouterr().out == f"gateway_queue_sync {gateway_queue_sync.__version__}\n"
 
@@ -63,6 +64,41 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert end.value.code == 0
     assert "demo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo", "plan", "serve", "status", "limit", "recipe"])
+def test_help_begins_with_a_capital_and_keeps_those_of_names(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    actions = cli.make_parser()._actions
+    (action,) = [one for one in actions if isinstance(one, argparse._SubParsersAction)]
+    (what,) = [one.help for one in action._get_subactions() if one.dest == command]
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert f"\n{what[0].upper()}{what[1:]}" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.parametrize("arguments", [["plan", "--shards", "4"], ["recipe"], ["--help"], ["-V"]])
+def test_a_full_disk_is_said_in_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "gateway_queue_sync", *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 2
+    assert run.stderr == "cannot write the output: No space left on device\n"
+
+
+def test_other_errors_of_the_system_are_not_hidden(command: Any) -> None:
+    command.func = raising(OSError(5, "a mistake"))
+    with pytest.raises(OSError, match="a mistake"):
+        cli.main(["try"])
 
 
 def test_an_unknown_command_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

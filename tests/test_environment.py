@@ -15,7 +15,7 @@ def test_a_secret_is_read_without_what_is_around_it(tmp_path):
     file = tmp_path / "secret"
     file.write_text(" hunter2\n")
     file.chmod(0o600)
-    assert read_secret(str(file), "the secret") == "hunter2"
+    assert read_secret(str(file), "--secret-file") == "hunter2"
 
 
 def test_a_secret_that_all_may_read_is_warned_about(tmp_path, caplog):
@@ -23,7 +23,7 @@ def test_a_secret_that_all_may_read_is_warned_about(tmp_path, caplog):
     file.write_text("hunter2")
     file.chmod(0o604)
     with caplog.at_level(logging.WARNING):
-        warn_if_open(str(file), "the secret")
+        read_secret(str(file), "--secret-file")
     assert "can be read by every user" in caplog.text
     assert "hunter2" not in caplog.text
 
@@ -33,7 +33,7 @@ def test_a_secret_that_all_may_read_is_warned_about(tmp_path, caplog):
     [
         (b"\n", ValueError, "empty"),
         (b"\xff", ValueError, "no text"),
-        (None, OSError, "cannot read"),
+        (None, OSError, "^--secret-file .*: No such file"),
     ],
 )
 def test_a_secret_that_cannot_be_read_is_named(tmp_path, content, error, says):
@@ -41,7 +41,16 @@ def test_a_secret_that_cannot_be_read_is_named(tmp_path, content, error, says):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(error, match=says):
-        read_secret(str(file), "the secret")
+        read_secret(str(file), "--secret-file")
+
+
+@pytest.mark.parametrize("url", ["foo", "localhost:6379", "http://localhost", "user:x@host"])
+def test_a_url_of_no_server_is_explained(url):
+    with pytest.raises(
+        ValueError, match=r"--redis must be a URL such as redis://host:6379/0"
+    ) as caught:
+        public_url(url)
+    assert (repr(url) in str(caught.value)) == ("@" not in url)  # it may be a password
 
 
 @pytest.mark.parametrize("url", ["redis://host:6379/0", "rediss://user@host", "unix:///s?db=1"])

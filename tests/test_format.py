@@ -11,6 +11,7 @@ from gateway_queue_sync.format import (
     format_clock,
     format_count,
     format_duration,
+    format_exact,
     format_ranges,
     format_time,
 )
@@ -49,6 +50,14 @@ def test_a_time_after_the_end_of_the_calendar_is_shown_as_a_duration():
 )
 def test_a_duration_is_never_shown_as_a_full_smaller_unit(duration, text):
     assert format_duration(duration) == text
+
+
+@pytest.mark.parametrize(
+    ("duration", "text"),
+    [(0.0, "0 s"), (5.25, "5.25 s"), (10.5, "10.5 s"), (59.996, "1 min 0 s"), (90.5, "1 min 30 s")],
+)
+def test_an_exact_duration_has_the_decimals_that_it_needs(duration, text):
+    assert format_exact(duration) == text
 
 
 def test_a_time_of_today_is_shown_without_its_day():

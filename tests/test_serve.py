@@ -262,7 +262,7 @@ def test_a_missing_secret_file_says_that_it_is_the_secrets(tmp_path, monkeypatch
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     missing = str(tmp_path / "none")
     assert main(["serve", "--state", str(tmp_path / "s"), "--secret-file", missing]) == 1
-    assert f"cannot read the secret file '{missing}'" in capsys.readouterr().err
+    assert f"--secret-file '{missing}': No such file" in capsys.readouterr().err
 
 
 def test_the_environment_wins_over_what_is_stored_and_a_restart_forgets_nothing(serving):
@@ -292,6 +292,18 @@ def test_the_limit_is_read_from_discord_and_again_at_each_reset(serving):
             assert ask_by_urllib(served.url) == BODY
         until(lambda: served.status()["limit"]["remaining"] in (697, 698), "the limit as read")
         assert TOKEN not in served.text
+
+
+def test_the_token_may_be_in_a_file(serving, tmp_path):
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    with discord() as api:
+        limit = {"total": 1000, "remaining": 700, "reset_after": 10**7, "max_concurrency": 2}
+        api.answers.append(answer({"session_start_limit": limit}))
+        file = str(tmp_path / "token")
+        served = serving("--base-url", api.url, "--token-file", file, *SHORT)
+        assert served.status()["limit"]["remaining"] == 700
+    assert f"the token is read from {file} (--token-file)" in served.text
+    assert TOKEN not in served.text
 
 
 def test_without_discord_a_restart_goes_by_the_stored_limit(serving, tmp_path):

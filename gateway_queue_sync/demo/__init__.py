@@ -13,6 +13,7 @@ from gateway_queue_sync.demo.display import choose_display
 from gateway_queue_sync.demo.fleet import Fleet
 from gateway_queue_sync.demo.gateway import Gateway
 from gateway_queue_sync.demo.summary import summary
+from gateway_queue_sync.format import sentence
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
@@ -84,7 +85,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "demo",
         help=what,
-        description=f"{what.capitalize()}. Exits with 0 if all started by the rules, else with 1.",
+        description=f"{sentence(what)}. Exits with 0 if all started by the rules, else with 1.",
     )
     parser.add_argument(
         "--shards",

@@ -6,6 +6,7 @@ Nothing is started and nothing is charged. A ``timeline`` tells it in the termin
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import sys
@@ -13,7 +14,9 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
+from gateway_queue_sync.environment import read_secret
 from gateway_queue_sync.errors import GatewayBotError
+from gateway_queue_sync.format import sentence
 from gateway_queue_sync.gateway_bot import GatewayBot
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
@@ -29,24 +32,38 @@ from gateway_queue_sync.planner.timeline import describe
 
 MAX_SHARDS = 1_000_000  # a few seconds' work
 SESSION_STARTS = 1000  # a day, as Discord has it
+STANDARD_OUTPUT = "-"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return 0 if the budget lasts, 1 if it does not or something cannot be had."""
+    """Run the command; return 0 if the budget lasts, 1 if it does not, 2 if something is wrong."""
+    was_on = gc.isenabled()
+    gc.disable()  # there may be a million values, and no cycles
+    try:
+        return _run(arguments)
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         limit = _limit(arguments)
         fleet = _fleet(arguments, limit)
     except GatewayBotError as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2
     except (TypeError, ValueError, OSError) as error:
         arguments.error(str(error))  # exits with 2
+    if arguments.svg == STANDARD_OUTPUT:
+        print(draw(fleet), end="", flush=True)
+        return 0 if fleet.plan.lasts else 1
     if arguments.svg is not None:
         try:
-            arguments.svg.write_text(draw(fleet), encoding="utf-8")
+            Path(arguments.svg).write_text(draw(fleet), encoding="utf-8")
         except OSError as error:
-            print(error, file=sys.stderr)
-            return 1
+            print(f"--svg {arguments.svg!r}: {error.strerror}", file=sys.stderr)
+            return 2
     if arguments.json:
         print(json.dumps(asdict(fleet.plan)), flush=True)
     else:
@@ -58,13 +75,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _limit(arguments: argparse.Namespace) -> SessionStartLimit:
     """Return Discord's limit, or its usual one, with what was said otherwise."""
+    if arguments.json and arguments.svg == STANDARD_OUTPUT:
+        raise ValueError("--svg - and --json both write to standard output")
     said = {
         name: getattr(arguments, name)
         for name in ("total", "remaining", "reset_after", "max_concurrency")
         if getattr(arguments, name) is not None
     }
     if arguments.token_file is not None:
-        token = arguments.token_file.read_text(encoding="utf-8", errors="replace")
+        token = read_secret(arguments.token_file, "--token-file")
         read = GatewayBot(token, base_url=arguments.base_url).session_start_limit()
         return replace(read, **said)
     if arguments.base_url is not None:
@@ -94,7 +113,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "plan",
         help=what,
-        description=f"{what.capitalize()}. Nothing is started. Exits with 0 if it lasts, else with 1.",
+        description=f"{sentence(what)}. Nothing is started. Exits with 0 if it lasts, with 1 "
+        "if it does not, and with 2 if that cannot be told.",
     )
     parser.add_argument(
         "--shards", type=int, required=True, metavar="N", help="how many shards are to start"
@@ -126,7 +146,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     limit.add_argument(
         "--token-file",
-        type=Path,
         metavar="FILE",
         help="a file that holds the bot's token: read the limit from Discord",
     )
@@ -153,7 +172,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SECONDS",
         help="what the queue adds to that (default: %(default)s)",
     )
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw a picture into this file")
+    parser.add_argument(
+        "--svg",
+        metavar="FILE",
+        help="draw a picture into this file; -: to standard output, instead",
+    )
     parser.add_argument(
         "--json", action="store_true", help="the plan's fields as JSON, instead of the summary"
     )

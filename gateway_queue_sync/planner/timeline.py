@@ -7,7 +7,7 @@ from datetime import datetime
 from itertools import chain, pairwise
 from textwrap import wrap
 
-from gateway_queue_sync.format import format_clock, format_duration, format_ranges, format_time
+from gateway_queue_sync.format import format_clock, format_exact, format_ranges, format_time
 from gateway_queue_sync.planner.fleet import Fleet, Instant
 
 MAX_ROWS = 20
@@ -30,11 +30,11 @@ def _summary(fleet: Fleet, now: datetime) -> Iterator[str]:
     plan = fleet.plan
     yield f"{fleet.title}, {fleet.window:g} s between two starts of a bucket"
     yield ""
-    yield f"first start  {format_time(now, plan.starts[0].at)}"
-    yield f"last start   {format_time(now, plan.last_at)}"
+    yield f"first start  {format_time(now, plan.starts[0].at, format_exact)}"
+    yield f"last start   {format_time(now, plan.last_at, format_exact)}"
     yield f"budget       {fleet.verdict}"
     for resets_in in plan.resets[:3]:
-        yield f"resets       {format_time(now, resets_in)}"
+        yield f"resets       {format_time(now, resets_in, format_exact)}"
     if plan.resets[3:]:
         yield f"resets       and {len(plan.resets) - 3} more times"
     yield ""
@@ -47,14 +47,15 @@ def _timeline(fleet: Fleet, width: int, encoding: str) -> Iterator[str]:
     per_row = -(-sum(len(run) for run in runs) // MAX_ROWS)
     rows = [[run[at : at + per_row] for at in range(0, len(run), per_row)] for run in runs]
     times = [row[0][0].at for row in chain.from_iterable(rows)]
-    alike = any(format_duration(a) == format_duration(b) for a, b in pairwise(times))
-    show = _Row(fleet, width, encoding, format_clock if alike else format_duration).show
+    alike = any(format_exact(a) == format_exact(b) for a, b in pairwise(times))
+    row = _Row(fleet, width, encoding, format_clock if alike else format_exact)
+    yield row.heading
     ends_at = 0.0
     for run, its_rows in zip(runs, rows, strict=True):
         waits = run[0][0].at - ends_at
         if waits > fleet.window:
-            yield f"{'...':>{TIME_WIDTH}}  {format_duration(waits)} until the limit resets"[:width]
-        yield from map(show, its_rows)
+            yield f"{'...':>{TIME_WIDTH}}  {format_exact(waits)} until the limit resets"[:width]
+        yield from map(row.show, its_rows)
         ends_at = run[-1][0].at
 
 
@@ -69,8 +70,9 @@ class _Row:
         self._width = width
         self._started = 0
         self._digits = len(str(fleet.shards))
-        self._left_digits = len(str(fleet.limit.total))
-        figures = TIME_WIDTH + 2 * self._digits + self._left_digits + 12
+        self._left_digits = max(len("left"), len(str(fleet.limit.total)))
+        self._started_width = max(len("started"), 2 * self._digits + 1)
+        figures = TIME_WIDTH + self._started_width + self._left_digits + 9
         self._bar = max(MIN_BAR, min(MAX_BAR, (width - figures) * 2 // 3))
         try:
             "".join(BLOCKS).encode(encoding)
@@ -78,6 +80,14 @@ class _Row:
         except UnicodeEncodeError:
             blocks = ASCII_BLOCKS
         self._now, self._past, self._later = blocks
+
+    @property
+    def heading(self) -> str:
+        """The names of the columns."""
+        return (
+            f"{'from':>{TIME_WIDTH}}  {'':{self._bar}}  {'started':>{self._started_width}}"
+            f"  {'left':>{self._left_digits}}  shards"
+        )[: self._width]
 
     def show(self, instants: list[Instant]) -> str:
         """Return the row for those who start at these instants."""
@@ -88,8 +98,8 @@ class _Row:
         bar = self._past * before + self._now * (after - before) + self._later * (self._bar - after)
         row = (
             f"{self._label(starts[0].at):>{TIME_WIDTH}}  {bar}"
-            f"  {self._started:{self._digits}}/{self._shards}"
-            f"  {starts[-1].remaining:{self._left_digits}} left"
+            f"  {f'{self._started}/{self._shards}':>{self._started_width}}"
+            f"  {starts[-1].remaining:{self._left_digits}}"
         )
         ids = format_ranges(sorted(start.shard_id for start in starts))
         room = self._width - len(row) - 2

@@ -13,7 +13,14 @@ import sys
 from collections.abc import Sequence
 
 import gateway_queue_sync
-from gateway_queue_sync import demo, planner, recipe_command, serve_command, status
+from gateway_queue_sync import (
+    demo,
+    limit_command,
+    planner,
+    recipe_command,
+    serve_command,
+    status,
+)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COMMANDS = (demo, planner, serve_command, status, limit_command, recipe_command)

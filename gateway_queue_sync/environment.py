@@ -18,8 +18,6 @@ REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 def read_secret(file: str, option: str) -> str:
     """Return the text of the file that an option names, and which holds a secret.
 
-    Logs a WARNING if every user may read it.
-
     Raises:
         OSError: it cannot be read.
         ValueError: it is empty, or no text.
@@ -32,15 +30,13 @@ def read_secret(file: str, option: str) -> str:
         raise ValueError(f"{option} {file!r} is no text") from None
     if not secret:
         raise ValueError(f"{option} {file!r} is empty")
-    if os.name == "posix" and mode & stat.S_IROTH:
-        log.warning("%s %r can be read by every user of this machine (chmod o-r)", option, file)
     return secret
 
 
-def warn_if_open(file: str, what: str) -> None:
-    """Warn if every user of this machine may read a file that holds a secret."""
+def warn_if_open(file: str, option: str) -> None:
+    """Warn if every user of this machine may read the file that an option names."""
     if os.name == "posix" and Path(file).stat().st_mode & stat.S_IROTH:
-        log.warning("%s file %r can be read by every user of this machine (chmod o-r)", what, file)
+        log.warning("%s %r can be read by every user of this machine (chmod o-r)", option, file)
 
 
 def public_url(url: str) -> str:

@@ -12,8 +12,8 @@ import re
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
-from gateway_queue_sync.ledgers.http import OUR_HEADER
-from gateway_queue_sync.ledgers.wire import MAX_NUMBER
+from gateway_queue_sync.ledgers.shared.http import OUR_HEADER
+from gateway_queue_sync.ledgers.shared.messages import MAX_NUMBER
 from gateway_queue_sync.models import Report, to_us
 
 MAX_HEAD = 8_192  # bytes

@@ -23,14 +23,7 @@ from gateway_queue_sync.broker.server import (
     Broker,
 )
 from gateway_queue_sync.broker.settings import BrokerSettings
-from gateway_queue_sync.environment import (
-    REDIS_URL,
-    SECRET,
-    public_url,
-    read_secret,
-    state_folder,
-    warn_if_open,
-)
+from gateway_queue_sync.environment import public_url, read_secret, state_folder, warn_if_open
 from gateway_queue_sync.errors import GatewayBotError, LedgerError
 from gateway_queue_sync.format import sentence
 from gateway_queue_sync.gateway_bot import GatewayBot
@@ -74,9 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     stop = _Stop()
     try:
         settings = _Settings.gathered(arguments, os.environ)
-        for file, what in ((arguments.secret_file, SECRET), (arguments.redis_file, REDIS_URL)):
+        for file, option in (
+            (arguments.secret_file, "--secret-file"),
+            (arguments.redis_file, "--redis-file"),
+        ):
             if file is not None:
-                warn_if_open(file, what)
+                warn_if_open(file, option)
         settings.log()
         queue = settings.queue()
     except (TypeError, ValueError, ImportError) as error:

@@ -13,13 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timedelta
 
-from gateway_queue_sync.environment import (
-    REDIS_URL,
-    SECRET,
-    public_url,
-    read_secret,
-    warn_if_open,
-)
+from gateway_queue_sync.environment import public_url, read_secret, warn_if_open
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.format import format_duration, format_ranges, format_time, sentence
 from gateway_queue_sync.ledgers.remote import peek
@@ -68,9 +62,14 @@ def ledger_of(arguments: argparse.Namespace) -> Backend:
     if arguments.redis is not None:
         return redis_backend(public_url(arguments.redis), settings)
     if arguments.redis_file is not None:
-        return redis_backend(read_secret(arguments.redis_file, "--redis-file"), settings)
+        backend = redis_backend(read_secret(arguments.redis_file, "--redis-file"), settings)
+        warn_if_open(arguments.redis_file, "--redis-file")
+        return backend
     secret = arguments.secret_file and read_secret(arguments.secret_file, "--secret-file")
-    return http_backend(arguments.url, secret, settings)
+    backend = http_backend(arguments.url, secret, settings)
+    if secret:
+        warn_if_open(arguments.secret_file, "--secret-file")
+    return backend
 
 
 def _show(backend: Backend, arguments: argparse.Namespace) -> bool:

@@ -23,7 +23,7 @@ def test_a_secret_that_all_may_read_is_warned_about(tmp_path, caplog):
     file.write_text("hunter2")
     file.chmod(0o604)
     with caplog.at_level(logging.WARNING):
-        read_secret(str(file), "--secret-file")
+        warn_if_open(str(file), "--secret-file")
     assert "can be read by every user" in caplog.text
     assert "hunter2" not in caplog.text
 

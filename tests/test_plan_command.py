@@ -341,7 +341,9 @@ def test_the_budget_falls_to_what_is_left_and_rises_at_resets():
 
 
 def test_the_reserve_is_a_line_of_its_own():
-    assert "reserve 50" in texts(drawn(fleet(64, remaining=120, reset_after=60.0, buckets=16, reserve=50)))
+    assert "reserve 50" in texts(
+        drawn(fleet(64, remaining=120, reset_after=60.0, buckets=16, reserve=50))
+    )
     assert "reserve 50, below" in texts(drawn(FLEETS["whole waves"]))
     assert not any("reserve" in text for text in texts(drawn(FLEETS["a thousand"])))
 

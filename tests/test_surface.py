@@ -67,6 +67,7 @@ FLOORS = [
     ["planner.fleet"],
     ["planner.picture", "planner.timeline"],
     ["demo", "planner", "recipe_command", "status"],
+    ["limit_command"],
     ["cli"],
     ["__main__"],
 ]

@@ -65,8 +65,10 @@ class WaitingRoom:
         self.positions.expire(now_us)
         while self._held and next(iter(self._held.values()))[0] < now_us - HELD_US:
             self._held.popitem(last=False)
-        resets_in = self.exhausted_for()
-        for one in list(self.clients) if resets_in else ():
+        left = self.scheduler.ledger.budget()
+        if left is None or left.remaining > self.scheduler.reserve or not left.resets_in_us:
+            return
+        for one in list(self.clients):
             if not one.client.legacy:
                 one.exhausted(left.resets_in_us / US_PER_SECOND)
 

@@ -1,9 +1,9 @@
-"""Let the shards of a threaded Discord bot identify when they may, and never when they may not.
+"""A queue for the IDENTIFYs of a threaded Discord bot: each shard waits until it may send one.
 
-The thread of a shard asks before it sends::
+The thread of a shard acquires a permit before it sends::
 
     queue = LocalQueue()
-    with queue.acquire(shard_id):      # blocks this thread until its shard may identify
+    with queue.acquire(shard_id):      # blocks this thread until the shard may identify
         websocket.send(identify)
 """
 

@@ -1,6 +1,6 @@
-"""What threads wait with: a clock, the conditions that wait by it, and the lock below them.
+"""The clock, the conditions with which threads wait for it, and the lock of these conditions.
 
-They belong together: a clock that can only be read cannot wake a thread (see ``testing.FakeClock``).
+They are in one module because a clock for tests has to wake threads, too (``testing.FakeClock``).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ T = TypeVar("T")
 FOREVER_US = 1 << 62
 """A time that never comes."""
 
-MAX_INTERRUPTS = 100  # of one change of the state
+MAX_INTERRUPTS = 100  # how often one change is repeated
 
 
 @contextlib.contextmanager
 def if_slow(delay: float, call: Callable[[], object]) -> Iterator[None]:
     """Call something if the block takes longer than ``delay`` seconds.
 
-    The call has a thread of its own, because a look-up or a connect blocks this one. If no thread can be
-    started, nothing is called.
+    The call has a thread of its own, because this one is blocked. If no thread can be started,
+    nothing is called.
     """
     timer = threading.Timer(delay, call)
     timer.daemon = True
@@ -41,7 +41,7 @@ def if_slow(delay: float, call: Callable[[], object]) -> Iterator[None]:
 
 
 class Lock(Protocol):
-    """A reentrant lock, as a ``threading.Condition`` takes it."""
+    """A reentrant lock that a ``threading.Condition`` can use."""
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
         """Take it."""
@@ -57,13 +57,13 @@ class Lock(Protocol):
 
 
 class OwnedLock:
-    """A reentrant lock that knows which thread holds it, also while a condition waits on it.
+    """A reentrant lock that knows which thread holds it, also during the wait of a condition.
 
-    Reentrant, because Ctrl-C while a Condition over a plain Lock takes it again leaves ``wait`` without
-    it and breaks exclusion (CPython #118433). CPython 3.14 may raise an interrupt between taking a lock
-    and entering its ``with`` block (#148874), and ``Condition.wait`` may end without the lock if it is
-    interrupted right after releasing it. So the lock is taken inside of ``try``, and released in
-    ``finally`` whether or not it is held.
+    The reasons are three problems of CPython. With a plain lock, Ctrl-C while ``Condition.wait`` takes
+    the lock again makes ``wait`` return without it (#118433); so the lock is reentrant. 3.14 may raise
+    an interrupt between taking a lock and entering its ``with`` block (#148874), and
+    ``Condition.wait`` may return without the lock if it is interrupted right after releasing it. So the
+    lock is taken inside ``try`` and released in ``finally``, whether or not it is held.
 
     Attributes:
         owner: the thread that holds it, 0 if none does; set by the thread that takes it.
@@ -74,17 +74,17 @@ class OwnedLock:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Be free, whoever held it: for a forked child, in which that thread may not exist."""
+        """Release the lock in a forked child, where the thread that held it may not exist."""
         self._lock: Any = threading.RLock()
         self.acquire, self.release = self._lock.acquire, self._lock.release
         self.owner = 0
 
     def is_held(self) -> bool:
-        """Return whether this thread holds it: a signal handler or finalizer that does interrupts it."""
+        """Return whether this thread holds it. A signal handler may interrupt the holder."""
         return self.owner == self._get_ident()
 
     def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Do something with the lock held; never called by a thread that holds it.
+        """Call a function with the lock held. A thread that holds the lock must not call this.
 
         Between the beginning of ``finally`` and the release there is no call, and so no interrupt.
         """
@@ -103,10 +103,10 @@ class OwnedLock:
                 pass  # an interrupt came before the lock was taken; it goes on from here
 
     def complete(self, change: Callable[[], object]) -> None:
-        """Make a change of the state, and its wake-ups, whatever interrupts.
+        """Make a change, including its wake-ups, as one unit.
 
-        If an exception interrupts the change, it is repeated, and the exception is raised afterwards.
-        The change must be idempotent.
+        If an exception interrupts the change, the change is repeated until it is complete, and then
+        the exception is raised. So the change must be idempotent.
         """
         interrupt: BaseException | None = None
         left = MAX_INTERRUPTS
@@ -167,7 +167,7 @@ def start(thread: threading.Thread) -> None:
 
 
 class Clock(Protocol):
-    """What a queue asks of a clock."""
+    """The clock of a queue."""
 
     def now_us(self) -> int:
         """Return microseconds on a clock that is never set, from any origin."""
@@ -176,7 +176,7 @@ class Clock(Protocol):
         """Return microseconds since the Unix epoch on the clock people read."""
 
     def condition(self, lock: Lock) -> threading.Condition:
-        """Return a condition over ``lock`` whose timed waits end by this clock."""
+        """Return a condition with this lock, whose timed waits end by this clock."""
 
     def inside(self, *, worker: bool = False) -> AbstractContextManager[object]:
         """Return a context in which a thread is inside the queue.
@@ -201,7 +201,7 @@ def _unfrozen(name: str, clock_id: str) -> Callable[[], int]:
 
 
 EARLY = 0.000_2
-"""Seconds. Linux ends timed waits 50 µs late (timer slack), and a thread needs longer still to wake."""
+"""Seconds. Linux ends timed waits 50 µs late (timer slack), and then the thread still has to wake."""
 
 
 def make_small(condition: threading.Condition) -> None:
@@ -212,7 +212,7 @@ def make_small(condition: threading.Condition) -> None:
 class PromptCondition(threading.Condition):
     """A condition whose timed waits end a little early, so that the thread is awake in time.
 
-    Who waits on it looks at the clock, and waits again for what is left.
+    The waiting thread checks the clock and waits again for the rest.
     """
 
     def __init__(self, lock: Lock) -> None:
@@ -230,8 +230,8 @@ _NOTHING = contextlib.nullcontext()
 class SystemClock:
     """The machine's own clocks: a monotonic one for waiting, wall time for what outlives a process.
 
-    The monotonic one counts the time for which the machine was suspended, too, where there is such a
-    clock (Linux): a limit resets while a laptop sleeps.
+    On Linux the monotonic one includes the time for which the machine was suspended, since a limit is
+    reset while a laptop sleeps, too.
     """
 
     now_us = staticmethod(

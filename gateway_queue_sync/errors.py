@@ -1,13 +1,13 @@
-"""What can go wrong, as exceptions that carry their figures, explain themselves, and pickle."""
+"""The exceptions. Each has its figures as attributes, explains them in its text, and can be pickled."""
 
 from __future__ import annotations
 
 
 class GatewayQueueError(Exception):
-    """The base of every error that a queue raises on purpose."""
+    """The base class of all errors that are particular to this package."""
 
     def _fields(self) -> tuple[object, ...]:
-        """Return the arguments that make this error anew: what pickling keeps."""
+        """Return the arguments that make an equal error, for pickling."""
         return self.args
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -18,12 +18,13 @@ class GatewayQueueError(Exception):
 
 
 class AcquireTimeout(GatewayQueueError, TimeoutError):
-    """No permit came within the timeout. Nothing was used up by waiting.
+    """No permit came within the timeout. The wait used up nothing.
 
     Attributes:
         shard_id: the shard that asked.
-        timeout: how long it was willing to wait, in seconds.
-        eta: seconds until its permit would have come; ``None`` if unknown, or behind 100 others.
+        timeout: the timeout of the call, in seconds.
+        eta: seconds until the permit would have come; ``None`` if that is unknown, or if 100 or more
+            others come first.
     """
 
     def __init__(self, shard_id: int, timeout: float, eta: float | None = None) -> None:
@@ -42,14 +43,14 @@ class AcquireTimeout(GatewayQueueError, TimeoutError):
 
 
 class QueueClosed(GatewayQueueError, RuntimeError):
-    """The queue was closed, before the call or while it waited. No permit was used up."""
+    """The queue was closed before the call or while it waited. No permit was used up."""
 
     def __init__(self, message: str = "the queue is closed: it grants no more permits") -> None:
         super().__init__(message)
 
 
 class SessionLimitExhausted(GatewayQueueError):
-    """The session start limit is used up (but for the reserve) until it resets.
+    """No session start is left until the limit resets, except for the reserve.
 
     Raised by queues made with ``when_exhausted="raise"``. Discord resets the token of a bot that
     goes past its limit (https://discord.com/developers/docs/topics/gateway, *Session Start Limit*).
@@ -77,14 +78,15 @@ class SessionLimitExhausted(GatewayQueueError):
 
 
 class GatewayBotError(GatewayQueueError):
-    """``GET /gateway/bot`` gave no session start limit. Never holds the token.
+    """``GET /gateway/bot`` did not return a session start limit. The error never contains the token.
 
     Args:
         message: what went wrong, in a sentence.
-        status: the HTTP status that Discord answered with, or ``None`` if it did not answer.
-        retry_after: the seconds that Discord asked to wait before the next request, or ``None``.
+        status: the HTTP status of Discord's answer, or ``None`` if there was no answer.
+        retry_after: seconds to wait before the next request, if Discord asked for that, or ``None``.
 
-    Both are attributes, too.
+    Attributes:
+        status, retry_after: the arguments of the same names.
     """
 
     def __init__(
@@ -99,14 +101,14 @@ class GatewayBotError(GatewayQueueError):
 
 
 class LedgerError(GatewayQueueError):
-    """A ledger shared by processes is out of reach or answers nonsense.
+    """A shared ledger (a file, a server or a broker) cannot be reached or used.
 
     Always raised ``from`` its cause. No permit was granted.
     """
 
 
 def reentered() -> RuntimeError:
-    """Return the error for whoever calls a queue while it is inside a call to it."""
+    """Return the error for a call from inside another call to the same queue."""
     return RuntimeError(
         "the queue was called in a thread that is inside another call to it (by a signal handler, a "
         "finalizer or an observer); set a flag there instead, or use another thread"
@@ -114,12 +116,12 @@ def reentered() -> RuntimeError:
 
 
 def worker_blocked() -> RuntimeError:
-    """Return the error for whoever would wait for a queue in its worker."""
+    """Return the error for a call that would block the worker that it waits for."""
     return RuntimeError("a future's callback must not block on the queue that serves it")
 
 
 def forked(owner: str) -> RuntimeError:
-    """Return the error for a process that was forked from the one that made the queue."""
+    """Return the error for a call in a child process to a queue that its parent made."""
     return RuntimeError(
         f"this {owner} was made before the process forked, or the process was forked inside this call: "
         "the permit belongs to the parent; to share a queue over processes use SqliteQueue"

@@ -1,10 +1,10 @@
-"""What an observer is given: one frozen value for each thing that happens in a queue.
+"""The events that an observer gets: frozen values, one for each thing that happens in a queue.
 
-An observer is one callable that takes an event. It is called without any lock held, in the thread in
-which the thing happened, so it must be quick, and it must not wait for a permit itself. For a future
-that waits, that is the queue's worker. If an observer raises, the error is logged and the queue goes
-on. A permit that is older than the margin when its observer returns is given back and asked for again;
-``ShardGranted`` is sent once for it.
+An observer is a callable that takes one event. The queue calls it without holding a lock, in the thread
+in which the event happened; for a future that waits, in the queue's worker. So an observer must be
+quick, and it must not wait for a permit. If it raises, the error is logged and the queue continues. If
+a permit is older than the margin when the observer returns, it is given back and the shard waits again;
+``ShardGranted`` is not sent a second time for that.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ LeaveReason = Literal["timeout", "cancelled", "interrupted", "closed", "exhauste
 
 @dataclass(frozen=True, slots=True)
 class ShardWaiting:
-    """A shard joined a line.
+    """A shard has to wait.
 
     Attributes:
         shard_id: the shard.
         bucket: the bucket that it waits for.
-        position: how many are before it.
-        eta: seconds until its permit should come, ``None`` if that is unknown.
-        waiter: a number that tells this call from all others of the process; not compared.
+        position: how many waiters come before it.
+        eta: seconds until its permit should come; ``None`` if that is unknown.
+        waiter: the number of the call, unique in the process; ignored when events are compared.
     """
 
     shard_id: int
@@ -45,8 +45,8 @@ class ShardGranted:
         shard_id: the shard.
         bucket: the bucket it was granted in.
         waited: seconds since it asked.
-        remaining: session starts left, ``None`` if no budget is kept.
-        waiter: a number that tells this call from all others of the process; not compared.
+        remaining: session starts left; ``None`` if the queue has no limit.
+        waiter: the number of the call, unique in the process; ignored when events are compared.
     """
 
     shard_id: int
@@ -64,7 +64,7 @@ class ShardLeft:
         shard_id: the shard.
         waited: seconds since it asked.
         reason: why it left.
-        waiter: a number that tells this call from all others of the process; not compared.
+        waiter: the number of the call, unique in the process; ignored when events are compared.
     """
 
     shard_id: int
@@ -75,13 +75,13 @@ class ShardLeft:
 
 @dataclass(frozen=True, slots=True)
 class PermitReported:
-    """The holder of a permit said what became of it.
+    """A permit was reported as sent, unused or rejected.
 
     Attributes:
         shard_id: the shard.
         bucket: the bucket it was granted in.
-        report: what became of the permit.
-        waiter: a number that tells this call from all others of the process; not compared.
+        report: the report.
+        waiter: the number of the call, unique in the process; ignored when events are compared.
     """
 
     shard_id: int
@@ -92,11 +92,11 @@ class PermitReported:
 
 @dataclass(frozen=True, slots=True)
 class BudgetExhausted:
-    """The session start limit is used up, except for the reserve.
+    """No session start is left until the limit resets, except for the reserve.
 
     Attributes:
-        remaining: session starts left, the reserve.
-        resets_in: seconds until it resets.
+        remaining: session starts left; all of them are reserved.
+        resets_in: seconds until the limit resets.
     """
 
     remaining: int
@@ -105,17 +105,17 @@ class BudgetExhausted:
 
 @dataclass(frozen=True, slots=True)
 class LimitUpdated:
-    """The queue adopted a limit, from ``update`` or from ``refresh``.
+    """The queue took over a limit from ``update``, or one that was read.
 
     Attributes:
-        limit: the limit, as it was given.
+        limit: the limit as it was passed or read.
     """
 
     limit: SessionStartLimit
 
 
 Event = ShardWaiting | ShardGranted | ShardLeft | PermitReported | BudgetExhausted | LimitUpdated
-"""Whatever an observer is given."""
+"""Any event."""
 
 Observer = Callable[[Event], None]
 """Any callable that takes an event."""

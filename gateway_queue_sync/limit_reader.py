@@ -1,4 +1,4 @@
-"""When the session start limit is read: in a thread of its own, so that nobody waits for it."""
+"""Reads the session start limit, in a thread of its own so that no caller waits for Discord."""
 
 from __future__ import annotations
 
@@ -23,27 +23,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("gateway_queue_sync")
 
 PATIENCE_US = 5 * US_PER_SECOND
-"""How long a reset waits for the limit to be read; then the last known total counts."""
+"""How long permits wait for a read after a reset. Then the last known total counts."""
 
 FIRST_PAUSE_US = 5 * US_PER_SECOND
 MAX_PAUSE_US = 300 * US_PER_SECOND
 MAX_RETRY_AFTER = 86_400.0
 WRONG_TOKEN = 401  # the status of the answer
-WARN_AFTER = 1.0  # s until the log says what a constructor waits for
-FIRST_LOOK, MAX_LOOK = (
-    0.005,
-    0.25,
-)  # s after which it looks whether another process has read the limit
+WARN_AFTER = 1.0  # s, until a WARNING says what the constructor waits for
+FIRST_LOOK, MAX_LOOK = 0.005, 0.25  # s, pauses between checks whether another process has read it
 
 
 class LimitReader:
     """Reads the limit, one read at a time, with growing pauses after failures.
 
     Attributes:
-        due_us: when to read next, if the queue is used then; ``FOREVER_US`` while a read goes on.
-        reading: whether a read goes on.
-        outdated: a limit was given since the read began, so what is read does not count.
-        error: why the latest read failed, ``None`` if it did not.
+        due_us: when to read next, if the queue is used then; ``FOREVER_US`` during a read.
+        reading: whether a read is under way.
+        outdated: ``update`` was called since the read began, so the result of the read is ignored.
+        error: why the latest read failed; ``None`` if it succeeded.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -54,23 +51,23 @@ class LimitReader:
         self._pause_us = self._sent_us = 0
         self.reading = self.outdated = self._warned = False
         self.error: BaseException | None = None
-        self._has_limit = True  # as the latest read began
+        self._has_limit = True  # when the latest read began
         self.due_us = min(self._now_us() + self._reread_us, FOREVER_US)
         self._unlogged: tuple[int, BaseException, int] | None = None  # the latest failure
 
     def can_read(self, now_us: int) -> bool:
-        """Return whether a reset may wait for a read: none failed just now, and none takes too long."""
+        """Return whether permits should wait for a read: none has failed just now or takes too long."""
         resting = self._pause_us > 0 and now_us < self.due_us
         return not resting and not (self.reading and now_us - self._sent_us >= PATIENCE_US)
 
     def read_if_due(self, scheduler: Scheduler, now_us: int) -> None:
-        """Read if it is time to, or a reset is due; with the scheduler's lock held."""
+        """Read if that is due, or if a reset is. The scheduler's lock is held."""
         local = scheduler.local
         if now_us >= self.due_us or (local is not None and local.is_reset_due(now_us)):
             self.read(scheduler, now_us)
 
     def read(self, scheduler: Scheduler, now_us: int) -> None:
-        """Read in a new thread, unless a read goes on or failed just now; with the lock held."""
+        """Read in a new thread, unless a read is under way or has failed just now. The lock is held."""
         if self.reading or not self.can_read(now_us):
             return
         try:
@@ -83,9 +80,9 @@ class LimitReader:
             )
             start(thread)
         except BaseException as error:
-            self.reading, self.due_us = False, now_us  # if an interrupt comes once more
+            self.reading, self.due_us = False, now_us  # first, in case another interrupt comes
             self._failed(error)
-            if not isinstance(error, RuntimeError):  # the system gives no more threads
+            if not isinstance(error, RuntimeError):  # no thread can be started
                 raise
 
     def _read(self, ref: weakref.ref[Scheduler], sent_us: int) -> None:
@@ -101,7 +98,7 @@ class LimitReader:
             self._take_in(scheduler, limit, sent_us)
 
     def _take_in(self, scheduler: Scheduler, limit: SessionStartLimit | None, sent_us: int) -> None:
-        """Take in a limit that was read, unless an ``update`` is newer; ``None`` if that failed."""
+        """Pass on a limit that was read (``None``: the read failed), unless an ``update`` is newer."""
         event: Event | None = None
         ignored = 0
 
@@ -130,7 +127,7 @@ class LimitReader:
         self._warned = ignored > 0
 
     def _succeeded(self, *, confirmed: bool) -> None:
-        """Note that a read succeeded; one that is not ``confirmed`` is repeated soon."""
+        """Note that a read succeeded. If it is not ``confirmed``, it is repeated in a minute."""
         self._pause_us, self.error = 0, None
         pause_us = self._reread_us if confirmed else CONFIRM_US
         self.due_us = min(self._now_us() + pause_us, FOREVER_US)
@@ -149,7 +146,7 @@ class LimitReader:
         self._unlogged = (logging.WARNING if first else logging.INFO, error, pause_us)
 
     def log_failure(self) -> None:
-        """Log a failed read, a warning for the first of several; without the scheduler's lock."""
+        """Log a failed read, the first of several as WARNING. The scheduler's lock must not be held."""
         unlogged, self._unlogged = self._unlogged, None
         if unlogged is None:
             return
@@ -167,21 +164,21 @@ class LimitReader:
 
 
 def wait_for_limit(scheduler: Scheduler, *, raises: bool) -> None:
-    """Wait until the limit is known and, if this process reads it, read: 5 seconds at most.
+    """Wait for the first limit for at most 5 seconds, or for a newer one for at most 1 second.
 
-    If a limit is known, 1 second at most. If the limit cannot be read, or the ledger is out of reach,
-    this returns, unless it ``raises`` and no limit is known.
+    If it cannot be read, or the ledger cannot be reached, this returns. But if no limit is known, and
+    ``raises`` is true, it raises.
 
     Raises:
         GatewayBotError: the token is wrong; the limit could not be read.
-        LedgerError: the ledger is out of reach.
+        LedgerError: the ledger cannot be reached.
         ValueError: the limit's total is not more than the reserve.
     """
     reader = scheduler.reader
     assert reader is not None
 
     def warn() -> None:
-        if not reader.reading:  # else the reader says so
+        if not reader.reading:  # else the reader logs that
             log.warning("waiting for the session start limit, which another process reads")
 
     with if_slow(WARN_AFTER, warn):
@@ -192,7 +189,7 @@ def wait_for_limit(scheduler: Scheduler, *, raises: bool) -> None:
 
 
 def _wait_for(reader: LimitReader, scheduler: Scheduler) -> BaseException | None:
-    """Wait for a limit, and return why it did not come, if that is known."""
+    """Wait for a limit. Return why there is none, if that is known."""
     ledger, remote = scheduler.ledger, scheduler.remote
     since_us, pause = SYSTEM_CLOCK.now_us(), FIRST_LOOK
     while reader.reading or ledger.budget() is None:
@@ -212,6 +209,6 @@ def _wait_for(reader: LimitReader, scheduler: Scheduler) -> BaseException | None
 
 
 def _is_final(failure: BaseException) -> bool:
-    """Return whether it makes no sense to read again."""
+    """Return whether reading again would not help."""
     wrong_token = isinstance(failure, GatewayBotError) and failure.status == WRONG_TOKEN
     return wrong_token or isinstance(failure, ValueError)

@@ -1,7 +1,7 @@
-"""What is left of the session start limit, and what a limit that was read means. Pure arithmetic.
+"""The session start limit of an account: what is left, and how a limit that was read changes it.
 
-Discord's answer may lag behind, other programs may start sessions with the same token, and a proxy
-may answer for Discord. So what is read never gives an account more than both sides agree on.
+Pure arithmetic. Discord's answer may lag, other programs may start sessions with the same token, and a
+proxy may answer for Discord. So of what was counted and what was read, the smaller number counts.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from gateway_queue_sync.token_bucket import Account, TokenBucket, resets_in, uns
 MIN_REREAD_US = 1 * US_PER_SECOND
 
 SAME_RESET_US = 300 * US_PER_SECOND
-"""Two resets that are no further apart are one."""
+"""Two resets that are at most so far apart count as the same."""
 
 CONFIRM_US = 60 * US_PER_SECOND
-"""How much later a second read must confirm another reset."""
+"""How much later a second read must confirm a reset that differs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What is left to grant; a reset that is due shows as done."""
+    """What is left of the limit. A reset that is due counts as done."""
 
     total: int
     remaining: int
@@ -30,7 +30,7 @@ class Budget:
 
 
 def budget(account: Account, wall_us: int) -> Budget | None:
-    """Return the budget as it is now, ``None`` if no limit is kept."""
+    """Return what is left now, ``None`` if the account has no limit."""
     if account.total is None:
         return None
     resets_in_us = resets_in(account, wall_us)
@@ -39,7 +39,7 @@ def budget(account: Account, wall_us: int) -> Budget | None:
 
 
 def adopt(account: Account, limit: SessionStartLimit, wall_us: int) -> None:
-    """Take a limit as it is given; its period begins, with nothing used of it by this account."""
+    """Replace the limit. A new period begins, of which this account has used nothing."""
     reset_us = to_us(limit.reset_after)
     untouched = limit.remaining == limit.total and reset_us == 0
     resets_at_us = None if untouched else wall_us + reset_us
@@ -52,9 +52,9 @@ def adopt(account: Account, limit: SessionStartLimit, wall_us: int) -> None:
 
 
 def rebucket(account: Account, max_concurrency: int) -> None:
-    """Lay out other buckets, if there are others: each starts from the latest grant of all.
+    """Replace the buckets, if their number differs. Each new one starts from the latest grant of all.
 
-    Each goes on with the longest row of rejections, too.
+    Each new one also continues the longest row of rejections.
     """
     if max_concurrency == account.max_concurrency:
         return
@@ -80,13 +80,13 @@ def read(account: Account, limit: SessionStartLimit, sent_us: int, now_us: int) 
 
     What is left is the smaller of ``total`` less all own permits of the period, and ``remaining``
     less those of the last minute before the request, which Discord may not have seen. So each permit
-    counts, and so do the starts of other programs. Two resets within 5 minutes are one, and the later
-    counts. A different reset counts only if a second read a minute later shows it again; until then the
-    smaller numbers count. Otherwise a bot that crashes in a loop would win session starts from an
-    answer that lags behind.
+    counts, and so do the session starts of other programs. Of two resets that are at most 5 minutes
+    apart, the later counts. Another reset counts only if a second read a minute later shows it again;
+    until then the smaller numbers count. Otherwise a bot that crashes in a loop would get session
+    starts from an answer that lags.
 
-    Returns false if the limit should be read again in a minute: to confirm its reset, or because it was
-    read too soon after own permits to know what is left.
+    Returns false if the limit should be read again in a minute: to confirm a reset, or because permits
+    were granted too shortly before the read to know what is left.
     """
     since_us = sent_us - unseen_us(account)
     recent = {
@@ -119,12 +119,12 @@ def read(account: Account, limit: SessionStartLimit, sent_us: int, now_us: int) 
 
 
 def ignored(account: Account, limit: SessionStartLimit) -> int:
-    """Return how many of the session starts that were just read do not count as left."""
+    """Return how many session starts are left by the read, but not by the account."""
     return max(0, limit.remaining - len(account.recent or ()) - account.remaining)
 
 
 def _begin_period(account: Account, limit: SessionStartLimit, used: int, now_us: int) -> bool:
-    """Adopt what was read as the limit of a period in which this account has used so many starts."""
+    """Begin the period that was read, of which this account has used so many session starts."""
     recent = len(account.recent or ())
     left = max(0, min(limit.total - used, limit.remaining - recent))
     if limit.reset_after == 0 and limit.remaining < limit.total:  # an answer from before the reset

@@ -1,4 +1,4 @@
-"""Lines: who waits for which bucket, in what order. Plain data; the scheduler's lock protects it."""
+"""Lines: the waiters of each bucket, in order. Plain data, which the scheduler's lock protects."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ class Waiter:
     Attributes:
         shard_id: the shard.
         arrived_us: when it arrived.
-        position_us: the sort key of its line: arrival less priority; then its number.
+        position_us: the sort key in its line: arrival minus priority. Of equal ones, the smaller
+            ``number`` comes first.
         future: completed with the permit; ``None`` for a thread.
-        once: it asks once and then leaves.
-        hold_us: how long its bucket stays closed at most until its holder reports; 0: it does not.
-        number: tells it from all other waiters of the process.
-        condition: wakes the thread; made when it first sleeps.
+        once: it asks once and then leaves (``timeout=0``).
+        hold_us: for how long its bucket is closed until its holder reports; 0: not at all.
+        number: its number, unique in the process.
+        condition: wakes the thread; created when the thread first sleeps.
         ask_at_us: when it may ask the ledger, if it is the head of its line.
-        permit: granted to it, and not handed over yet.
-        error: what to raise in place of a permit.
+        permit: a permit that was granted to it and is not handed over yet.
+        error: the exception to raise instead of handing over a permit.
         entry: its entry in a line, ``None`` while it is in none.
     """
 
@@ -50,9 +51,9 @@ class Waiter:
 
 
 class Line:
-    """Those waiting for one bucket: a heap, in which an entry that its waiter has left is skipped.
+    """The waiters for one bucket: a heap. The entry of a waiter that has left is skipped.
 
-    So joining, leaving and taking the head cost the same (or a logarithm) at any length.
+    So joining, leaving and finding the head take logarithmic time at most.
     """
 
     __slots__ = ("_heap", "_last", "_left")
@@ -60,11 +61,11 @@ class Line:
     def __init__(self) -> None:
         self._heap: list[Entry] = []
         self._left = 0  # entries whose waiters have left
-        self._last: tuple[int, int] = (0, -1)  # the rearmost position that was ever taken
+        self._last: tuple[int, int] = (0, -1)  # the last position that any waiter has had
 
     @property
     def head(self) -> Waiter | None:
-        """Who comes next, or ``None`` if nobody waits."""
+        """The first waiter, ``None`` if there is none."""
         heap = self._heap
         while heap:
             entry = heap[0]
@@ -75,14 +76,14 @@ class Line:
         return None
 
     def join(self, waiter: Waiter) -> None:
-        """Stand in line, at the waiter's position."""
+        """Add a waiter at its position."""
         entry = waiter.position_us, waiter.number, waiter
         waiter.entry = entry  # assigned first: an interrupt can come after the call
         heapq.heappush(self._heap, entry)
         self._last = max(self._last, entry[:2])
 
     def leave(self, waiter: Waiter) -> None:
-        """Stand in line no longer."""
+        """Remove a waiter."""
         waiter.entry = None
         self._left += 1
         if self._left > max(16, len(self._heap) // 2):  # else a blocked line would only grow
@@ -91,7 +92,7 @@ class Line:
             self._heap, self._left = heap, 0
 
     def first(self, count: int) -> list[Waiter]:
-        """Return the first of those who wait, in order."""
+        """Return the first waiters, in order."""
         found: list[Waiter] = []
         unseen = [(self._heap[0], 0)] if self._heap else []
         while unseen and len(found) < count:
@@ -103,11 +104,11 @@ class Line:
         return found
 
     def entries(self) -> Iterator[Entry]:
-        """Yield the entries of those who wait, in no order."""
+        """Yield the entries of all waiters, unordered."""
         return (entry for entry in self._heap if entry[2].entry is entry)
 
     def position(self, waiter: Waiter, at_most: int | None = None) -> int:
-        """Return how many wait before this one, who stands or stood here; stop at ``at_most``."""
+        """Return how many waiters come before this one, which is or was here; at most ``at_most``."""
         key = waiter.position_us, waiter.number
         if key >= self._last:
             return len(self) - (waiter.entry is not None)
@@ -125,7 +126,7 @@ class Line:
 
 
 class Lines:
-    """The line of each bucket for which somebody waits, for one ``max_concurrency``."""
+    """The lines of all buckets that have waiters, for one ``max_concurrency``."""
 
     __slots__ = ("by_bucket", "max_concurrency")
 
@@ -136,7 +137,7 @@ class Lines:
             self.join(waiter)
 
     def join(self, waiter: Waiter) -> None:
-        """Stand in the line of the waiter's bucket."""
+        """Add a waiter to the line of its bucket."""
         number = waiter.shard_id % self.max_concurrency
         line = self.by_bucket.get(number)
         if line is None:
@@ -144,7 +145,7 @@ class Lines:
         line.join(waiter)
 
     def leave(self, waiter: Waiter) -> Waiter | None:
-        """Stand in line no longer; return the head if the waiter stood before it, also if repeated."""
+        """Remove a waiter. Return the new head if the waiter came before it, also when repeated."""
         number = waiter.shard_id % self.max_concurrency
         line = self.by_bucket.get(number)
         if line is None:
@@ -159,7 +160,7 @@ class Lines:
         return None
 
     def head(self, shard_id: int) -> Waiter | None:
-        """Return the head of the line of a shard's bucket, ``None`` if nobody waits there."""
+        """Return the head of the line of a shard's bucket, ``None`` if it has no waiter."""
         line = self.by_bucket.get(shard_id % self.max_concurrency)
         return None if line is None else line.head
 
@@ -173,19 +174,19 @@ class Lines:
         return [head for head in heads if head is not None]
 
     def waiters(self) -> list[Waiter]:
-        """Return all who wait, by position."""
+        """Return all waiters, by position."""
         entries = (entry for line in self.by_bucket.values() for entry in line.entries())
         return [entry[2] for entry in sorted(entries)]
 
     def copy(self) -> dict[int, list[Entry]]:
-        """Return the entries of each bucket, in no order, without the heads that have a permit."""
+        """Return the entries of each bucket, unordered, without heads that have their permit."""
         return {
             number: [entry for entry in line.entries() if entry[2].permit is None]
             for number, line in self.by_bucket.items()
         }
 
     def position(self, waiter: Waiter, at_most: int | None = None) -> int:
-        """Return how many come before a waiter; a head that has its permit does not count."""
+        """Return how many come before a waiter, without a head that has its permit."""
         line = self.by_bucket.get(waiter.shard_id % self.max_concurrency)
         if line is None:
             return 0

@@ -1,7 +1,7 @@
-"""What the log tells: an observer like any other, which keeps its own state by waiter number.
+"""The log: an observer like any other, with its own state for each waiter number.
 
-Who waits long and how that ends goes to ``gateway_queue_sync.shards`` (INFO), the session start limit to
-``gateway_queue_sync.budget`` (WARNING). Neither shows anything unless logging is configured.
+Long waits and their ends are logged to ``gateway_queue_sync.shards`` (INFO), the session start limit to
+``gateway_queue_sync.budget`` (WARNING). Without a configuration of ``logging`` nothing is printed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gateway_queue_sync.models import US_PER_SECOND
 from gateway_queue_sync.token_bucket import NEVER
 
 MIN_WAIT = 30.0  # s; only waits that take longer are logged
-MAX_LINES = 5  # of a kind that are logged in a minute; after these, each that doubles their number
+MAX_LINES = 5  # of one kind in a minute; after that, only the 8th, the 16th, the 32nd and so on
 MINUTE_US = 60 * US_PER_SECOND
 ALL = 1 << 62
 
@@ -26,14 +26,14 @@ limits = logging.getLogger("gateway_queue_sync.budget")
 
 
 class LogFilter:
-    """Which lines of one kind to log, so that a start of ten thousand shards fits a screen."""
+    """Chooses which lines of one kind to log, so that the start of 10,000 shards logs few."""
 
     def __init__(self) -> None:
         self._until_us = NEVER
         self._count = self._skipped = 0
 
     def count(self, now_us: int) -> int | None:
-        """Count a line; return how many were skipped before it, or ``None`` to skip this one, too."""
+        """Count a line. Return how many were skipped before it; ``None``: skip this one, too."""
         if now_us >= self._until_us:
             self._until_us, self._count = now_us + MINUTE_US, 0
         self._count += 1
@@ -45,15 +45,15 @@ class LogFilter:
 
 
 class Log:
-    """Logs what the events of one queue say that a person wants to know.
+    """Logs the events of one queue that its operator should know.
 
     Args:
-        now_us: the queue's clock.
+        now_us: returns the time of the queue's clock.
         budget: returns what is left of the limit now.
         reserve: the queue's reserve.
 
     Attributes:
-        grants_up_to: permits that leave more session starts than this need not be passed on.
+        grants_up_to: the log ignores a ``ShardGranted`` that leaves more session starts than this.
     """
 
     def __init__(
@@ -63,21 +63,21 @@ class Log:
         self._budget = budget
         self._reserve = reserve
         self._begun, self._ended = LogFilter(), LogFilter()
-        self._logged: set[int] = set()  # waiters of whose wait a line was logged
+        self._logged: set[int] = set()  # the waiters whose wait was logged
         self._low_from = self.grants_up_to = -1
         self.limit_changed()
 
     def limit_changed(self) -> None:
-        """Find out from how few session starts on the limit runs low: one tenth above the reserve."""
+        """Compute when to warn: at a tenth of the limit above the reserve."""
         left = self._budget()
         if left is not None:
             share = (left.total - self._reserve) // 10
             self._low_from = self._reserve + share if share > 0 else -1
-            if self.grants_up_to != ALL:  # it was not warned of yet
+            if self.grants_up_to != ALL:  # no warning yet
                 self.grants_up_to = self._low_from
 
     def __call__(self, event: events.Event) -> None:
-        """Log an event, if it is worth a line."""
+        """Log an event, if it is one to log."""
         match event:
             case events.ShardWaiting():
                 if event.eta is not None and event.eta > MIN_WAIT:
@@ -134,7 +134,7 @@ class Log:
             )
 
     def _warn_if_low(self, remaining: int) -> None:
-        """Warn once that few are left, until that has well recovered."""
+        """Warn once that few are left, and again only after twice as many were left."""
         warned = self.grants_up_to == ALL
         if warned and remaining > 2 * self._low_from - self._reserve:
             self.grants_up_to = self._low_from
@@ -151,7 +151,7 @@ class Log:
 
 
 def rejected_often(rejections: int, shard_id: int, bucket: int) -> None:
-    """Warn that a bucket's permits are rejected again and again, and what follows."""
+    """Warn that a bucket was rejected many times in a row, and is closed for longer from now on."""
     limits.warning(
         "Discord rejected %d permits of bucket %d in a row (the latest: shard %d). Each one uses up a "
         "session start, so the bucket now stays closed for up to 15 minutes",

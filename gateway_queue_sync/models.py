@@ -1,4 +1,4 @@
-"""The plain values that go in and out: limits, permits, snapshots. No lock, no clock, no I/O."""
+"""The values that users pass and get: limits, permits, snapshots. No lock, no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IDENTIFY_INTERVAL = 5.0
 """Seconds between two IDENTIFYs of one bucket: Discord's rule."""
 
 DEFAULT_MARGIN = 0.25
-"""Seconds added to the interval, for what the network does to two IDENTIFYs on their way."""
+"""Seconds added to the interval, because one IDENTIFY may take longer to reach Discord than the next."""
 
 SESSION_PERIOD = 86_400.0
 """Seconds after which Discord renews the session start limit."""
@@ -32,7 +32,7 @@ MAX_BUCKETS = 100_000
 
 
 MAX_PRIORITY_US = 1 << 51
-"""71 years: more makes no difference, and not every ledger could hold it."""
+"""71 years. More would make no difference, and some ledgers could not store it."""
 
 
 def whole_number(name: str, value: object, *, least: int = 0) -> int:
@@ -198,20 +198,20 @@ class Report(enum.Enum):
 
 
 class Reporter(Protocol):
-    """What a permit passes its holder's reports to."""
+    """What receives the reports on a permit."""
 
     def report(self, permit: Permit, report: Report) -> None:
-        """Book what became of a permit."""
+        """Record a report on a permit."""
 
 
 class Permit:
     """The right to send one IDENTIFY, now.
 
-    As a context manager it reports ``sent()`` when the ``with`` block is left, by an exception too (the
-    IDENTIFY may have gone out), unless something was reported before. A permit on which nobody reports
-    counts as used when it was granted. Reports may come from any thread, and after the queue was
-    closed. A repeated report changes nothing; one that contradicts an earlier one changes nothing
-    and logs a WARNING.
+    As a context manager it reports ``sent()`` at the end of the ``with`` block, also after an exception
+    (the IDENTIFY may have been sent), unless something was reported before. A permit without a report
+    counts as used when it was granted. Any thread may report, also after the queue was closed. A
+    repeated report changes nothing. A report that contradicts an earlier one changes nothing and logs
+    a WARNING.
 
     A ``Queue`` of your own may make one with ``Permit(shard_id)``: its reports do nothing.
 
@@ -220,15 +220,15 @@ class Permit:
         bucket: the bucket it was granted in, ``shard_id % max_concurrency``.
         waited: seconds between asking and the grant.
         remaining: session starts left after this one, or ``None`` if no limit is kept.
-        reported: what its holder said became of it, ``None`` if nothing yet.
+        reported: the latest report; ``None`` if there is none.
     """
 
     bucket: int = 0
     waited: float = 0.0
     remaining: int | None = None
     reported: Report | None = None
-    # Besides what users see: the number and time of the grant, the period it was charged to, the number
-    # of the call that it was granted to, whether it was given back, and who books reports.
+    # Not public: the number and time of the grant, the period that it was charged to, the number of the
+    # call, whether the permit was given back, and what receives its reports.
     serial = stamp_us = period = waiter = 0
     returned = False
     reporter: Reporter | None = None
@@ -246,9 +246,9 @@ class Permit:
         self.remaining = remaining
 
     def sent(self) -> None:
-        """Report that the IDENTIFY went out just now: the bucket's window starts now.
+        """Report that the IDENTIFY was sent just now: the bucket's window starts now.
 
-        Also right when it comes late; the window then moves if that makes it later.
+        A late report is useful, too. It never makes the window end earlier.
         """
         self._report(Report.SENT)
 
@@ -263,9 +263,9 @@ class Permit:
     def rejected(self) -> None:
         """Report that the gateway answered the IDENTIFY with Invalid Session (opcode 9).
 
-        The bucket stays closed for 2 windows from now, for 4 and 8 and so on up to a minute (never
-        less than 2 windows) while rejections go on in a row; from the tenth in a row on, for up to 15
-        minutes. May follow ``sent()``. A rejected IDENTIFY still counts in the session start limit.
+        The bucket is closed for 2 windows from now. Each further rejection in a row doubles that, up
+        to a minute (but never less than 2 windows); from the tenth in a row on, up to 15 minutes. May
+        follow ``sent()``. A rejected IDENTIFY still counts in the session start limit.
         """
         self._report(Report.REJECTED)
 
@@ -291,13 +291,13 @@ class Permit:
 
 @dataclass(frozen=True, slots=True)
 class WaitingShard:
-    """One place in a line: its shard, how long it has waited, and when its permit should come.
+    """One waiter in a line: its shard, how long it has waited, and when its permit should come.
 
     Attributes:
         shard_id: the shard.
         waited: seconds since it asked.
-        eta: seconds from the snapshot until its permit, the wait for a reset of the limit included. It
-            holds while nobody with a head start arrives; ``None`` if it is unknown.
+        eta: seconds from the snapshot until its permit, including a wait for the limit's reset;
+            ``None`` if that is unknown. A shard that arrives later with a head start may delay it.
     """
 
     shard_id: int
@@ -311,8 +311,8 @@ class BucketSnapshot:
 
     Attributes:
         bucket: its number, Discord's ``rate_limit_key``.
-        ready_in: seconds until its window is over, 0.0 if it is.
-        shards: who waits, first come first.
+        ready_in: seconds until it may grant, 0.0 if it may now.
+        shards: the waiters, in the order in which they are served.
     """
 
     bucket: int
@@ -322,12 +322,12 @@ class BucketSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class LimitSnapshot:
-    """The budget. A reset that is due shows as done until the next grant starts the new period.
+    """The session start limit. A reset that is due counts as done.
 
     Attributes:
         total: session starts in a period.
-        remaining: session starts left; ``total`` where a reset is due.
-        resets_in: seconds until it resets, 0.0 where that is due.
+        remaining: session starts left; ``total`` if a reset is due.
+        resets_in: seconds until the limit resets; 0.0 if that is due.
     """
 
     total: int
@@ -340,10 +340,10 @@ class QueueSnapshot:
     """A queue at one instant.
 
     Attributes:
-        waiting: how many stand in lines.
-        granted: permits granted since this account began, over all processes; it never falls.
-        buckets: every bucket, by number.
-        limit: the budget, or ``None`` if none is kept.
+        waiting: how many wait in all lines.
+        granted: permits granted since the account was created, by all processes; it never decreases.
+        buckets: all buckets, by number.
+        limit: the session start limit; ``None`` if the queue has none.
     """
 
     waiting: int

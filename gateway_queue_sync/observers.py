@@ -1,6 +1,6 @@
-"""Who is passed the events of a queue: its log, and the observer that its user gave.
+"""Passes the events of a queue on to its log and to the user's observer.
 
-No event is emitted twice, and nothing is computed for events to which nobody listens.
+No event is emitted twice. An event that neither of them needs is not computed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from gateway_queue_sync.token_bucket import Denial
 log = logging.getLogger("gateway_queue_sync")
 
 SAME_END_US = 60 * US_PER_SECOND
-"""A used-up limit is an event again if its reset moves by more."""
+"""If the reset of a used-up limit moves by more than this, that is a new event."""
 
 
 class Observers:
-    """Passes events on, and remembers the latest about each waiter.
+    """Passes events on, and stores the type of the latest event of each waiter.
 
-    All events about a waiter are passed on by one thread, in order: its own, or the worker for a
-    future. What is remembered of a waiter is changed with the scheduler's lock held.
+    One thread emits all events of a waiter, in order: its own, or for a future the worker. ``latest`` is
+    changed with the scheduler's lock held.
 
     Args:
         settings: the queue's settings.
@@ -42,7 +42,7 @@ class Observers:
 
     Attributes:
         log: the queue's.
-        latest: the latest event about each waiter that was followed; ``None`` before the first.
+        latest: the type of the latest event, by waiter number; ``None`` before the first.
     """
 
     def __init__(self, settings: Settings, budget: Callable[[], Budget | None]) -> None:
@@ -52,7 +52,7 @@ class Observers:
         self._exhausted_until_us: int | None = None  # the reset in the latest BudgetExhausted
 
     def emit(self, event: Event, *, in_worker: bool) -> None:
-        """Pass an event on; without the lock. Only what interrupts a caller is raised."""
+        """Pass an event on, without the lock. Errors are logged; only an interrupt is raised."""
         for observer in (self.log, self._observer):
             if observer is not None:
                 try:
@@ -63,7 +63,7 @@ class Observers:
                     log.exception("an observer raised on %r; the queue goes on", event)
 
     def follow_wait(self, waiter: Waiter, left_us: int) -> bool:
-        """Return whether to emit that one waits, for so long at most; true once for each."""
+        """Return whether a wait of at most ``left_us`` needs events; true once for each waiter."""
         if self._observer is None and left_us <= MIN_WAIT * US_PER_SECOND:
             return False
         if waiter.number in self.latest:
@@ -72,12 +72,12 @@ class Observers:
         return True
 
     def waiting(self, waiter: Waiter, bucket: int, position: int, eta: float | None) -> Event:
-        """Return the event that one waits."""
+        """Return the ``ShardWaiting`` of a waiter."""
         self.latest[waiter.number] = ShardWaiting
         return ShardWaiting(waiter.shard_id, bucket, position, eta, waiter.number)
 
     def granted(self, waiter: Waiter, permit: Permit) -> Event | None:
-        """Return the event of a permit, ``None`` if its waiter has left, or had one before."""
+        """Return the ``ShardGranted`` of a waiter; ``None`` if it has left, or had this event before."""
         if waiter.entry is None or self.latest.get(waiter.number) is ShardGranted:
             return None
         self.latest[waiter.number] = ShardGranted
@@ -85,15 +85,15 @@ class Observers:
         return ShardGranted(shard_id, bucket, permit.waited, permit.remaining, number)
 
     def note_granted(self, number: int) -> None:
-        """Note that the event of a waiter's permit was emitted before it stood in line."""
+        """Note that a waiter had its ``ShardGranted`` before it joined the line."""
         self.latest[number] = ShardGranted
 
     def forget(self, number: int) -> type[Event] | None:
-        """Return the latest event about a waiter, and forget it."""
+        """Return the type of the latest event of a waiter, and remove it."""
         return self.latest.pop(number, None)
 
     def exhausted(self, denial: Denial, now_us: int) -> Event | None:
-        """Return the event that the limit is used up, ``None`` if it was emitted."""
+        """Return the ``BudgetExhausted`` of a denial; ``None`` if it was emitted before."""
         ends_us, latest_us = now_us + denial.resets_in_us, self._exhausted_until_us
         if latest_us is not None and abs(ends_us - latest_us) <= SAME_END_US:
             return None
@@ -102,7 +102,7 @@ class Observers:
 
 
 def left_event(waiter: Waiter, error: BaseException | None, now_us: int) -> Event:
-    """Return the event that one has left because of an error, or (``None``) was cancelled."""
+    """Return the ``ShardLeft`` of a waiter that left because of an error; ``None``: cancelled."""
     reason: LeaveReason = "interrupted"
     match error:
         case None:

@@ -1,4 +1,4 @@
-"""The queues to choose from. Each is a ``GatewayQueue`` with a ledger of its own kind."""
+"""The queues to choose from. Each is a ``GatewayQueue`` with another kind of ledger."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from gateway_queue_sync.ledgers.shared.redis import Client
 
 READ_JITTER = 1.0
-"""Seconds; a fleet whose processes all read the limit at a reset spreads its reads over so many."""
+"""Seconds over which processes spread their reads of the limit, since all of them read at a reset."""
 
 
 def _in_memory(settings: Settings, limit: SessionStartLimit | None = None) -> MemoryLedger:
@@ -53,23 +53,24 @@ class _ReadsLimit(GatewayQueue):
     def from_token(
         cls, token: str, *where: Any, base_url: str | None = None, **settings: Any
     ) -> Self:
-        """Have the limit read from Discord now, and again at each reset and every ten minutes of use.
+        """Make a queue that reads the limit from Discord: now, at resets, and every ten minutes of use.
 
-        Of processes that share a ledger one reads for all, and none if that was done within the last
-        minute. Blocks for 5 seconds at most until the limit is known (for 1 second, if the ledger knows
-        one, until it is up to date). If it cannot be read, nobody is granted a permit until it is, with
-        a WARNING. The token shows in no log, repr or error; it goes along when the queue is pickled.
+        Of processes that share a ledger one reads for all, and none reads if that was done within the
+        last minute. Blocks for at most 5 seconds until the limit is known; for at most 1 second if the
+        ledger has a limit that is only to be renewed. If the limit cannot be read, a WARNING says so
+        and no permit is granted until it can. The token is in no log, repr or error, but a pickled
+        queue contains it.
 
         Args:
             token: the bot's token, with or without ``Bot`` before it.
-            where: what the class takes before the limit, such as the path of a ``SqliteQueue``.
-            base_url: where Discord's REST API is, if not at Discord.
+            where: the arguments of the class before the limit, such as the path of a ``SqliteQueue``.
+            base_url: the URL of the REST API, if it is not Discord's.
             settings: as for the class; ``reread_after`` is the ten minutes, in seconds.
 
         Raises:
-            GatewayBotError: the token is wrong; with ``when_unreachable="raise"`` also if no limit is
-                known and Discord could not be asked.
-            LedgerError, TypeError, ValueError: as the class raises; also for what cannot be a token.
+            GatewayBotError: the token is wrong; with ``when_unreachable="raise"``, the limit is not
+                known and could not be read.
+            LedgerError, TypeError, ValueError: as for the class; the token cannot be one.
         """
         from gateway_queue_sync.gateway_bot import GatewayBot  # noqa: PLC0415 - loads urllib
 
@@ -85,9 +86,9 @@ class _ReadsLimit(GatewayQueue):
 
 
 class NoOpQueue(GatewayQueue):
-    """Grants at once, always: for a bot whose gateway proxy does the queueing.
+    """Grants each permit at once: for a bot behind a gateway proxy that queues.
 
-    It keeps no window and no limit, and ``update`` is ignored.
+    It has no window and no limit, and ignores ``update``.
     """
 
     def __init__(self) -> None:
@@ -100,14 +101,14 @@ class NoOpQueue(GatewayQueue):
 class LocalQueue(GatewayQueue):
     """One process, one bucket: for a bot whose ``max_concurrency`` is 1.
 
-    It keeps no limit until ``update`` gives it one; then it also has that limit's buckets.
+    It has no session start limit until ``update`` gives it one; then it also has that limit's buckets.
 
     Args:
         interval: seconds between two permits of a bucket: Discord's 5.
-        margin: seconds added for what happens between the grant and the IDENTIFY's arrival. A
-            permit that took longer than that to come back to its caller is given back and asked for
-            again. With 0 the spacing is promised at the grant, not at the caller.
-        clock: what tells the time; ``testing.FakeClock`` in tests.
+        margin: seconds added for the time from the grant to the arrival of the IDENTIFY. If a permit
+            takes longer to reach its caller, it is given back and the call waits again. With 0 the
+            spacing holds at the grant, not at the caller.
+        clock: the clock; ``testing.FakeClock`` in tests.
         observer: called with each event (``gateway_queue_sync.events``).
 
     Raises:
@@ -127,27 +128,26 @@ class LocalQueue(GatewayQueue):
 
 
 class LargeBotQueue(_ReadsLimit):
-    """One process, a bucket for each of ``max_concurrency``, and the day's session start limit.
+    """One process, ``max_concurrency`` buckets, and the day's session start limit.
 
     Args:
         limit: the session start limit to begin with, as Discord gives it now; ``None``: nothing is
             granted until ``refresh`` has read it.
-        refresh: called without arguments when the limit is to be read: at each reset, and as
-            ``reread_after`` says. It runs in a thread of its own. If it raises, the last known total
-            counts from 5 seconds after the reset on, with a WARNING, and it is called again after a
-            pause that grows from 5 seconds to 5 minutes (not less than the error's ``retry_after``).
-            If it never returns, the limit is not read again, and the last known total counts: give
-            it a timeout.
-        reread_after: seconds after which the limit is read again when the queue is used, since other
-            programs may start sessions with the same token; ``None`` reads at resets only.
-        reserve: session starts never to use up: at ``remaining <= reserve`` the queue is exhausted.
+        refresh: a function that reads the limit and returns it. It is called at each reset and after
+            ``reread_after`` seconds, in a thread of its own. If it raises, a WARNING says so, and it
+            is called again after a pause that grows from 5 seconds to 5 minutes (or the error's
+            ``retry_after``, if that is longer); from 5 seconds after a reset, the last known total
+            counts. Give it a timeout: if it never returns, the limit is not read again.
+        reread_after: seconds after which a queue that is used reads the limit again, since other
+            programs may start sessions with the same token; ``None``: only at resets.
+        reserve: session starts that are never used: at ``remaining <= reserve`` no permit is granted.
         when_exhausted: ``"wait"`` for the reset, or ``"raise"`` ``SessionLimitExhausted``.
-        when_unreachable: if Discord cannot be asked for the first limit, ``"wait"`` for it in
+        when_unreachable: if the first limit cannot be read, ``"wait"`` for it in
             ``acquire``, or ``"raise"`` in ``from_token``.
         period: seconds from the first grant after a reset to the next reset.
         interval: seconds between two permits of a bucket: Discord's 5.
         margin: seconds added to it, as for ``LocalQueue``.
-        clock: what tells the time; ``testing.FakeClock`` in tests.
+        clock: the clock; ``testing.FakeClock`` in tests.
         observer: called with each event (``gateway_queue_sync.events``).
 
     Raises:
@@ -200,21 +200,21 @@ def _file(path: str | os.PathLike[str]) -> str:
 
 
 def sqlite_backend(path: str | os.PathLike[str], settings: Settings) -> Backend:
-    """Return what carries requests to a file."""
+    """Return the backend of an SQLite file."""
     from gateway_queue_sync.ledgers.shared.sqlite import SqliteBackend  # noqa: PLC0415 - loads sqlite3
 
     return SqliteBackend(_file(path), settings.name, settings.clock)
 
 
 def redis_backend(client_or_url: Client | str, settings: Settings) -> Backend:
-    """Return what carries requests to a server."""
+    """Return the backend of a Redis server."""
     from gateway_queue_sync.ledgers.shared.redis import RedisBackend, checked  # noqa: PLC0415 - an extra
 
     return RedisBackend(checked(client_or_url), settings.name, settings.clock)
 
 
 def http_backend(url: str, secret: str | None, settings: Settings) -> Backend:
-    """Return what carries requests to a broker."""
+    """Return the backend of a broker."""
     from gateway_queue_sync.ledgers.shared.http import HttpBackend  # noqa: PLC0415 - loads http.client
 
     return HttpBackend(url, secret, settings.name)
@@ -223,7 +223,7 @@ def http_backend(url: str, secret: str | None, settings: Settings) -> Backend:
 def _shared(
     backend: Callable[[Settings], Backend], limit: SessionStartLimit | None
 ) -> Callable[[Settings], RemoteLedger]:
-    """Return what opens a ledger that processes share, with a limit if there is one."""
+    """Return a function that opens a shared ledger, with a limit if there is one."""
     return partial(open_ledger, backend, limit)
 
 
@@ -233,45 +233,45 @@ def _made_again(
     given: tuple[object, ...],
     settings: Settings,
 ) -> GatewayQueue:
-    """Make a queue that was pickled, from what it was made of."""
+    """Make a queue that was pickled, with the same arguments and settings."""
     names = (field.name for field in fields(Settings))
     return queue(make(*given), **{name: getattr(settings, name) for name in names})
 
 
 class SqliteQueue(_ReadsLimit):
-    """Every process of one machine, or one that a supervisor restarts: an account in an SQLite file.
+    """For all processes of one machine, or one that a supervisor restarts: an account in an SQLite file.
 
-    No server and no dependency; what was granted survives crashes, ``kill -9`` and restarts, so that
-    a bot that crashes in a loop cannot burn its budget unseen. Spacing, order, budget and limits hold
-    over all queues on one file. It can be handed to ``multiprocessing`` (it pickles as its settings)
-    and works on in a forked child. A file that is new, or that was lost, grants nothing for one window.
+    It needs no server. The account survives crashes, ``kill -9`` and restarts, so a bot that crashes in
+    a loop stops at its reserve. Spacing, order and the session start limit hold over all queues with the
+    same file. A queue can be pickled, for ``multiprocessing``, and works in a forked child. A new file
+    grants its first permit after one window.
 
     Args:
-        path: the file, on a local disk; it is made if it is not there. Not in a folder that is
-            cleaned up by others, such as /tmp.
+        path: the file, on a local disk; it is created if it does not exist. Not in a folder whose
+            files other programs delete, such as /tmp.
         limit: the session start limit to begin with. Within the period that the file has stored, the
-            smaller ``remaining`` counts, so that a restart refills nothing. ``None`` takes what is
-            stored, or Discord's default (1000 a day, ``max_concurrency`` 1).
-        name: which account in the file: one for each bot.
-        refresh: called without arguments when the limit is to be read: at a reset, and as
-            ``reread_after`` says; one process does that for all. If it raises, the last known total
-            counts, with a WARNING, and it is called again after a pause that grows from 5 seconds to 5
-            minutes. If it never returns, this process does not read again: give it a timeout.
-        reread_after: seconds after which the limit is read again when the account is used; ``None``
-            reads at resets only.
-        reserve: session starts never to use up: at ``remaining <= reserve`` the queue is exhausted.
+            smaller ``remaining`` counts, so a restart refills nothing. ``None``: what is stored, or
+            Discord's default (1000 a day, ``max_concurrency`` 1).
+        name: the account in the file; each bot needs its own.
+        refresh: a function that reads the limit and returns it. It is called at a reset and after
+            ``reread_after`` seconds, in one process for all. If it raises, a WARNING says so, the last
+            known total counts, and it is called again after a pause that grows from 5 seconds to 5
+            minutes. Give it a timeout: if it never returns, this process does not read again.
+        reread_after: seconds after which an account that is used has its limit read again; ``None``:
+            only at resets.
+        reserve: session starts that are never used: at ``remaining <= reserve`` no permit is granted.
         when_exhausted: ``"wait"`` for the reset, or ``"raise"`` ``SessionLimitExhausted``.
-        when_unreachable: if the ledger (or Discord, for a first limit) is out of reach when the queue
-            is made, ``"wait"`` for it in ``acquire``, with a WARNING, or ``"raise"`` at once.
+        when_unreachable: if the ledger (or Discord, for a first limit) cannot be reached when the
+            queue is made, ``"wait"`` for it in ``acquire``, with a WARNING, or ``"raise"`` at once.
         period: seconds from the first grant after a reset to the next reset, 48 hours at most. Give
-            all processes the same: that of whoever makes the first grant counts.
+            all processes the same value: that of the process which grants first counts.
         interval: seconds between two permits of a bucket: Discord's 5; at most 60.
-        margin: seconds added to it, 0.02 to 10. A permit that took longer to come back to its
-            caller is given back and asked for again. If processes disagree on interval or margin,
-            the larger counts, with a WARNING.
-        lease: seconds for which a process counts that was not heard of, 0.1 to 60; those that wait
-            are heard of three times as often. A process that dies costs the others 0.1 s, once.
-        clock: what tells the time; ``testing.FakeClock`` in tests, one for all queues of the file.
+        margin: seconds added to it, 0.02 to 10. If a permit takes longer to reach its caller, it is
+            given back and the call waits again. If processes have different intervals or margins, the
+            larger counts, with a WARNING.
+        lease: seconds without a request after which a process counts as dead, 0.1 to 60. One that
+            waits sends three in that time. A process that dies delays the others by 0.1 s, once.
+        clock: the clock; ``testing.FakeClock`` in tests, one for all queues of the file.
         observer: called with each event (``gateway_queue_sync.events``).
 
     Raises:
@@ -319,32 +319,32 @@ class SqliteQueue(_ReadsLimit):
 
 
 class RedisQueue(_ReadsLimit):
-    """Every process of any number of machines: an account in a Redis (or Valkey) server.
+    """For processes on any number of machines: an account in a Redis (or Valkey) server.
 
-    Needs redis-py: ``pip install gateway-queue-sync[redis]``. Spacing, order, budget and limits hold
-    over all queues of one ``name`` on one server. While its primary is the same, two permits of a
-    bucket are never too close, unless its host's clock is set forward; while two primaries are at work
-    in a failover, nothing is promised (``min-replicas-to-write 1`` prevents that). An account that is
-    new or was lost grants nothing for one window, nor does a server that was restarted or has failed
-    over. It pickles as its settings, a URL's password included, and works on in a forked child.
+    Needs redis-py: ``pip install gateway-queue-sync[redis]``. Spacing, order and the session start limit
+    hold over all queues with the same ``name`` on one server. Exceptions: if the host's clock is set
+    forward, two permits of a bucket may be too close; while two primaries are at work in a failover,
+    nothing is guaranteed (``min-replicas-to-write 1`` prevents that). No bucket grants for one window
+    if the account is new or was lost, or if the server was restarted or failed over. A pickled queue
+    contains its settings, including the password of a URL. It works in a forked child.
 
     Args:
         client_or_url: ``redis://...``, ``rediss://...`` (TLS) or ``unix://...`` (in which a password
-            is percent-encoded), or a client of redis-py's, which is used as it is: its pool, retries,
-            TLS, Sentinel or Cluster. A call takes as long as the client's ``socket_timeout`` and
-            retries let it; one made for a URL, 1 s.
+            is percent-encoded), or a client of redis-py, with its own pool, retries, TLS, Sentinel or
+            Cluster. The client's ``socket_timeout`` and retries limit how long a call takes; for a
+            URL, that is 1 s.
         limit: as for ``SqliteQueue``.
-        name: which account on the server: one for each bot. All its keys are in one hash slot.
-        refresh: as for ``SqliteQueue``, and so are the others.
+        name: the account on the server; each bot needs its own. All its keys are in one hash slot.
+        refresh: this and the following settings are as for ``SqliteQueue``.
         reread_after: seconds, or ``None``.
         reserve: session starts.
         when_exhausted: ``"wait"`` or ``"raise"``.
         when_unreachable: ``"wait"`` or ``"raise"``.
         period: seconds.
         interval: seconds.
-        margin: seconds, at least 0.02; longer than a round trip to the server.
+        margin: seconds, at least 0.02; it must be longer than a round trip to the server.
         lease: seconds.
-        clock: what tells the time; given another than the system's, the server goes by it, too.
+        clock: the clock. If it is not the system's, it counts on the server, too: for tests.
         observer: called with each event.
 
     Raises:
@@ -395,28 +395,29 @@ class RedisQueue(_ReadsLimit):
 
 
 class HttpQueue(_ReadsLimit):
-    """Every process that reaches a broker: an account that ``python -m gateway_queue_sync serve`` keeps.
+    """For processes that reach a broker: an account of ``python -m gateway_queue_sync serve``.
 
-    Spacing, order, budget and limits hold over all queues of one broker and the clients of its plain
-    wire, in any language. What the broker promises when machines fail is what its own ledger does.
-    It pickles as its settings, the secret included, and works on in a forked child.
+    Spacing, order and the session start limit hold over all queues of one broker and its clients in any
+    language. When machines fail, the guarantees are those of the broker's own ledger. A call to the
+    broker takes 2 s at most. A pickled queue contains its settings, including the secret. It works in a
+    forked child.
 
     Args:
         url: the broker's, such as ``http://127.0.0.1:8787``; ``https://`` through a proxy that has it.
         limit: as for ``SqliteQueue``.
-        secret: what the broker was given to ask for; it shows in no log, repr or error.
-        name: to be left out; a broker keeps one account.
-        refresh: as for ``SqliteQueue``, and so are the others. A call takes 2 s at most.
+        secret: the broker's secret, if it has one; it is in no log, repr or error.
+        name: must be left out, since a broker has one account.
+        refresh: this and the following settings are as for ``SqliteQueue``.
         reread_after: seconds, or ``None``.
         reserve: session starts.
         when_exhausted: ``"wait"`` or ``"raise"``.
         when_unreachable: ``"wait"`` or ``"raise"``.
         period: seconds.
         interval: seconds.
-        margin: seconds, at least 0.02; longer than a round trip to the broker, since a permit's age is
-            counted from when it was asked for.
+        margin: seconds, at least 0.02; it must be longer than a round trip to the broker, since a
+            permit's age is counted from when the request was sent.
         lease: seconds.
-        clock: what tells the time here; the broker has its own.
+        clock: the clock of this process; the broker has its own.
         observer: called with each event.
 
     Raises:

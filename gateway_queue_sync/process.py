@@ -1,4 +1,4 @@
-"""What happens to all queues of a process when it forks, and when it ends."""
+"""What happens to the queues of a process at a fork and at its end."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ class Server(Protocol):
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 _ledgers: weakref.WeakSet[RemoteLedger] = weakref.WeakSet()
-_forking = threading.RLock()  # one fork at a time; it protects the sets, too
-_held: list[list[RemoteLedger]] = []  # those that wait for the end of a fork
+_forking = threading.RLock()  # held during a fork; also protects the sets
+_held: list[list[RemoteLedger]] = []  # the ledgers that are held during a fork
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 def register(scheduler: Scheduler) -> None:
-    """Note that there is a queue."""
+    """Register a queue."""
     with _forking:
         _schedulers.add(scheduler)
 
 
 def register_ledger(ledger: RemoteLedger) -> None:
-    """Note that there is a ledger that processes share, before it is asked anything."""
+    """Register a shared ledger, before its first request."""
     with _forking:
         _ledgers.add(ledger)
 
 
 def _before_fork() -> None:
-    """Hold all shared ledgers, so that no exchange with one is half done in the child.
+    """Hold all shared ledgers, so that the child does not get one in the middle of a request.
 
-    Two threads that fork at once do so one after the other: else each could hold what the other needs.
+    If two threads fork at once, one waits for the other. Otherwise each could hold what the other needs.
     """
     _forking.acquire()
     held: list[RemoteLedger] = []
@@ -92,10 +92,10 @@ def _close_in_child(files: list[int]) -> None:
 
 
 def _begin_in_child(scheduler: Scheduler) -> None:
-    """Make a queue that of a forked child; a ledger in memory stays with the parent.
+    """Prepare a queue for a forked child. If its ledger is in memory, the child cannot use it.
 
-    Nobody waits here but the thread that forked, perhaps in a signal handler that interrupts its wait:
-    that ends with an error.
+    The only thread is the one that forked. If it did so in a signal handler that interrupted its wait,
+    the wait ends with an error.
     """
     scheduler.forks += 1
     scheduler.lock.begin_anew()
@@ -109,7 +109,7 @@ def _begin_in_child(scheduler: Scheduler) -> None:
 
 
 def _at_exit() -> None:
-    """Send outstanding reports to remote ledgers: 0.5 s at most, and without a new thread."""
+    """Send outstanding reports to shared ledgers, for 0.5 s at most and without a new thread."""
     deadline_us = SYSTEM_CLOCK.now_us() + MAX_EXIT_US
     with _forking:
         schedulers = list(_schedulers)
@@ -120,7 +120,7 @@ def _at_exit() -> None:
             scheduler.close()
             scheduler.worker.join(max(0, deadline_us - SYSTEM_CLOCK.now_us()) / US_PER_SECOND)
         else:
-            scheduler.remote.close()  # the worker has sent all that there was
+            scheduler.remote.close()  # the worker has sent everything
 
 
 atexit.register(_at_exit)

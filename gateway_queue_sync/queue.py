@@ -26,24 +26,24 @@ NO_PRIORITY = 0.0
 
 @runtime_checkable
 class Queue(Protocol):
-    """All that a framework needs of a queue. Write your own broker on it."""
+    """The one method that a framework needs of a queue. Implement it for a queue of your own."""
 
     def acquire(self, shard_id: int, timeout: float | None = None) -> Permit:
-        """Block until the shard may identify, and return its permit; raise if it may not.
+        """Block until the shard may identify, and return its permit. Raise an exception if it may not.
 
         Args:
             shard_id: the shard that wants to IDENTIFY, from 0 on.
-            timeout: the longest wait in seconds; ``None`` waits for ever.
+            timeout: the longest wait in seconds; ``None`` waits without an end.
         """
 
 
 class GatewayQueue:
-    """The base of every queue here: it blocks threads until their shards may identify.
+    """The base class of all queues here: it blocks threads until their shards may identify.
 
-    Made by its policies (``LocalQueue``, ``LargeBotQueue``, ...), each a choice of ledger. All
-    methods may be called from any thread, but not from a signal handler or finalizer that
-    interrupts one of them (``RuntimeError``); ``close`` may be called from there, too. As a context
-    manager it closes itself at the end.
+    Use one of its subclasses (``LocalQueue``, ``LargeBotQueue``, ...); each chooses a ledger. Any thread
+    may call any method. A signal handler or finalizer that interrupts a call to the queue may only call
+    ``close``; other methods raise ``RuntimeError`` there. As a context manager, the queue is closed at
+    the end of the block.
 
     Source of the rules: https://discord.com/developers/docs/topics/gateway (*Rate Limiting*).
 
@@ -63,24 +63,24 @@ class GatewayQueue:
     ) -> Permit:
         """Block until the shard may identify, and return its permit.
 
-        With no permit available the calling thread waits in its bucket's line: first come, first
-        served. Waiting costs nothing: a call that times out or is interrupted uses up no permit.
+        If there is no permit now, the calling thread waits in the line of the shard's bucket: first
+        come, first served. A call that times out or is interrupted uses up nothing.
 
         Args:
             shard_id: the shard that wants to IDENTIFY, from 0 on.
-            timeout: the longest wait in seconds; ``None`` or ``inf`` waits for ever, 0 tries once.
+            timeout: the longest wait in seconds; ``None`` or ``inf`` waits without an end, 0 tries once.
             priority: a head start in seconds: the shard is sorted as if it had arrived that much
-                earlier (negative: later), so no shard waits for ever because of others' priorities.
-                Before shards of other processes a day of it counts at most.
+                earlier (negative: later). So no shard is passed over again and again. In a shared
+                ledger, at most a day of it counts.
 
         Raises:
-            AcquireTimeout: no permit came in time; its ``eta`` says when one would have.
+            AcquireTimeout: no permit came in time; its ``eta`` says when it would have come.
             SessionLimitExhausted: the limit is used up, and the queue was made to raise then.
             QueueClosed: the queue is closed, or was while waiting.
-            LedgerError: the ledger that processes share was out of reach when the time was up.
-            TypeError, ValueError: an argument is no shard id, no timeout or no priority.
-            RuntimeError: called from a signal handler or finalizer that interrupted this queue, from a
-                callback that runs in the queue's worker, or in a forked child.
+            LedgerError: the shared ledger could not be reached when the timeout was over.
+            TypeError, ValueError: an argument is not a shard id, a timeout or a priority.
+            RuntimeError: the call comes from a signal handler or finalizer that interrupted this
+                queue, from a callback in the queue's worker, or from a forked child.
         """
         if type(shard_id) is not int or shard_id < 0:
             shard_id = whole_number("shard_id", shard_id)
@@ -96,15 +96,15 @@ class GatewayQueue:
         return permit
 
     def try_acquire(self, shard_id: int) -> Permit | None:
-        """Return a permit if the shard may identify now, else ``None``; it never overtakes others.
+        """Return a permit if the shard may identify now, else ``None``. It does not overtake waiters.
 
-        With a ledger that processes share this takes one trip to it, 0.5 seconds at most.
+        With a shared ledger it waits for one reply, 0.5 seconds at most.
 
         Raises:
             SessionLimitExhausted: the limit is used up, and the queue was made to raise then.
             QueueClosed: the queue is closed.
-            LedgerError: the ledger that processes share is out of reach.
-            TypeError, ValueError: ``shard_id`` is no shard id.
+            LedgerError: the shared ledger cannot be reached.
+            TypeError, ValueError: ``shard_id`` is not a shard id.
             RuntimeError: as ``acquire`` does.
         """
         shard_id = whole_number("shard_id", shard_id)
@@ -116,12 +116,13 @@ class GatewayQueue:
     def enqueue(self, shard_id: int, *, priority: float = NO_PRIORITY) -> Future[Permit]:
         """Join the line without a thread, and return the future of the permit. Never blocks.
 
-        On a free bucket in memory the future is done at once. Cancelling it leaves the line and uses up
-        nothing; if ``cancel()`` returns false, the permit was granted: use it or call ``unused()``.
-        Callbacks run in the queue's worker, which serves all futures (or in the caller, if it cancels,
-        or if the future is done already): keep them quick, and never block in them on this queue. The
-        future carries ``QueueClosed`` if the queue is closed before its turn, and
-        ``SessionLimitExhausted`` if the queue was made to raise that. From asyncio use ``aio.acquire``.
+        If the bucket is free and the ledger in memory, the future is done at once. Cancelling the
+        future leaves the line and uses up nothing. If ``cancel()`` returns false, the permit was
+        granted: use it or call ``unused()``. Callbacks run in the queue's worker, which serves all
+        futures, so they must be quick and must not block on this queue. (If the caller cancels, or
+        adds a callback to a future that is done, the callback runs in the caller.) The future gets the
+        exception ``QueueClosed`` if the queue is closed first, and ``SessionLimitExhausted`` if the
+        queue was made to raise that. In asyncio use ``aio.acquire``.
 
         Args:
             shard_id: the shard that wants to IDENTIFY, from 0 on.
@@ -129,7 +130,7 @@ class GatewayQueue:
 
         Raises:
             QueueClosed: the queue is closed.
-            TypeError, ValueError: an argument is no shard id or no priority.
+            TypeError, ValueError: an argument is not a shard id or a priority.
             RuntimeError: as ``acquire`` does, but an observer may enqueue.
         """
         shard_id = whole_number("shard_id", shard_id)
@@ -143,32 +144,32 @@ class GatewayQueue:
     # --- the queue --------------------------------------------------------------------------------
 
     def update(self, limit: SessionStartLimit) -> None:
-        """Replace the session start limit; waiters that the old one held back ask again at once.
+        """Replace the session start limit. It applies to those who wait now, too.
 
-        Another ``max_concurrency`` puts everybody in the line of their new bucket, in their order;
-        every new bucket starts from the latest grant of any old one.
+        With another ``max_concurrency``, all waiters change to the lines of their new buckets and keep
+        their order; each new bucket starts from the latest grant of any old one.
 
         Raises:
-            TypeError: ``limit`` is no ``SessionStartLimit``.
+            TypeError: ``limit`` is not a ``SessionStartLimit``.
             ValueError: its ``total`` is not more than this queue's reserve.
             QueueClosed: the queue is closed.
-            LedgerError: the ledger that processes share did not answer within 5 seconds; the limit may
-                or may not have been adopted.
+            LedgerError: the shared ledger did not answer within 5 seconds; the limit may or may not
+                have been applied.
             RuntimeError: as ``acquire`` does.
         """
         self._scheduler.update(check_limit(limit, self._scheduler.reserve))
 
     def snapshot(self) -> QueueSnapshot:
-        """Return who waits where, until when, and what is left of the limit; works when closed, too.
+        """Return who waits, until when, and what is left of the limit. Works on a closed queue, too.
 
         Raises:
-            LedgerError: the ledger that processes share did not answer within 5 seconds.
+            LedgerError: the shared ledger did not answer within 5 seconds.
             RuntimeError: as ``acquire`` does.
         """
         return self._scheduler.snapshot()
 
     def close(self) -> None:
-        """Grant no more permits: whoever waits here gets ``QueueClosed``; other processes go on.
+        """Grant no more permits. All who wait in this process get ``QueueClosed``.
 
         Never blocks: the worker completes the futures and sends outstanding reports. Closing again
         changes nothing.

@@ -1,13 +1,14 @@
 """How threads wait for permits: one lock, the lines, and the wait loop.
 
-- One lock guards the lines. Each thread that waits has a condition of its own over that lock. Only the
-  head of a line asks the ledger; all others sleep until a waiter that leaves wakes the new head.
-- A ledger in memory is asked under the lock: by the thread that is the head, or for a future by the
-  worker. A remote ledger is only asked by the worker, without the lock, for all heads at once.
-- A permit stays on its waiter, at the head of the line, until it is handed over: then the waiter leaves
-  the line, the next head is woken, and the permit is stamped as the last thing under the lock. One that
-  is older than the margin when its waiter has it is given back, and asked for again in the same place.
-- A change that somebody waits for, and its wake-ups, are one unit (``complete``).
+- One lock protects the lines. Each thread that waits has its own condition with that lock. Only the head
+  of a line asks the ledger. All others sleep until a waiter that leaves wakes the new head.
+- A ledger in memory is asked with the lock held: by the thread that is the head, or by the worker if the
+  head is a future. A remote ledger is asked by the worker only, without the lock, for all heads at once.
+- A permit stays on its waiter, at the head of the line, until it is handed over. Then the waiter leaves
+  the line and wakes the new head, and the permit gets its time stamp, as the last step with the lock
+  held. A permit that is older than the margin when its waiter gets it is given back, and the waiter
+  asks again at the same position.
+- A change of the state and its wake-ups are one unit (``OwnedLock.complete``).
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ from gateway_queue_sync.worker import Worker
 
 log = logging.getLogger("gateway_queue_sync")
 
-MAX_SLEEP_US = 60 * US_PER_SECOND  # then it looks again: the machine may have been suspended
-MAX_POSITION = 100  # a time-out with more waiters ahead has no ``eta``
+MAX_SLEEP_US = 60 * US_PER_SECOND  # because the machine may have been suspended meanwhile
+MAX_POSITION = 100  # from this position on, ``AcquireTimeout`` has no ``eta``
 
 
 class Scheduler:
-    """The lines of one queue, all who wait in them, and the worker that serves them.
+    """The lines of one queue, its waiters, and its worker.
 
     Attributes:
-        ledger: grants the permits; it is either ``local`` (in memory) or ``remote``.
-        lock: protects all that follows; ``locked`` and ``complete`` run something under it.
-        lines: who waits.
+        ledger: grants the permits. It is ``local`` (in memory) or ``remote``; the other is ``None``.
+        lock: protects the attributes below. ``locked`` and ``complete`` call a function with it held.
+        lines: the waiters.
         worker: serves futures, and a remote ledger.
         closed: whether the queue was closed.
-        forks: how many forks lie between the process that made the queue and this one.
+        forks: how often a process was forked since the queue was made; 0 where it was made.
     """
 
     def __init__(self, ledger: Ledger, settings: Settings, owner: str) -> None:
@@ -76,9 +77,9 @@ class Scheduler:
             self.locked(self.reader.read, self, self.now_us())
 
     def begin(self) -> None:
-        """Set up lines in which nobody waits."""
+        """Begin with empty lines."""
         self._get_ident = threading.get_ident  # looked up now: gevent may have patched it
-        self._callers: set[int] = set()  # the threads that are inside a call that may wait
+        self._callers: set[int] = set()  # the threads in a call that may wait
         self.lines = Lines(self.ledger.max_concurrency)
         self._moving: list[Waiter] | None = None  # to the lines of other buckets
         self.worker = Worker(self.clock, self.lock)
@@ -86,7 +87,7 @@ class Scheduler:
     # --- who may call -----------------------------------------------------------------------------
 
     def blocking(self, work: Callable[[], None]) -> None:
-        """Run ``work``, which waits, with the lock held; a handler in this thread cannot call then."""
+        """Call ``work``, which waits, with the lock held; signal handlers cannot call the queue then."""
         ident = self._get_ident()
         with self.clock.inside():
             try:
@@ -96,7 +97,7 @@ class Scheduler:
                 self._callers.discard(ident)
 
     def check_caller(self, *, waits: bool) -> None:
-        """Refuse a thread that is inside of another call, and a process that holds only a copy."""
+        """Raise if this thread is in another call, or if the queue in this process is only a copy."""
         if self.forks and self.remote is None:
             raise self.forked()
         ident = self._get_ident()
@@ -110,10 +111,10 @@ class Scheduler:
     # --- permits without waiting ------------------------------------------------------------------
 
     def try_free(self, shard_id: int, *, waits: bool = True) -> Permit | None:
-        """Take a permit if the bucket is free and nobody waits for it; else the caller must wait.
+        """Take a permit if the bucket is free and has no waiters. Else the caller must wait.
 
-        A permit without a ``reporter`` is older than the margin: the caller must wait with it, so that
-        it is given back and asked for again in its place.
+        A permit without a ``reporter`` is older than the margin. The caller must pass it to ``wait``,
+        which gives it back and asks again at the position of the permit.
         """
         ident, lock, local = self._get_ident(), self.lock, self.local
         if lock.owner == ident or self.forks or (self._callers and ident in self._callers):
@@ -173,7 +174,7 @@ class Scheduler:
     def waiter(
         self, shard_id: int, arrived_us: int | None, priority_us: int, late: Permit | None
     ) -> Waiter:
-        """Return a waiter; with a late permit, its arrival is when that was granted."""
+        """Return a new waiter. With a late permit, it counts as arrived when that permit was granted."""
         if arrived_us is None:
             arrived_us = self.now_us() if late is None else late.stamp_us
         waiter = Waiter(shard_id, arrived_us, arrived_us - priority_us)
@@ -188,7 +189,7 @@ class Scheduler:
     def wait(
         self, shard_id: int, timeout: float | None, priority_us: int, late: Permit | None
     ) -> Permit:
-        """Stand in line with the calling thread until it has a permit; it may bring one that was late.
+        """Wait in line until the calling thread has a permit. ``late`` is a permit that came too late.
 
         Every exit without a permit calls ``leave``. The outer call is for an interrupt at the very
         beginning of the inner one.
@@ -220,7 +221,7 @@ class Scheduler:
             raise
 
     def _sleep_until_answer(self, waiter: Waiter, timeout: float | None) -> Permit | events.Event:
-        """Sleep until there is a permit, or an event to emit without the lock; with the lock held."""
+        """Sleep until there is a permit, or an event to emit without the lock. The lock is held."""
         deadline_us = FOREVER_US if timeout is None else waiter.arrived_us + to_us(timeout)
         remote = self.remote
         if waiter.entry is None:
@@ -250,7 +251,7 @@ class Scheduler:
             waiter.condition.wait(None if forever else min(left_us, MAX_SLEEP_US) / US_PER_SECOND)
 
     def _timed_out(self, waiter: Waiter, timeout: float) -> Exception:
-        """Return what to raise for a waiter whose time is up, with the lock held."""
+        """Return the exception for a waiter whose timeout is over. The lock is held."""
         if self.remote is not None:
             error = self.remote.timed_out(waiter, timeout, is_head=self.lines.is_head(waiter))
             if error is not None:
@@ -262,7 +263,7 @@ class Scheduler:
     # --- lines: with the lock held ----------------------------------------------------------------
 
     def join(self, waiter: Waiter) -> None:
-        """Stand in line; a permit that the waiter brings along was too late, and is given back."""
+        """Add a waiter to its line. If it has a permit, that came too late and is given back."""
         if self.closed:
             raise errors.QueueClosed
         if waiter.future is None:
@@ -270,7 +271,7 @@ class Scheduler:
         else:
             self.worker.futures.add(waiter)
         self.lines.join(waiter)
-        if waiter.permit is not None:  # after joining: no other waiter gets it first
+        if waiter.permit is not None:  # after joining, so that no other waiter gets it
             permit, waiter.permit, waiter.ask_at_us = waiter.permit, None, 0
             self.return_permit(permit)
         if self.remote is not None:
@@ -280,7 +281,7 @@ class Scheduler:
             self.notify_head(waiter)
 
     def _remove(self, waiter: Waiter) -> None:
-        """Leave the line and wake its new head; harmless when repeated. This is the only way out."""
+        """Remove a waiter from its line and wake the new head. Idempotent; the only way to leave."""
         if waiter in self.worker.futures:
             self.worker.discard(waiter)
         head = self.lines.leave(waiter)
@@ -289,17 +290,17 @@ class Scheduler:
         if self.remote is None:
             self._ask_again((head,))
         else:
-            self.notify_head(head)  # if it was the head before, its answer stands
+            self.notify_head(head)  # if it was the head before, it keeps its answer
 
     def _ask_again(self, heads: Iterable[Waiter]) -> None:
-        """Let heads ask the ledger now: what it answered before may be out of date."""
+        """Let heads ask the ledger again now, because its last answer may be outdated."""
         for head in heads:
             if head.permit is None:
                 head.ask_at_us = 0
                 self.notify_head(head)
 
     def notify_head(self, waiter: Waiter) -> None:
-        """Wake the head of a line, or the worker that serves it."""
+        """Wake the head of a line, or the worker if that asks for it."""
         if self.remote is not None:
             self.remote.changed(waiter)
             self.worker.wake(self)
@@ -309,7 +310,7 @@ class Scheduler:
             waiter.condition.notify()
 
     def limit_changed(self) -> None:
-        """Let all heads ask again, in the lines of the buckets that there are now."""
+        """Let all heads ask again. If the number of buckets has changed, make new lines first."""
         if self.ledger.max_concurrency != self.lines.max_concurrency:
             if self._moving is None:
                 self._moving = self.lines.waiters()
@@ -319,9 +320,9 @@ class Scheduler:
         self._ask_again(self.lines.heads())
 
     def step(self, waiter: Waiter) -> Permit | events.Event | None:
-        """Ask for the waiter's permit if it is its turn; return the permit, or an event to emit first.
+        """Ask for a permit if it is the waiter's turn. Return the permit, or an event to emit first.
 
-        If nobody listens to its events, the waiter leaves its line here; else ``deliver`` does that.
+        If no observer needs its events, the waiter leaves its line here; else ``deliver`` does that.
         """
         if self.closed:
             raise errors.QueueClosed
@@ -348,7 +349,7 @@ class Scheduler:
         return permit
 
     def record(self, waiter: Waiter, answer: Permit | Denial, now_us: int) -> events.Event | None:
-        """Note what the ledger answered to a waiter; return an event to emit, if there is one."""
+        """Store the ledger's answer on the waiter. Return an event to emit, if there is one."""
         if isinstance(answer, Permit):
             answer.waited = max(0, answer.stamp_us - waiter.arrived_us) / US_PER_SECOND
             answer.waiter, answer.reporter = waiter.number, self
@@ -364,7 +365,7 @@ class Scheduler:
         return self.observers.exhausted(answer, now_us)
 
     def hand_over(self, waiter: Waiter, permit: Permit) -> bool:
-        """Leave the line with a permit; false if it was in none, or if the permit's bucket is gone."""
+        """Leave the line with a permit. False if the waiter was in none, or its bucket was replaced."""
         if self.closed:
             raise errors.QueueClosed
         if waiter.entry is None:
@@ -373,15 +374,15 @@ class Scheduler:
         return self.local is None or self.local.restamp(self.local.account, permit, self.now_us())
 
     def return_permit(self, permit: Permit) -> None:
-        """Give a permit back and wake those whom that helps; harmless when repeated."""
+        """Give a permit back, and wake the heads that may get one now. Idempotent."""
         self._record_report(permit, Report.UNUSED)
         left = self.ledger.budget()
-        used_up = left is not None and left.remaining <= self.reserve + 1  # until it came back
+        used_up = left is not None and left.remaining <= self.reserve + 1  # before it was refunded
         head = self.lines.head(permit.shard_id)
         self._ask_again(self.lines.heads() if used_up else (head,) if head else ())
 
     def _record_report(self, permit: Permit, report: Report) -> int:
-        """Record a report, or have it sent; return how many rejections in a row the bucket has."""
+        """Record or send a report. Return how many rejections in a row the bucket has."""
         if self.local is not None:
             return self.local.report(permit, report)
         if self.remote is not None:
@@ -390,7 +391,7 @@ class Scheduler:
         return 0
 
     def report(self, permit: Permit, report: Report) -> None:
-        """Record what the holder of a permit says became of it, unless that was said before."""
+        """Record a report on a permit, unless it repeats or contradicts an earlier one."""
         if self.forks and self.remote is None:
             return  # the account in this child is a copy that grants nothing
         self.check_caller(waits=False)
@@ -417,11 +418,11 @@ class Scheduler:
     # --- events -----------------------------------------------------------------------------------
 
     def emit(self, event: events.Event) -> None:
-        """Pass an event to the log and the observer; without the lock."""
+        """Pass an event to the log and to the observer. The lock must not be held."""
         self.observers.emit(event, in_worker=self.worker.is_current())
 
     def listens(self, permit: Permit | None = None) -> bool:
-        """Return whether somebody listens to the events of those who wait, or to that of a permit."""
+        """Return whether the log or an observer needs the events of waiters, or of this permit."""
         few = (
             permit is not None
             and permit.remaining is not None
@@ -430,9 +431,9 @@ class Scheduler:
         return few or self._observed or shards.isEnabledFor(logging.INFO)
 
     def waiting_event(self, waiter: Waiter, left_us: int) -> events.Event | None:
-        """Return the event that a waiter waits, once, if somebody listens; with the lock held.
+        """Return the ``ShardWaiting`` of a waiter, once, if it is needed. The lock is held.
 
-        Where the ledger has to be asked for the position, the worker emits it.
+        With a remote ledger the position is not known yet, so the worker emits the event later.
         """
         tries = self.remote is not None and waiter.once
         if tries or not self.listens() or not self.observers.follow_wait(waiter, left_us):
@@ -446,7 +447,7 @@ class Scheduler:
         return self.observers.waiting(waiter, bucket, position, eta)
 
     def deliver(self, waiter: Waiter, permit: Permit) -> bool:
-        """Announce a permit and hand it over; false if it has to be asked for again."""
+        """Emit the event of a permit and hand the permit over. False if the waiter has to ask again."""
         if waiter.entry is not None:
             event = self.locked(self.observers.granted, waiter, permit)
             if event is not None:
@@ -466,9 +467,10 @@ class Scheduler:
         return not margin_us or self.now_us() - permit.stamp_us <= margin_us
 
     def leave(self, waiter: Waiter, error: BaseException | None, *, caller: int = 0) -> None:
-        """Leave without a permit, because of an error or (``None``) because a future was cancelled.
+        """Leave without a permit: because of an error, or (``None``) because a future was cancelled.
 
-        What was granted is given back, and the new head is woken. Nobody else completes the future.
+        A permit that was granted is given back, and the new head is woken. The future is taken from
+        the waiter, so that the worker does not complete it.
         """
         latest: type[events.Event] | None = None
 
@@ -492,17 +494,17 @@ class Scheduler:
     # --- the queue as a whole ----------------------------------------------------------------------
 
     def _eta(self, waiter: Waiter, position: int) -> float | None:
-        """Return in about how many seconds a position gets its permit; with the lock held."""
+        """Return in about how many seconds a waiter at a position gets its permit; the lock is held."""
         number, left = waiter.shard_id % self.lines.max_concurrency, self.ledger.budget()
         reads = self.reader is not None and self.reader.reading
         if reads and left is not None and left.resets_in_us == 0:
-            return None  # the limit that is being read decides
+            return None  # it depends on the limit that is being read
         waiting = len(self._callers) + len(self.worker.futures)
         in_us = self.ledger.eta_us(number, position, len(self.lines.by_bucket), waiting)
         return None if in_us is None else in_us / US_PER_SECOND
 
     def snapshot(self) -> QueueSnapshot:
-        """Return who waits where, until when, and what is left of the limit."""
+        """Return who waits, until when, and what is left of the limit."""
         local = self.local
         self.check_caller(waits=local is None)
         if local is None:
@@ -510,10 +512,10 @@ class Scheduler:
             return self.remote.snapshot(self)
         outlook, entries = self.locked(lambda: (local.outlook(), self.lines.copy()))
         lines = {number: [entry[2] for entry in sorted(line)] for number, line in entries.items()}
-        return forecast.snapshot(outlook, lines)  # which may take long, and needs no lock
+        return forecast.snapshot(outlook, lines)  # this may take long, and needs no lock
 
     def update(self, limit: SessionStartLimit) -> None:
-        """Adopt a limit as it is given."""
+        """Replace the limit."""
         self.check_caller(waits=self.remote is not None)
         if self.closed:
             raise errors.QueueClosed
@@ -531,11 +533,11 @@ class Scheduler:
         self.emit(events.LimitUpdated(limit))
 
     def close(self) -> None:
-        """Grant no more permits: whoever waits gets ``QueueClosed``."""
+        """Grant no more permits. All who wait get ``QueueClosed``."""
         if self.forks and self.remote is None:
             self.closed = True
             return
-        if self.lock.is_held():  # a signal handler: right after what it interrupts
+        if self.lock.is_held():  # in a signal handler: close right after the call it interrupts
             threading.Thread(target=self.close, name="gateway-queue-close").start()
             return
 

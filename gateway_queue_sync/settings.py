@@ -1,4 +1,4 @@
-"""The settings of a queue: one checked value, which its policy makes of its keyword arguments."""
+"""The settings of a queue: one checked value, made from the keyword arguments of its class."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ WhenUnreachable = Literal["wait", "raise"]
 Refresh = Callable[[], SessionStartLimit]
 
 REREAD_AFTER = 600.0
-"""Seconds after which a limit is read again when the queue is used: others may start sessions, too."""
+"""Seconds after which a queue that is used reads the limit again: others may start sessions, too."""
 
 DEFAULT_LEASE = 5.0
-"""Seconds after which a silent process is considered dead; waiting ones report three times as often."""
+"""Seconds without a request after which a process counts as dead. Waiting ones send three."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The settings of a queue, checked. Each is a keyword argument of the policies that have it.
+    """The settings of a queue, checked. Each is a keyword argument of the queues that have it.
 
     Raises:
         TypeError, ValueError: a setting is of the wrong kind or out of range.

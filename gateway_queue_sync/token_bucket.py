@@ -5,7 +5,7 @@ the whole state. Windows run on a clock that is never set (``now_us``), the sess
 that outlives the process (``wall_us``). What a limit that was read means is in ``limits.py``.
 
 Source of the rules: https://discord.com/developers/docs/topics/gateway (*Rate Limiting*, *Session
-Start Limit*). Where Discord is silent, the safe reading counts: a window starts with the latest
+Start Limit*). What Discord does not document is decided safely: a window starts with the latest
 IDENTIFY of its bucket, and a rejected IDENTIFY counts in the limit.
 
 Functions that change an account compute first and then only assign. CPython handles signals and
@@ -29,13 +29,13 @@ UNSEEN_US = 60 * US_PER_SECOND  # how long a session start may take to show in a
 
 @dataclass
 class TokenBucket:
-    """One bucket, which holds one token: a permit takes it, and a window later it is back.
+    """One bucket, with one token: a permit takes it, and it comes back one window later.
 
     Attributes:
         last_us: when its window started.
         serial: the number of its latest grant.
-        previous_us, previous_serial: what these were before that grant, so that it can be undone once.
-        closed_until_us: until when rejections keep it closed.
+        previous_us, previous_serial: the values of both before that grant, so that it can be undone.
+        closed_until_us: until when it is closed because of rejections.
         rejections: permits rejected in a row.
         rejected_serial: the latest permit that was rejected.
     """
@@ -51,23 +51,23 @@ class TokenBucket:
 
 @dataclass(slots=True)
 class Account:
-    """Who was granted when, and what is left: the whole state that a ledger keeps.
+    """The whole state of a ledger: when each bucket granted, and what is left of the limit.
 
     Attributes:
-        window_us, period_us: how long a bucket rests after a permit, and a limit lasts from its first.
-        reserve: session starts never to use up.
-        patience_us: how long after a reset permits wait for the limit to be read.
+        window_us, period_us: the time between permits of a bucket, and between resets of the limit.
+        reserve: session starts that are never used.
+        patience_us: how long, after a reset, permits wait until the limit is read.
         max_concurrency: how many buckets there are.
-        buckets: those that granted since they were laid out; the others are like ``default_bucket``.
-        total, remaining: session starts in this period (``None``: no limit is kept), and left of it.
+        buckets: those that have granted; all others are like ``default_bucket``.
+        total, remaining: session starts of this period (``None``: there is no limit), and what is left.
         resets_at_us: when the period ends, on the wall clock; ``None`` until its first grant.
-        max_reset_us: the most time until the reset, in case the clock is set back.
-        period: counts the limits seen, so that a refund goes to the one that was charged.
-        refresh_owed: the latest reset passed without a read, so a read should come next. Without a
-            ``total``, nothing is granted until then.
+        max_reset_us: the longest possible time until the reset, in case the clock is set back.
+        period: the number of this period; a permit is refunded only to the period that was charged.
+        refresh_owed: the limit should be read, because the latest reset passed without a read. Without
+            a ``total``, no permit is granted until then.
         granted: permits granted; also the serial number of the latest.
         used: permits charged to this period and not given back.
-        recent: when the latest permits were granted, by serial; ``None`` where nobody reads the limit.
+        recent: when the latest permits were granted, by serial; ``None`` if the limit is never read.
         other_reset: a reset that was read and differs from ``resets_at_us``, and when it was read.
     """
 
@@ -100,7 +100,7 @@ class Reason(enum.Enum):
 
 @dataclass(slots=True)
 class Denial:
-    """No permit for ``wait_us`` from now, and one then unless the account changes before.
+    """No permit now. There will be one in ``wait_us``, unless the account changes before.
 
     If the limit or its reset is the reason, the other fields describe it. ``period`` and ``granted``
     are the account's: they show whether it has changed while the limit was read.
@@ -114,7 +114,7 @@ class Denial:
     granted: int = 0
 
 
-# Without __init__, which would take 50 % longer on the free path; what is not set has its default.
+# __init__ would make the free path 50 % slower. Attributes that are not set have their class's defaults.
 _new_bucket, _new_permit = TokenBucket.__new__, Permit.__new__
 
 
@@ -126,10 +126,10 @@ def take(  # noqa: C901 - on the free path a call costs more than a branch
     can_refresh: bool = False,
     not_before_us: int = NEVER,
 ) -> Permit | Denial:
-    """Grant a permit now if the bucket's window is over and the limit allows it.
+    """Grant a permit if the bucket's window is over and the limit allows it now.
 
-    ``wall_us`` is the same as ``now_us`` if left out. A shared ledger says whether the process that
-    asks ``can_refresh`` the limit at a reset, and when its turn comes (``not_before_us``).
+    ``wall_us`` is ``now_us`` if left out. A shared ledger passes whether the process ``can_refresh`` the
+    limit at a reset, and when its turn comes (``not_before_us``).
     """
     number = shard_id % account.max_concurrency
     bucket = account.buckets.get(number)
@@ -180,7 +180,7 @@ def take(  # noqa: C901 - on the free path a call costs more than a branch
 
 
 def grant(account: Account, shard_id: int, now_us: int) -> Permit:
-    """Grant a permit without any rule."""
+    """Grant a permit unconditionally."""
     permit = _new_permit(Permit)
     permit.shard_id, permit.serial, permit.stamp_us = shard_id, account.granted + 1, now_us
     account.granted = permit.serial
@@ -188,8 +188,8 @@ def grant(account: Account, shard_id: int, now_us: int) -> Permit:
 
 
 def _wait_for_read(account: Account, wall_us: int, due: bool, can_refresh: bool) -> Denial | None:
-    """Return a denial while a due reset waits for the limit to be read, else ``None``."""
-    patience_us = 0  # a read that is owed is not waited for
+    """Return a denial while permits wait for a read after a reset, else ``None``."""
+    patience_us = 0  # no permit waits for a read, except at a reset
     if due and account.resets_at_us is not None:
         patience_us = account.resets_at_us + account.patience_us - wall_us
     if (can_refresh and (due or account.refresh_owed)) or patience_us > 0:
@@ -198,7 +198,7 @@ def _wait_for_read(account: Account, wall_us: int, due: bool, can_refresh: bool)
 
 
 def _next_period(account: Account, wall_us: int, due: bool) -> tuple[int, int]:
-    """Return when the period of a grant ends, and its number: a new one, if a reset is due."""
+    """Return when the period of a grant ends, and its number. If a reset is due, a new period begins."""
     if account.resets_at_us is not None and not due:
         return account.resets_at_us, account.period
     account.max_reset_us = account.period_us
@@ -211,10 +211,10 @@ def _next_period(account: Account, wall_us: int, due: bool) -> tuple[int, int]:
 
 
 def _early(account: Account) -> int:
-    """Return how many permits of the period before may count in the one that begins without a read.
+    """Return how many permits of the last period may count in the next one, if it begins without a read.
 
-    The reset is known from an answer, so by a little it may have been earlier; and Discord counts a
-    permit when it is used.
+    The reset may have been a little earlier than the answer said, and Discord counts a permit when it
+    is used, not when it is granted.
     """
     if not account.recent or account.resets_at_us is None:
         return 0
@@ -237,7 +237,7 @@ def _used_up(account: Account, wait_us: int, wall_us: int, early: int) -> Denial
 
 
 def unseen_us(account: Account) -> int:
-    """Return how long a session start may take to show in an answer; less where a period is short."""
+    """Return how long a session start may be missing in Discord's answer; less for short periods."""
     return min(UNSEEN_US, account.period_us // 100)
 
 
@@ -249,15 +249,15 @@ def resets_in(account: Account, wall_us: int) -> int:
 
 
 def closed_for_us(account: Account, bucket: TokenBucket, now_us: int) -> int:
-    """Return how long the bucket stays closed; negative: since when it is open."""
-    last_us = min(bucket.last_us, now_us)  # a clock that was set back never adds to that
+    """Return how long the bucket is still closed; if it is open, minus the time since it opened."""
+    last_us = min(bucket.last_us, now_us)  # the clock may have been set back
     max_us = _max_closure_us(account, bucket.rejections)
     closed_until_us = min(bucket.closed_until_us, now_us + max_us)
     return max(last_us + account.window_us, closed_until_us) - now_us
 
 
 def _wait_us(account: Account, bucket: TokenBucket, now_us: int) -> int:
-    """Return how long the bucket stays closed; a clock that was set back costs a window once."""
+    """Return how long the bucket is still closed. A clock that was set back costs one window, once."""
     bucket.last_us = min(bucket.last_us, now_us)
     if bucket.closed_until_us > now_us:
         max_us = _max_closure_us(account, bucket.rejections)
@@ -279,11 +279,11 @@ def bucket_of(account: Account, shard_id: int) -> TokenBucket:
     return bucket
 
 
-# --- what holders report --------------------------------------------------------------------------
+# --- reports --------------------------------------------------------------------------------------
 
 
 def restamp(account: Account, permit: Permit, now_us: int) -> bool:
-    """Move the window of a permit that is handed over now, unless its bucket has gone on since."""
+    """Start the window of a permit at its handing over, now. False if its bucket has granted again."""
     bucket = account.buckets.get(permit.bucket)
     if bucket is None or bucket.serial != permit.serial:
         return False
@@ -292,15 +292,15 @@ def restamp(account: Account, permit: Permit, now_us: int) -> bool:
 
 
 def sent(account: Account, permit: Permit, now_us: int) -> None:
-    """Start the window again: the IDENTIFY went out only now."""
+    """Start the window now, because the IDENTIFY was sent only now."""
     bucket = bucket_of(account, permit.shard_id)
     bucket.last_us = max(bucket.last_us, now_us)
-    if bucket.serial != permit.serial:  # where the bucket returns to if the later grant is undone
+    if bucket.serial != permit.serial:  # in case the later grant is undone
         bucket.previous_us = bucket.last_us
 
 
 def unused(account: Account, permit: Permit) -> None:
-    """Undo a grant, once: refund the period it was charged to, free its window if nothing came since."""
+    """Undo a grant, once: refund it to its period, and open its bucket if that has not granted since."""
     if permit.returned:
         return
     bucket = bucket_of(account, permit.shard_id)
@@ -310,7 +310,7 @@ def unused(account: Account, permit: Permit) -> None:
     remaining, used, recent = account.remaining, account.used, account.recent
     if account.total is not None and account.period == permit.period:
         used = max(0, used - 1)
-        if recent is None or permit.serial in recent:  # else what was read since decides
+        if recent is None or permit.serial in recent:  # else the limit was read since, without it
             remaining = min(remaining + 1, account.total)
     # From here on there are only assignments: no interrupt can come between them.
     permit.returned = True
@@ -321,10 +321,11 @@ def unused(account: Account, permit: Permit) -> None:
 
 
 def rejected(account: Account, permit: Permit, now_us: int) -> int:
-    """Close the bucket for 2 windows, doubled by each rejection in a row; return how many these are.
+    """Close the bucket for 2 windows, doubled by each further rejection in a row. Return their number.
 
-    At most a minute, from the tenth on 15 minutes: 16 buckets that are rejected once a minute would use
-    up a day's limit in an hour. A permit that is not rejected before its bucket's next grant ends it.
+    The maximum is a minute, from the tenth on 15 minutes, because 16 buckets that are rejected once a
+    minute would use up a day's limit in an hour. A permit that is not rejected before its bucket's next
+    grant ends the row.
     """
     bucket = bucket_of(account, permit.shard_id)
     if bucket.rejected_serial == permit.serial:

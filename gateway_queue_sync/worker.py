@@ -1,7 +1,7 @@
-"""The worker: the thread of a queue that serves whoever has no thread of its own to wait in.
+"""The worker: the one background thread of a queue.
 
-It completes futures, and it alone asks a ledger that processes share. It starts on demand and ends when
-there was nothing to do for some seconds, or when nobody has the queue any more: it holds it weakly.
+It completes futures, and only it sends requests to a shared ledger. It starts on demand. It ends when it
+had nothing to do for some seconds, or when the queue is deleted (it has only a weak reference to it).
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ if TYPE_CHECKING:
 log = logging.getLogger("gateway_queue_sync")
 
 LINGER_US = 5 * US_PER_SECOND
-"""How long the worker stays when there is nothing to do."""
+"""How long the worker lives without anything to do."""
 
 MAX_REST_US = 60 * US_PER_SECOND
-"""How long it sleeps at most: no sleep gets shorter while the machine is suspended."""
+"""The longest sleep: sleeps do not include the time for which the machine is suspended."""
 
 RETRY_US = 1 * US_PER_SECOND
 
 
 class Worker:
-    """Serves the heads of lines that are futures, and with a remote ledger all heads.
+    """Asks for the heads that are futures, and with a remote ledger for all heads.
 
     Its methods are called with the scheduler's lock held, except ``emit_later``, ``turn``,
     ``is_current``, ``is_alive`` and ``join``.
 
     Attributes:
-        thread: the worker, ``None`` while there is none.
-        futures: those that stand in lines.
-        events: what is to be emitted here, because it must not be where it happened.
+        thread: the thread, ``None`` if there is none.
+        futures: the waiters in lines that are futures.
+        events: events to emit in this thread, because they must not be emitted where they happened.
     """
 
     def __init__(self, clock: Clock, lock: OwnedLock) -> None:
         self._clock = clock
-        self._condition = clock.condition(lock)  # there is something to do
+        self._condition = clock.condition(lock)  # notified if there is something to do
         self.thread: threading.Thread | None = None
-        # When to ask, for which bucket and whom: a heap.
+        # A heap: when to ask, a number, the bucket, and the waiter to ask for.
         self._due: list[tuple[int, int, int, Waiter]] = []
         self._idle_since_us = clock.now_us()
         self.futures: set[Waiter] = set()
@@ -63,14 +63,14 @@ class Worker:
         return self.thread is threading.current_thread()
 
     def start(self, scheduler: Scheduler) -> None:
-        """Start the thread, if there is none, and wake it."""
+        """Start the thread if there is none, and wake it."""
         if not self.is_alive():
             self._start(scheduler)
         self._condition.notify()
 
     def _start(self, scheduler: Scheduler) -> None:
-        # Registered first: one whose start was interrupted may run all the same, and then another one
-        # takes its place, and it ends.
+        # Registered before it is started: a thread whose start was interrupted may run nevertheless. If
+        # another one was registered meanwhile, it ends.
         visit = self._clock.inside(worker=True)
         self.thread = threading.Thread(
             target=_serve,
@@ -86,7 +86,7 @@ class Worker:
         try:
             start(self.thread)
         except RuntimeError:
-            visit.__exit__(None, None, None)  # the system or the interpreter gives no more threads
+            visit.__exit__(None, None, None)  # no thread can be started
             raise
 
     def wake(self, scheduler: Scheduler) -> None:
@@ -95,17 +95,17 @@ class Worker:
             self.start(scheduler)
 
     def schedule(self, head: Waiter, bucket: int) -> None:
-        """Ask for a head when it may ask; an entry is outdated if its head's time has changed."""
+        """Plan to ask for a head when it may ask. An entry is outdated if that time has changed."""
         heapq.heappush(self._due, (head.ask_at_us, bucket, head.number, head))
         self._condition.notify()
 
     def emit_later(self, scheduler: Scheduler, event: Event) -> None:
-        """Have the worker emit an event, after those about the same future that it has emitted."""
+        """Let the worker emit an event, so that the events of a future keep their order."""
         self.events.append(event)
         scheduler.complete(partial(self.wake, scheduler))
 
     def discard(self, future: Waiter) -> None:
-        """Note that a future has left its line."""
+        """Forget a future that has left its line."""
         self.futures.discard(future)
         if not self.futures:
             self._condition.notify()  # the thread may end soon
@@ -115,7 +115,7 @@ class Worker:
         return self.thread is not None and self.thread.is_alive()
 
     def join(self, timeout: float) -> None:
-        """Wait until the thread has ended; not for one that could not be started."""
+        """Wait until the thread has ended, if it was started."""
         thread = self.thread
         if thread is not None and thread.is_alive():
             thread.join(timeout)
@@ -123,13 +123,15 @@ class Worker:
     # --- in its thread ----------------------------------------------------------------------------
 
     def turn(self, scheduler: Scheduler) -> None:
-        """Do what there is to do now."""
+        """Do all that is due now."""
         if not self.is_current():
             return
         forks = scheduler.forks
         heads, closing, events = scheduler.locked(self._to_do, scheduler)
         for event in events:
-            if scheduler.forks == forks:  # else an observer has forked, and this is the child
+            if (
+                scheduler.forks == forks
+            ):  # else an observer has forked, and this is the child process
                 scheduler.emit(event)
         for waiter in closing:
             _fail(scheduler, waiter, QueueClosed(), forks)
@@ -145,9 +147,9 @@ class Worker:
             self._idle_since_us = scheduler.now_us()
 
     def _to_do(self, scheduler: Scheduler) -> tuple[list[Waiter], list[Waiter], list[Event]]:
-        """Return the heads that are due, each once, the futures to close, and the events to emit."""
+        """Return the heads to ask for, the futures to fail after ``close``, and the events to emit."""
         now_us, due = scheduler.now_us(), self._due
-        heads: dict[Waiter, int] = {}  # and their buckets, in whose order they ask
+        heads: dict[Waiter, int] = {}  # with their buckets; they ask in the order of these
         while due and due[0][0] <= now_us:
             at_us, bucket, _, waiter = heapq.heappop(due)
             if _is_due(scheduler, waiter, at_us):
@@ -157,7 +159,7 @@ class Worker:
         return sorted(heads, key=heads.__getitem__), closing, events
 
     def ask_again(self, scheduler: Scheduler) -> None:
-        """Ask for all heads in a second: a turn that was to ask for some was interrupted."""
+        """Plan to ask for all heads in a second, because a turn was interrupted before it asked."""
         if scheduler.remote is not None:
             scheduler.remote.interrupted()
         soon_us = scheduler.now_us() + RETRY_US
@@ -167,7 +169,7 @@ class Worker:
                 scheduler.notify_head(head)
 
     def rest_us(self, scheduler: Scheduler) -> int | None:
-        """Return how long it may sleep, ``None`` to end."""
+        """Return how long the thread may sleep; ``None``: it should end."""
         if not self.is_current():
             return None
         if self.events or (scheduler.closed and self.futures):
@@ -190,7 +192,7 @@ class Worker:
 
 
 def _is_due(scheduler: Scheduler, waiter: Waiter, at_us: int) -> bool:
-    """Return whether this is when the worker asks for the waiter; with the lock held."""
+    """Return whether it is time to ask for the waiter. The lock is held."""
     if waiter.entry is None or waiter.permit is not None or waiter.ask_at_us != at_us:
         return False
     return scheduler.lines.is_head(waiter)
@@ -204,8 +206,8 @@ def enqueue(
 ) -> PermitFuture:
     """Return the future of a permit.
 
-    All events about one that waits come from the worker, so that they come in order. If
-    ``arrived_us`` is given (by the broker), its permit does, too.
+    The worker emits all events of a future that waits, so that they come in order. If ``arrived_us`` is
+    passed (by the broker), the worker completes the future in any case.
     """
     future = PermitFuture()
     permit: Permit | None = None
@@ -222,7 +224,7 @@ def enqueue(
             with scheduler.clock.inside():
                 scheduler.locked(_join, scheduler, waiter)
     except BaseException:
-        # Cancelling leaves the line. If that comes too late, the permit is in the future.
+        # Cancelling the future leaves the line, or fails if the future has its permit.
         if not future.cancel() and future.has_permit():
             future.result().unused()
         elif permit is not None and not permit.returned:
@@ -232,7 +234,7 @@ def enqueue(
 
 
 def _join(scheduler: Scheduler, waiter: Waiter) -> None:
-    """Stand in line, and have the worker emit that."""
+    """Join the line, and let the worker emit the event."""
     scheduler.join(waiter)
     event = scheduler.waiting_event(waiter, FOREVER_US)
     if event is not None:
@@ -244,13 +246,13 @@ def _join(scheduler: Scheduler, waiter: Waiter) -> None:
 def _leave_cancelled(
     scheduler: Scheduler, waiter: Waiter, forks: int, future: PermitFuture
 ) -> None:
-    """Take a future that was cancelled out of its line, and notify those who wait for it.
+    """Remove a cancelled future from its line, and notify the threads that wait for it.
 
-    Harmless when repeated, which completes what was interrupted.
+    If it was interrupted, calling it again completes it.
     """
     if scheduler.forks != forks:
-        return  # it is a copy of the parent's
-    if scheduler.lock.is_held():  # a signal handler: right after what it interrupts
+        return  # the future is a copy of the parent's
+    if scheduler.lock.is_held():  # in a signal handler: leave right after the call it interrupts
         args = scheduler, waiter, forks, future
         threading.Thread(target=_leave_cancelled, args=args, name="gateway-queue-cancel").start()
         return
@@ -262,13 +264,13 @@ def _leave_cancelled(
 
 
 def _step(scheduler: Scheduler, waiter: Waiter) -> Permit | Event | None:
-    """Ask for a future as a thread would, if it still waits; with the lock held.
+    """Ask for a future as a thread would, if it still waits. The lock is held.
 
-    It does not ask the future: that takes a lock, which somebody else may hold for long.
+    This does not check the future itself, whose lock another thread may hold for long.
     """
     if waiter.future is None:
         return None
-    if waiter.entry is None and waiter.permit is not None:  # it was delivered too late
+    if waiter.entry is None and waiter.permit is not None:  # it came too late
         scheduler.join(waiter)
     answer = scheduler.step(waiter)
     if answer is None and scheduler.remote is None and scheduler.lines.is_head(waiter):
@@ -277,9 +279,9 @@ def _step(scheduler: Scheduler, waiter: Waiter) -> Permit | Event | None:
 
 
 def _serve_future(scheduler: Scheduler, waiter: Waiter, forks: int) -> None:
-    """Ask for a future that is the head of its line, and complete it if that has an answer.
+    """Ask for a future that is the head of its line, and complete it if there is an answer.
 
-    In a child that an observer or a callback has forked meanwhile, the permit is the parent's.
+    If an observer or a callback forks meanwhile, the permit belongs to the parent.
     """
     try:
         while True:
@@ -290,7 +292,7 @@ def _serve_future(scheduler: Scheduler, waiter: Waiter, forks: int) -> None:
                 scheduler.emit(answer)
             elif scheduler.deliver(waiter, answer):
                 break
-    except BaseException as error:  # noqa: BLE001 - the future's holder gets it
+    except BaseException as error:  # noqa: BLE001 - the future gets it
         _fail(scheduler, waiter, error, forks)
         return
     future = scheduler.locked(_claim, waiter) if scheduler.forks == forks else None
@@ -303,7 +305,7 @@ def _serve_future(scheduler: Scheduler, waiter: Waiter, forks: int) -> None:
 
 
 def _fail(scheduler: Scheduler, waiter: Waiter, error: BaseException, forks: int) -> None:
-    """Complete a future with an error, unless this is a child, and the future its parent's."""
+    """Complete a future with an error, unless this is a child process and the future its parent's."""
     if scheduler.forks != forks:
         return
     future, waiter.error = waiter.future, None
@@ -319,15 +321,15 @@ def _fail(scheduler: Scheduler, waiter: Waiter, error: BaseException, forks: int
 
 
 def _claim(waiter: Waiter) -> PermitFuture | None:
-    """Return a future to be completed with its permit, ``None`` if it has left; with the lock held."""
+    """Take a waiter's future and permit, to complete it; ``None`` if it has left. The lock is held."""
     future, waiter.future = waiter.future, None
     if future is not None:
-        waiter.permit = None  # it is the caller's
+        waiter.permit = None  # from now on it belongs to the caller
     return future
 
 
 def _complete(future: PermitFuture, permit: Permit) -> None:
-    """Complete a future with a permit, or give that back if it is cancelled or interrupted just now."""
+    """Complete a future with a permit. Give the permit back if the future was cancelled just now."""
     try:
         if future.set_running_or_notify_cancel():
             future.on_cancel = None
@@ -346,7 +348,7 @@ def _serve(
     visit: AbstractContextManager[object],
     forks: int,
 ) -> None:
-    """Serve a scheduler for as long as there is something to do, and it exists, in one process."""
+    """Run the worker until there is nothing to do, or the scheduler is deleted, or at a fork."""
     goes_on = True
     with visit:
         while goes_on:
@@ -360,7 +362,7 @@ def _serve(
 def _serve_or_sleep(
     ref: weakref.ref[Scheduler], condition: threading.Condition, forks: int
 ) -> bool:
-    """Do what there is to do, then sleep; return whether to go on."""
+    """Do all that is due, then sleep. Return whether to continue."""
     scheduler = ref()
     if scheduler is None or scheduler.forks != forks:
         return False
@@ -390,10 +392,10 @@ def _serve_or_sleep(
 
 
 def _wake(condition: threading.Condition, _: weakref.ref[Scheduler]) -> None:
-    """Wake a worker whose scheduler nobody has any more, so that it ends."""
+    """Wake a worker whose scheduler is being deleted, so that it ends."""
     if condition.acquire(blocking=False):
         try:
-            with contextlib.suppress(RuntimeError):  # the lock is another one in a forked child
+            with contextlib.suppress(RuntimeError):  # in a forked child the lock is another one
                 condition.notify()
         finally:
             condition.release()

@@ -363,7 +363,7 @@ def test_one_process_reads_the_limit_for_all_at_a_reset(fleet):
     fleet.begin(0, limit(4, 0, 0.3), refresh=lambda: limit(4), **TINY)
     for _ in range(4):
         process = fleet.start()
-        process.open_refreshing(limit(4, 4, 0.3, buckets=16), takes=0.1, lease=0.5, **TINY)
+        process.open_refreshing(limit(4, 4, 60.0, buckets=16), takes=0.1, lease=0.5, **TINY)
         process.acquire(0)
     fleet.await_granted(4)
     assert len(fleet.audit.read("refresh")) == 1

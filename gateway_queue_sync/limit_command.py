@@ -37,6 +37,7 @@ from gateway_queue_sync.status import add_ledger, ledger_of
 
 PATIENCE = 5.0  # s for a request to the ledger
 PAUSE = 0.05  # s before it is sent again
+MAX_AGE_US = 30 * US_PER_SECOND  # of what Discord said, when it is confirmed
 FORGET = (
     "forget what is left, and which bot the account is of: a process with the token reads what is left, "
     "or if there is none, Discord's default counts"
@@ -73,21 +74,22 @@ def _bot(arguments: argparse.Namespace) -> GatewayBot:
 
 
 def _run(backend: Backend, arguments: argparse.Namespace, bot: GatewayBot | None) -> int:
+    at_us = SYSTEM_CLOCK.now_us()  # figures are as they were then, whenever they are confirmed
     now = look(backend, Settings(name=arguments.name))
     print("\n".join(_describe(backend, now)))
     account = _Account(backend, now, "" if bot is None else bot.bot_id)
     if arguments.set is not None:
         limit = _with_remaining(now, arguments)
         what = f"set what is left to {_written(limit)}"
-        change = partial(account.change, messages.UPDATE, limit)
+        change = partial(account.change, messages.UPDATE, limit, at_us)
     elif bot is not None:
-        asked_us, limit = SYSTEM_CLOCK.now_us(), bot.session_start_limit()
+        limit, read_us = bot.session_start_limit(), SYSTEM_CLOCK.now_us()
         what = f"take what Discord says: {_written(limit)}"
-        change = partial(account.take_what_was_read, limit, asked_us)
+        change = partial(account.take_what_was_read, limit, at_us, read_us)
     elif arguments.forget:
         what = FORGET
         limit = SessionStartLimit(1, 1, 0.0, now.max_concurrency)  # these figures do not count
-        change = partial(account.change, messages.FORGET, limit)
+        change = partial(account.change, messages.FORGET, limit, at_us)
     else:
         return 0
     print(f"will {what}")
@@ -150,25 +152,29 @@ class _Account:
             layout=now.layout,
         )
 
-    def change(self, kind: int, limit: SessionStartLimit, asked_us: int | None = None) -> Reply:
-        """Have a limit taken in, and return what the account is like then."""
+    def change(
+        self, kind: int, limit: SessionStartLimit, at_us: int, asked_us: int | None = None
+    ) -> Reply:
+        """Have a limit taken in as it was at ``at_us``, and return what the account is like then."""
         if not self._request.number:
             new = Introduction("", self._bot_id, 0, None, 0, 0, 0, None)
             self._ask(introduction=new)
-        now_us = SYSTEM_CLOCK.now_us()
         figures = limit.total, limit.remaining, to_us(limit.reset_after), limit.max_concurrency
-        asked_us = now_us if asked_us is None else asked_us
-        return self._ask(limit=Limit(kind, *figures, asked_us, now_us))
+        asked_us = at_us if asked_us is None else asked_us
+        return self._ask(limit=Limit(kind, *figures, asked_us, at_us))
 
-    def take_what_was_read(self, limit: SessionStartLimit, asked_us: int) -> Reply:
+    def take_what_was_read(self, limit: SessionStartLimit, asked_us: int, at_us: int) -> Reply:
         """Have a limit taken in that was read, less the permits that Discord may not have seen."""
-        now = self.change(messages.READ, limit, asked_us)
+        if SYSTEM_CLOCK.now_us() - asked_us > MAX_AGE_US:
+            raise LedgerError("what Discord said is old by now, so nothing was changed: try again")
+        now = self.change(messages.READ, limit, at_us, asked_us)
         left = max(now.remaining, now.surplus)
         differs = abs(now.resets_in_us - to_us(limit.reset_after)) > SAME_RESET_US
         if now.total == limit.total and now.remaining == left and not differs:
             return now
         given = less_starts(limit, max(0, limit.remaining - left))
-        return self.change(messages.UPDATE, replace(given, remaining=min(left, limit.remaining)))
+        given = replace(given, remaining=min(left, limit.remaining))
+        return self.change(messages.UPDATE, given, at_us)
 
     def _ask(
         self, *, limit: Limit | None = None, introduction: Introduction | None = None

@@ -8,6 +8,8 @@ import itertools
 import logging
 import sqlite3
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import redis_servers
@@ -22,6 +24,7 @@ from gateway_queue_sync import (
     SessionStartLimit,
     SqliteQueue,
     cli,
+    limit_command,
     limit_reader,
     serve,
 )
@@ -164,6 +167,42 @@ def test_what_discord_says_is_taken(shared, discord, token_file, capsys):
     printed = capsys.readouterr()
     assert "will take what Discord says: 900 of 1000, resets in 1 h 0 min" in printed.out
     assert "secret-part" not in printed.out + printed.err
+
+
+def test_what_discord_said_is_old_if_it_is_confirmed_late(
+    tmp_path, discord, token_file, monkeypatch, capsys
+):
+    """Others may have started sessions since, and more of them than the ledger remembers."""
+    file, clock = str(tmp_path / "q"), limit_command.SYSTEM_CLOCK
+    SqliteQueue(file, LIMIT).close()
+    later = SimpleNamespace(now_us=clock.now_us)
+
+    def confirm_late(_):
+        later.now_us = lambda: clock.now_us() + 31_000_000
+        return "y"
+
+    monkeypatch.setattr(limit_command, "SYSTEM_CLOCK", later)
+    monkeypatch.setattr(builtins, "input", confirm_late)
+    read = ("--read", "--token-file", str(token_file), "--base-url", discord.url)
+    assert cli.main(["limit", "--sqlite", file, *read]) == 1
+    printed = capsys.readouterr()
+    assert "nothing was changed" in printed.err
+    assert "done" not in printed.out
+
+
+def test_a_reset_comes_no_later_if_a_change_is_confirmed_late(tmp_path, monkeypatch):
+    file = str(tmp_path / "q")
+
+    def confirm_late(_):
+        time.sleep(1)
+        return "y"
+
+    monkeypatch.setattr(builtins, "input", confirm_late)
+    with SqliteQueue(file, LIMIT) as queue:
+        before = time.monotonic() + queue.snapshot().limit.resets_in
+        assert cli.main(["limit", "--sqlite", file, "--set", "5"]) == 0
+        after = time.monotonic() + queue.snapshot().limit.resets_in
+    assert after == pytest.approx(before, abs=0.5)
 
 
 def test_the_token_of_another_bot_is_refused(tmp_path, discord, token_file, capsys):

@@ -738,12 +738,14 @@ def test_a_window_costs_at_most_a_trip_for_each_process_and_two(trip_us):
     assert trips / windows <= 8 + 2
 
 
+SETTINGS = SessionSettings(
+    interval_us=5 * S, margin_us=S // 4, period_us=86_400 * S, lease_us=5 * S, limit=LIMIT
+)
+
+
 @pytest.fixture
 def alone() -> tuple[Ledger, Session, Here]:
-    settings = SessionSettings(
-        interval_us=5 * S, margin_us=S // 4, period_us=86_400 * S, lease_us=5 * S, limit=LIMIT
-    )
-    ledger, session, lines = Ledger(), Session(settings, uniform=lambda low, high: high), Here()
+    ledger, session, lines = Ledger(), Session(SETTINGS, uniform=lambda low, high: high), Here()
     exchange(ledger, session, lines)
     ledger.later(WINDOW)
     return ledger, session, lines
@@ -815,6 +817,16 @@ def given(serial=1) -> Permit:
     permit = Permit(0)
     permit.serial, permit.period = serial, 1
     return permit
+
+
+def test_a_process_that_waits_for_a_limit_that_others_must_read_says_so_once(ledger):
+    reader = Talker(ledger, "a", {"can_read": 1})
+    reader.introduce(limit=None)
+    session, lines = Session(replace(SETTINGS, limit=None)), Here()
+    warnings = exchange(ledger, session, lines).warnings
+    assert "the session start limit is not known" in warnings[0]
+    join(ledger, session, lines)
+    assert exchange(ledger, session, lines).warnings == []
 
 
 def test_after_an_introduction_sent_is_repeated_and_refunds_are_dropped(alone):
@@ -938,6 +950,26 @@ def test_one_late_reply_with_many_permits_neither_raises_the_margin_nor_pauses(l
     answers = session.answered(request, reply, ledger.now_us + S)
     assert (answers.permits, answers.warnings) == ([], [])
     assert session.margin_us == settings.margin_us
+
+
+@pytest.mark.parametrize(("late_us", "words"), [(S, "is raised to 1.5"), (3 * S, "asks for none")])
+def test_permits_whose_first_reply_is_lost_each_time_are_late_too(alone, late_us, words):
+    """The reply that is sent again comes at once, but what it brings is as old as the first."""
+    ledger, session, lines = alone
+    join(ledger, session, lines)
+    warnings = []
+    for _ in range(10):
+        request = session.compose(lines, ledger.now_us, can_read=False)
+        if request is None:
+            break
+        ledger.answer(request)
+        ledger.later(late_us)
+        session.failed(request, TimeoutError(), ledger.now_us)
+        ledger.later(50_000)
+        answers = exchange(ledger, session, lines)
+        warnings += answers.warnings
+    assert words in "".join(warnings)
+    assert bool(answers.permits) == (late_us == S)
 
 
 def test_a_request_has_at_most_a_thousand_changes(alone):

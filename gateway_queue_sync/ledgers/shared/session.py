@@ -91,7 +91,7 @@ class Session:
         self.failure: Exception | None = None
         self._layout = self._attempt = self._slow = 0
         self._late = self._trips = self._longest_trip_us = 0
-        self._differs = False
+        self._differs = self._lacks_limit = False
         self._begin()
 
     def _begin(self) -> None:
@@ -426,6 +426,12 @@ class Session:
             self._layout, self.max_concurrency = reply.layout, reply.max_concurrency
             self._forget_lines()
             answers.limit_changed = True
+        if left is None and not self._lacks_limit and not request.can_read:
+            answers.warnings.append(
+                "the session start limit is not known there: no permit is granted until a process "
+                "that can read it, or the command `limit --read`, has done so"
+            )
+        self._lacks_limit = left is None
         self.budget, self.budget_us = left, request.sent_us
         self.granted, self.period = reply.granted, reply.period
         self.window_us = reply.interval_us + reply.margin_us
@@ -460,7 +466,7 @@ class Session:
                         reply.granted,
                     )
                 self._note_stored(line.bucket, [one for one in left if not one.once])
-        trip_us, is_late = now_us - request.sent_us, False
+        late_us = 0  # how old the oldest is that comes too late
         holds_us = {one.number: one.hold_us for line in request.lines for one in line.waiters}
         for one in reply.permits:
             permit = Permit(
@@ -476,11 +482,11 @@ class Session:
             if request.margin_us and now_us - permit.stamp_us > request.margin_us:
                 self.report(permit, models.Report.UNUSED, now_us)
                 self._changed.add(one.bucket)
-                is_late = True
+                late_us = max(late_us, now_us - permit.stamp_us)
             else:
                 answers.permits.append(permit)
-        if is_late:
-            self._note_late(trip_us, now_us, answers)
+        if late_us > self.margin_us:
+            self._note_late(late_us, now_us, answers)
         elif reply.permits:
             self._late = 0
 
@@ -509,23 +515,24 @@ class Session:
                 "lease: other processes are likely to take the turns of this one"
             )
 
-    def _note_late(self, trip_us: int, now_us: int, answers: Answers) -> None:
-        """Raise the margin if permits come late because the ledger is far; at the maximum, pause."""
-        if trip_us <= self.margin_us:
-            return
+    def _note_late(self, late_us: int, now_us: int, answers: Answers) -> None:
+        """Raise the margin if permits come late again and again; at the maximum, pause.
+
+        The ledger is far, or replies are lost: what is sent again comes at once, but has aged.
+        """
         self._late += 1
-        margin_us = min(trip_us * 3 // 2, MAX_RAISED_MARGIN_US)
+        margin_us = min(late_us * 3 // 2, MAX_RAISED_MARGIN_US)
         if self._late >= MANY_LATE - 1 and margin_us > self.margin_us:
             self.margin_us, self._late = margin_us, 0
             answers.warnings.append(
-                f"the ledger answers after {trip_us / US_PER_SECOND:.2f} s, later than the margin: it "
+                f"the ledger answers after {late_us / US_PER_SECOND:.2f} s, later than the margin: it "
                 f"is raised to {margin_us / US_PER_SECOND:.2f} s"
             )
         elif self._late >= MANY_LATE:
             self._paused_until_us = now_us + LATE_PAUSE_US
             self._paused = self._all = True
             answers.warnings.append(
-                f"the ledger answers after {trip_us / US_PER_SECOND:.2f} s, too late for permits: this "
+                f"the ledger answers after {late_us / US_PER_SECOND:.2f} s, too late for permits: this "
                 f"process asks for none for {LATE_PAUSE_US / US_PER_SECOND:.0f} s"
             )
 

@@ -14,9 +14,18 @@ import time
 
 import pytest
 import redis_servers
+from memory_backend import MemoryBackend, queue_on
 from test_sqlite_faults import Holder
 
-from gateway_queue_sync import HttpQueue, RedisQueue, SessionStartLimit, SqliteQueue, serve
+from gateway_queue_sync import (
+    HttpQueue,
+    LedgerError,
+    RedisQueue,
+    SessionStartLimit,
+    SqliteQueue,
+    serve,
+)
+from gateway_queue_sync.ledgers import remote
 
 QUICK = {"interval": 0.05, "margin": 0.05}
 SETTINGS = {"limit": SessionStartLimit(1000, 1000, 0.0, 16), **QUICK}
@@ -196,6 +205,30 @@ def test_ctrl_c_ends_a_wait_within_100_ms(faulty):
         signal.signal(signal.SIGALRM, before)
     assert min(late) < 0.1
     assert max(late) < 1.0
+
+
+@pytest.mark.parametrize("when_unreachable", ["wait", "raise"])
+def test_a_queue_is_made_within_five_seconds_whatever_its_client_does(
+    monkeypatch, caplog, when_unreachable
+):
+    """Such as a client that has no timeout, on a server that is stopped."""
+    monkeypatch.setattr(remote, "MAX_OPEN_US", 300_000)
+    backend, goes_on = MemoryBackend(), threading.Event()
+    backend.before = lambda: goes_on.wait(PATIENCE)
+    since = time.monotonic()
+    try:
+        if when_unreachable == "raise":
+            with pytest.raises(LedgerError, match="did not answer within 5 s"):
+                queue_on(backend, when_unreachable="raise", **SETTINGS)
+            assert time.monotonic() - since < PATIENCE / 4
+            return
+        queue = queue_on(backend, **SETTINGS)
+        assert time.monotonic() - since < PATIENCE / 4
+        assert "did not answer within 5 s; no permit is granted" in caplog.text
+    finally:
+        goes_on.set()
+    with queue:
+        assert queue.acquire(0, timeout=PATIENCE).remaining == 999
 
 
 def test_closing_takes_no_time_and_ends_every_wait(faulty, crew):

@@ -12,12 +12,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from gateway_queue_sync import forecast, process
-from gateway_queue_sync.clock import FOREVER_US, SYSTEM_CLOCK, if_slow
+from gateway_queue_sync.clock import FOREVER_US, SYSTEM_CLOCK, start
 from gateway_queue_sync.errors import LedgerError, worker_blocked
 from gateway_queue_sync.events import Event, LimitUpdated
 from gateway_queue_sync.ledgers.memory import MemoryLedger
@@ -50,8 +50,8 @@ MANY_FAILURES = 3  # in a row are worth a warning
 MAX_BUSY_US = 200_000  # for which a ledger that is busy has not failed
 MAX_TRY_US = 500_000  # for one who only tries, until the ledger answers
 MAX_LATE_US = 40_000  # after a deadline, for an answer that is on its way
-MAX_OPEN_US = 5 * US_PER_SECOND  # until a ledger is not busy
-OPEN_PAUSE = 0.02  # s, in the meantime
+MAX_OPEN_US = 5 * US_PER_SECOND  # until a ledger has answered for the first time
+OPEN_PAUSE = 0.02  # s until one that is busy is asked again
 WARN_AFTER = 1.0  # s until the log says what a constructor waits for
 MAX_REQUEST_US = 5 * US_PER_SECOND  # until the ledger answers update and snapshot
 
@@ -146,35 +146,41 @@ class RemoteLedger:
             LedgerError: what is there cannot be used, or refuses this process. One that is only out of
                 reach is tried again, with a WARNING, unless ``when_unreachable`` says otherwise.
         """
-        with if_slow(WARN_AFTER, partial(log.warning, "waiting for %r", self)):
-            self._introduce(can_read=can_read)
-
-    def _introduce(self, *, can_read: bool) -> None:
         lines = _OwnLines(Lines(self.max_concurrency), {})
-        give_up_us = SYSTEM_CLOCK.now_us() + MAX_OPEN_US
+        request = self._session.compose(lines, self._now_us(), can_read=can_read)
+        assert request is not None
         self._failed_us = self._now_us()
-        while True:
-            request = self._session.compose(lines, self._now_us(), can_read=can_read)
-            assert request is not None
-            try:
-                reply = self.backend.ask(request)
-                break
-            except (Unreachable, Busy) as error:
-                self._session.failed(request, error, self._now_us())
-                if not isinstance(error, Busy) or SYSTEM_CLOCK.now_us() >= give_up_us:
-                    if self._settings.when_unreachable == "raise":
-                        raise
-                    log.warning("%s; no permit is granted until it can be asked", error)
-                    self._failures = MANY_FAILURES
-                    return
-            time.sleep(OPEN_PAUSE)
-            self._session.hurry(self._now_us())
+        try:
+            reply = self._first_reply(request)
+        except (Unreachable, Busy) as error:
+            if self._settings.when_unreachable == "raise":
+                raise
+            self._session.failed(request, error, self._now_us())
+            log.warning("%s; no permit is granted until it can be asked", error)
+            self._failures = MANY_FAILURES
+            return
         answers = self._session.answered(request, reply, self._now_us())
         if answers.error is not None:
             raise LedgerError(f"{self!r}: {answers.error}")
         self.should_read = answers.read
         for warning in answers.warnings:
             log.warning("%r: %s", self, warning)
+
+    def _first_reply(self, request: Request) -> Reply:
+        """Have a request answered, in a thread of its own: a client may have no timeout."""
+        since_us = SYSTEM_CLOCK.now_us()
+        answered: Future[Reply] = Future()
+        args = self.backend, request, answered, since_us
+        start(threading.Thread(target=_ask, args=args, name="gateway-queue-open", daemon=True))
+        try:
+            if wait([answered], min(WARN_AFTER, MAX_OPEN_US / US_PER_SECOND)).not_done:
+                log.warning("waiting for %r", self)
+                left_us = since_us + MAX_OPEN_US + MAX_LATE_US - SYSTEM_CLOCK.now_us()
+                if wait([answered], max(0, left_us) / US_PER_SECOND).not_done:
+                    raise Unreachable(f"{self!r} did not answer within 5 s") from TimeoutError()
+            return answered.result()
+        finally:
+            answered.cancel()
 
     def before_fork(self) -> None:
         """Let no exchange be half done while this process is forked."""
@@ -324,7 +330,7 @@ class RemoteLedger:
             raise worker_blocked()
         condition = self._condition(scheduler.lock)
 
-        def wait() -> None:
+        def wait_for_reply() -> None:
             deadline_us = self._now_us() + MAX_REQUEST_US
             ask()
             self._session.hurry(self._now_us())
@@ -341,7 +347,7 @@ class RemoteLedger:
             finally:
                 self._waiting_for.remove(condition)
 
-        scheduler.blocking(wait)
+        scheduler.blocking(wait_for_reply)
 
     # --- the exchange -----------------------------------------------------------------------------
 
@@ -554,6 +560,23 @@ class RemoteLedger:
         )
         error.__cause__ = failure.__cause__ or TimeoutError()
         return error
+
+
+def _ask(backend: Backend, request: Request, answered: Future[Reply], since_us: int) -> None:
+    """Have a request answered; a ledger that is busy has not applied it, and is asked again."""
+    while not answered.cancelled():
+        try:
+            reply = backend.ask(request)
+        except BaseException as error:  # noqa: BLE001 - who waits for the answer raises it
+            if isinstance(error, Busy) and SYSTEM_CLOCK.now_us() - since_us < MAX_OPEN_US:
+                time.sleep(OPEN_PAUSE)
+            elif answered.set_running_or_notify_cancel():
+                answered.set_exception(error)
+                return
+        else:
+            if answered.set_running_or_notify_cancel():
+                answered.set_result(reply)
+            return
 
 
 def seen_in(

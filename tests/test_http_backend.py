@@ -451,7 +451,7 @@ WRONG = [
     {"granted": -1}, {"remaining": -1}, {"resets_in_us": -1}, {"period": -1}, {"layout": -1},
     {"permits": (PERMIT._replace(waiter=8),)}, {"permits": (PERMIT._replace(age_us=-1),)},
     {"permits": (PERMIT._replace(shard_id=5),)}, {"permits": (PERMIT, PERMIT)},
-    {"waits": (Wait(0, -1, 0, 0, 0, 0),)}, {"waits": (Wait(0, 1, 0, 3, 0, 0),)},
+    {"waits": (Wait(0, -1, 0, 0, 0),)}, {"waits": (Wait(0, 1, 0, 3, 0),)},
     {"look": Look((), 0, (Line(0, 5, ()),), 0, 1)},
 ]  # fmt: skip
 

@@ -250,7 +250,7 @@ def stored_in_python(store: MemoryStore) -> dict[str, object]:
         number: [getattr(one, name) for name in names] for number, one in store._buckets.items()
     }
     sessions = {
-        row.session: [row.number, row.last_request_us, row.layout, row.waiting, row.reply]
+        row.session: [row.number, row.last_request_us, row.layout, row.reply]
         for row in store._sessions.values()
     }
     lines = {
@@ -330,7 +330,7 @@ def test_python_and_lua_give_the_same_replies_and_store_the_same(server, capsys,
             kinds |= live_once(seed + life, client)
     assert kinds >= {
         "granted", "window", "budget", "reset", "introduce", "refused", "lost", "read", "surplus",
-        "rejected", "looked", "replayed", "not applied", "forgotten", "ahead", "differs",
+        "rejected", "looked", "replayed", "not applied", "forgotten", "differs",
     }  # fmt: skip
 
 
@@ -384,7 +384,6 @@ def kinds_of(reply: Reply) -> set[str]:
         "looked": reply.look,
         "forgotten": reply.limit_result and reply.total < 0,
         "not applied": reply.limit_result == messages.NOT_APPLIED,
-        "ahead": any(wait.ahead for wait in reply.waits),
         "differs": reply.differs,
     }.items():
         found |= {name} if holds else set()

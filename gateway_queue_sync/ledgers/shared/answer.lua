@@ -29,7 +29,7 @@ local LONGEST = { -- from now, if the clock was set back
   settle_until_us = 2 * S, reader_until_us = 10 * S, read_us = 0, held_until_us = 10 * S,
 }
 local LIMIT = {'kind', 'total', 'remaining', 'reset_us', 'max_concurrency', 'asked_us', 'at_us'}
-local SESSIONS = {'number', 'last_request_us', 'layout', 'waiting', 'reply'}
+local SESSIONS = {'number', 'last_request_us', 'layout', 'reply'}
 local BUCKETS = {
   'last_us', 'serial', 'previous_us', 'previous_serial', 'closed_until_us', 'rejections', 'rejected_serial',
   'opened_us', 'held_until_us', 'waiting',
@@ -83,7 +83,7 @@ local wall, shift_us = tonumber(ARGV[3]) or now, now - request.sent_us
 local notice_us = min(floor(request.lease_us / 3), 2 * S)
 local reread_us = request.reread_us ~= 0 and request.reread_us or FOREVER
 local account = {
-  granted = 0, period = 0, layout = 0, waiting = 0, window_us = 1, period_us = 0, max_concurrency = 1,
+  granted = 0, period = 0, layout = 0, window_us = 1, period_us = 0, max_concurrency = 1,
   total = false, remaining = 0, used = 0, resets_at_us = false, max_reset_us = 0, refresh_owed = 0,
   other_reset_us = false, other_read_us = false, last_us = now, closed_until_us = NEVER, rejections = 0,
   interval_us = 0, margin_us = 0, interval_until_us = NEVER, margin_until_us = NEVER, opened_us = NEVER,
@@ -153,18 +153,21 @@ end
 local function count_in(row) return row and #row.waiters + row.more or 0 end
 
 local function add_waiting(name, count)
-  account.waiting = account.waiting + count
   if sub(name, 1, 16) ~= padded(account.layout) then return end
   local bucket = get_bucket(tonumber(sub(name, 18, 33)))
   bucket.waiting = bucket.waiting + count
 end
 
-local function drop_lines(session)
+local function lines_of(session) -- their names
   local names = {}
   for _, member in ipairs(redis.call('ZRANGEBYLEX', OF, '[' .. session .. ' ', '(' .. session .. '!')) do
     names[#names + 1] = #member == #session + 35 and sub(member, -34) .. session or nil
   end
-  for _, name in ipairs(load_lines(names)) do
+  return load_lines(names)
+end
+
+local function drop_lines(session)
+  for _, name in ipairs(lines_of(session)) do
     if rows[name] then add_waiting(name, -count_in(rows[name])) end
     rows[name] = false
   end
@@ -177,8 +180,8 @@ local function remove(session)
   write('ZREM', HEARD, session)
 end
 
-local function put_session(id, number, at_us, layout, waiting, text)
-  write('HSET', SESSION, id, sub(to_wire({number, at_us, layout, waiting}), 1, -2) .. ',' .. text .. ']')
+local function put_session(id, number, at_us, layout, text)
+  write('HSET', SESSION, id, sub(to_wire({number, at_us, layout}), 1, -2) .. ',' .. text .. ']')
   write('ZADD', HEARD, whole(at_us), id)
 end
 
@@ -202,12 +205,18 @@ end
 local function due_us(bucket) return max(closed_until(bucket), held_us(bucket), account.settle_until_us) end
 
 local function divide(max_concurrency) -- and fold_holds, and rebucket: the account is its default bucket
+  local waiting = 0 -- in other sessions
   load_all()
+  for _, name in ipairs(lines_of(request.session)) do
+    waiting = waiting - (sub(name, 1, 16) == padded(account.layout) and count_in(rows[name]) or 0)
+  end
   for _, bucket in pairs(buckets) do
+    waiting = waiting + bucket.waiting
     account.last_us = max(account.last_us, bucket.last_us)
     account.closed_until_us = max(account.closed_until_us, bucket.closed_until_us, held_us(bucket))
     account.rejections = max(account.rejections, goes_on(bucket) and bucket.rejections or 0)
   end
+  if waiting > 0 and max_concurrency ~= account.max_concurrency then account.settle_until_us = now + notice_us end
   buckets, divided, account.max_concurrency = {}, true, max_concurrency
   account.layout = account.layout + 1
   write('UNLINK', BUCKET)
@@ -314,7 +323,7 @@ local function forget_limit()
   if account.read_us > NEVER then account.total, account.remaining, account.refresh_owed = false, 0, 1 end
 end
 
-local function change(others_wait)
+local function change()
   if limit.kind == FORGET then return forget_limit() end
   local theirs, reset_us, reads = limit.remaining, limit.reset_us, limit.kind ~= UPDATE
   local divides = limit.max_concurrency ~= account.max_concurrency
@@ -324,7 +333,6 @@ local function change(others_wait)
   limit_result = reads and (is_late or reset_us > 0 and limit.reset_us == 0) and 2 or 1
   if limit_result == 2 then return end
   if divides then divide(limit.max_concurrency) end
-  if divides and others_wait then account.settle_until_us = now + notice_us end
   if not reads then return adopt(limit) end
   local since_us = wall - (request.sent_us - limit.asked_us) - unseen_us()
   local recent = count_recent(since_us)
@@ -479,10 +487,10 @@ local function left_now() -- -1 while heads wait for the limit
   return account.resets_at_us and wall >= account.resets_at_us and -1 or left
 end
 
-local function reports(others_wait)
+local function reports()
   local before = left_now()
   for _, one in ipairs(request.reports) do report(unpack(one)) end
-  if limit then change(others_wait) end
+  if limit then change() end
   if before <= request.reserve and request.reserve < left_now() then account.opened_us = now + notice_us end
 end
 
@@ -550,7 +558,7 @@ local function ask(number, head, others) -- a permit, or a wait
   if not left then
     reset_denied = reset_denied or reason == RESET
     wait_us = max(1, ceil(wait_us / max(1, ceil(wait_us / notice_us))))
-    return nil, {number, wait_us, max(0, due_us(bucket) - now), reason, #ahead, 0}
+    return nil, {number, wait_us, max(0, due_us(bucket) - now), reason, 0}
   end
   if resets_at_us and account.resets_at_us ~= resets_at_us then
     account.opened_us = max(account.opened_us, reset_us)
@@ -562,9 +570,9 @@ local function ask(number, head, others) -- a permit, or a wait
   return {head[NUMBER], account.granted, number, head[SHARD_ID], account.period, left, 0}
 end
 
-local function replace_line(number, more, waiters) -- by how many more wait in it
+local function replace_line(number, more, waiters)
   for _, waiter in ipairs(waiters) do
-    if math.fmod(waiter[SHARD_ID], account.max_concurrency) ~= number then return 0 end
+    if math.fmod(waiter[SHARD_ID], account.max_concurrency) ~= number then return end
   end
   local place = padded(account.layout) .. ':' .. padded(number) .. ':'
   local name, known, wait = place .. request.session, {}, nil
@@ -585,11 +593,9 @@ local function replace_line(number, more, waiters) -- by how many more wait in i
   rows[name] = #waiters > 0 and {
     until_us = now + request.lease_us, more = more, waiters = waiters, name = name, put = true,
   }
-  local added = count_in(rows[name]) - count_in(old)
-  add_waiting(name, added)
-  if wait then wait[6] = get_bucket(number).waiting end
+  add_waiting(name, count_in(rows[name]) - count_in(old))
+  if wait then wait[5] = get_bucket(number).waiting end
   waits[#waits + 1] = wait
-  return added
 end
 
 local function reads(uses)
@@ -622,7 +628,7 @@ local function reply(status, why, read)
   return {
     request.attempt, request.number, status, why, lost, now, account.granted, account.period, account.layout,
     total, max(0, remaining), resets_in_us, account.max_concurrency, account.interval_us, account.margin_us,
-    now < account.differs_until_us and 1 or 0, account.waiting, read or 0, limit_result, surplus, rejections,
+    now < account.differs_until_us and 1 or 0, read or 0, limit_result, surplus, rejections,
     permits, waits, {},
   }
 end
@@ -634,8 +640,8 @@ end
 local function replay(given)
   local since_us = now >= given[6] and now - given[6] or 3600 * S
   given[1], given[6] = request.attempt, now
-  for _, permit in ipairs(given[22]) do permit[7] = permit[7] + since_us end
-  for _, wait in ipairs(given[23]) do wait[2] = max(0, wait[2] - since_us) end
+  for _, permit in ipairs(given[21]) do permit[7] = permit[7] + since_us end
+  for _, wait in ipairs(given[22]) do wait[2] = max(0, wait[2] - since_us) end
   return given
 end
 
@@ -645,7 +651,7 @@ local function remove_silent()
     for _, id in ipairs(redis.call('ZRANGEBYSCORE', HEARD, range[1], range[2], 'LIMIT', 0, MAX_REMOVED + 2)) do
       if count < MAX_REMOVED and id ~= request.session and not removed[id] then
         local row = at == 2 and get(SESSION, id, SESSIONS)
-        if row then put_session(id, row.number, now, row.layout, row.waiting, to_wire(row.reply)) else remove(id) end
+        if row then put_session(id, row.number, now, row.layout, to_wire(row.reply)) else remove(id) end
         count = count + 1
       end
     end
@@ -657,19 +663,19 @@ local function apply(row, known)
   saves = true
   if new then
     introduce(known)
-    row = {layout = account.layout, waiting = 0}
+    row = {layout = account.layout}
   elseif row.layout ~= account.layout and account.layout == request.layout then
     drop_lines(request.session)
-    row.layout, row.waiting = request.layout, 0
+    row.layout = request.layout
   end
   settings()
-  reports(account.waiting > row.waiting)
+  reports()
   for _, line in ipairs(request.lines) do
     uses = uses or #line[3] > 0
-    if request.layout == account.layout then row.waiting = row.waiting + replace_line(unpack(line)) end
+    if request.layout == account.layout then replace_line(unpack(line)) end
   end
   local text = to_wire(reply(OK, '', reads(uses)))
-  put_session(request.session, request.number, now, row.layout, row.waiting, text)
+  put_session(request.session, request.number, now, row.layout, text)
   text = with_look(text)
   remove_silent()
   if #permits > 0 then forget_old() end

@@ -46,7 +46,7 @@ def recover(rows: Rows, new: Introduction) -> None:
     account.refresh_owed = True
 
 
-def change(rows: Rows, limit: Limit, *, others_wait: bool) -> tuple[int, int]:
+def change(rows: Rows, limit: Limit) -> tuple[int, int]:
     """Take in a limit that was given or read; return the reply's ``limit_result`` and ``surplus``."""
     account, given = rows.kept, _as_now(rows.request, limit)
     surplus = -1
@@ -77,8 +77,6 @@ def change(rows: Rows, limit: Limit, *, others_wait: bool) -> tuple[int, int]:
         surplus = theirs if theirs > account.remaining else -1
     if divides:
         rows.divide()
-        if others_wait:
-            account.settle_until_us = rows.now_us + rows.notice_us
     return messages.APPLIED, surplus
 
 

@@ -134,15 +134,13 @@ class Granted(NamedTuple):
 class Wait(NamedTuple):
     """The head of a line gets no permit now, and should ask again in ``wait_us``.
 
-    The bucket opens in ``opens_us``. ``ahead`` heads of other sessions come before this one;
-    ``waiting`` wait for the bucket in all sessions.
+    The bucket opens in ``opens_us``; ``waiting`` wait for it in all sessions.
     """
 
     bucket: int
     wait_us: int
     opens_us: int
     reason: int
-    ahead: int
     waiting: int
 
 
@@ -192,7 +190,6 @@ class Reply(NamedTuple):
     interval_us: int  # the largest of the live processes
     margin_us: int
     differs: int  # processes have different intervals or margins
-    waiting: int  # in all lines of all sessions
     read: int  # this process should read the limit now
     limit_result: int
     surplus: int  # a read says that so many are left, more than count; else -1

@@ -34,7 +34,9 @@ class Rows:
     def __init__(self, store: Store, request: Request, now_us: int, wall_us: int) -> None:
         self.store, self.request, self.now_us, self.wall_us = store, request, now_us, wall_us
         self.divided = False
-        self._rejections = 0  # the longest row that goes on, when the account is divided anew
+        # When the account is divided anew: the longest row that goes on, how many wait in other
+        # sessions, and how many buckets there were.
+        self._rejections = self._others = self._were = 0
         self.account = store.account()
         if self.account is not None:
             self._bound_times(self.account)
@@ -97,6 +99,8 @@ class Rows:
         self.store.drop_buckets()
         default = self.kept.default_bucket
         default.rejections = self._rejections
+        if self._others > 0 and self.kept.max_concurrency != self._were:
+            self.kept.settle_until_us = self.now_us + self.notice_us
         self.kept.layout += 1
         self.divided = True
 
@@ -119,8 +123,12 @@ class Rows:
             if bucket.rejected_serial in (bucket.serial, bucket.previous_serial)
         ]
         self._rejections = max(self.kept.default_bucket.rejections, *going_on, 0)
+        own, layout = self.store.lines_of(self.request.session), self.kept.layout
+        self._others = -sum(row.waiting for row in own if row.layout == layout)
+        self._were = self.kept.max_concurrency
         for bucket in self.kept.buckets.values():
             assert isinstance(bucket, SharedBucket)
+            self._others += bucket.waiting
             if bucket.held_until_us > NEVER:
                 held_us = bucket.held_until_us + self.kept.window_us
                 bucket.closed_until_us = max(bucket.closed_until_us, held_us)

@@ -28,7 +28,6 @@ class SharedAccount(Account):
         interval_until_us, margin_until_us: until when a smaller one does not count.
         differs_until_us: until when processes count as having different ones.
         layout: numbers the divisions into buckets; lines of an earlier one do not count.
-        waiting: how many wait in all sessions.
         opened_us: from when graces count at least, because there are session starts again.
         settle_until_us: nothing is granted until then, because sessions send their lines anew.
         reader, reader_until_us: the session that reads the limit, and until when no other may.
@@ -42,7 +41,6 @@ class SharedAccount(Account):
     margin_until_us: int = NEVER
     differs_until_us: int = NEVER
     layout: int = 0
-    waiting: int = 0
     opened_us: int = NEVER
     settle_until_us: int = NEVER
     reader: str = ""
@@ -58,7 +56,6 @@ class SessionRow(NamedTuple):
     number: int
     last_request_us: int
     layout: int
-    waiting: int
     reply: str
 
 

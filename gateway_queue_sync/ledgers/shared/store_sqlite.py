@@ -115,7 +115,7 @@ class SqliteStore:
             self._run(f"DELETE FROM {table} WHERE name = ?", (self._name,))
         never = ", ".join(f"{column} = {NEVER}" for column in _OF_ANOTHER_CLOCK)
         self._run(
-            f"UPDATE account SET waiting = 0, reader = '', refresh_owed = 1, {never} WHERE name = ?",
+            f"UPDATE account SET reader = '', refresh_owed = 1, {never} WHERE name = ?",
             (self._name,),
         )
         self._read_account()

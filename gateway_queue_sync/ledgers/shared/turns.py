@@ -136,23 +136,20 @@ class _Step:
             self._introduce(request.introduction)
         elif row is not None and row.layout != self.rows.kept.layout == request.layout:
             self._drop_lines(request.session)
-            row = row._replace(layout=request.layout, waiting=0)
+            row = row._replace(layout=request.layout)
         account = self.rows.kept
         if row is None:
-            row = SessionRow(request.session, 1, self.now_us, account.layout, 0, "")
+            row = SessionRow(request.session, 1, self.now_us, account.layout, "")
         self._settings()
-        self._reports(others_wait=account.waiting > row.waiting)
-        waiting = row.waiting
+        self._reports()
         if request.layout == account.layout:
             for line in request.lines:
-                waiting += self._replace_line(line)
+                self._replace_line(line)
         read = limits.reads(self.rows, reset_denied=self.reset_denied)
         reply = self.reply(messages.OK, read=read)
         written = json.dumps(to_wire(reply._replace(look=None)), separators=(",", ":"))
         store.put_session(
-            row._replace(
-                number=request.number, last_request_us=self.now_us, waiting=waiting, reply=written
-            )
+            row._replace(number=request.number, last_request_us=self.now_us, reply=written)
         )
         before_us, after_us = self.now_us - SILENT_US, self.now_us + SILENT_US
         for silent in store.silent(before_us, after_us, MAX_REMOVED):
@@ -201,7 +198,6 @@ class _Step:
             account.interval_us,
             account.margin_us,
             int(self.now_us < account.differs_until_us),
-            account.waiting,
             read,
             self.limit_result,
             self.surplus,
@@ -281,15 +277,13 @@ class _Step:
 
     # --- reports and limits -----------------------------------------------------------------------
 
-    def _reports(self, *, others_wait: bool) -> None:
+    def _reports(self) -> None:
         """Take in what became of permits, and a limit."""
         request, left = self.request, self._left()
         for report in request.reports:
             self._report(report)
         if request.limit is not None:
-            self.limit_result, self.surplus = limits.change(
-                self.rows, request.limit, others_wait=others_wait
-            )
+            self.limit_result, self.surplus = limits.change(self.rows, request.limit)
         if left <= request.reserve < self._left():
             self.rows.kept.opened_us = self.now_us + self.rows.notice_us
 
@@ -331,11 +325,11 @@ class _Step:
 
     # --- turns ------------------------------------------------------------------------------------
 
-    def _replace_line(self, line: Line) -> int:
-        """Replace a session's line, answer its head, and return by how many more wait in it."""
+    def _replace_line(self, line: Line) -> None:
+        """Replace a session's line, and answer its head."""
         account, store, request = self.rows.kept, self.store, self.request
         if any(one.shard_id % account.max_concurrency != line.bucket for one in line.waiters):
-            return 0
+            return
         old = store.line(account.layout, line.bucket, request.session)
         stored = {} if old is None else {one.number: one for one in old.waiters}
         waiters = [self._by_own_clock(one, stored.get(one.number)) for one in line.waiters]
@@ -364,13 +358,10 @@ class _Step:
             store.put_line(row)
         elif old is not None:
             store.drop_line(old)
-        added = row.waiting - before
-        account.waiting += added
         bucket = self.rows.bucket(line.bucket)
-        bucket.waiting += added
+        bucket.waiting += row.waiting - before
         if wait is not None:
             self.waits.append(wait._replace(waiting=bucket.waiting))
-        return added
 
     def _by_own_clock(self, waiter: Waiter, stored: Waiter | None) -> Waiter:
         """Return a waiter with times by the ledger's clock; its position never becomes worse."""
@@ -384,11 +375,9 @@ class _Step:
         return waiter._replace(arrived_us=arrived_us, position_us=position_us)
 
     def _drop_lines(self, session: str) -> None:
-        account = self.rows.kept
         for row in self.store.lines_of(session):
             self.store.drop_line(row)
-            account.waiting -= row.waiting
-            if row.layout == account.layout:
+            if row.layout == self.rows.kept.layout:
                 self.rows.bucket(row.bucket).waiting -= row.waiting
 
     def _ask(self, number: int, head: Waiter, others: list[LineRow]) -> Granted | Wait:
@@ -401,7 +390,7 @@ class _Step:
         due_us = self.rows.due_us(bucket)
         turn_us = self._turn_us(bucket, head, due_us, late_us) if ahead else due_us
         if account.total is None:
-            return self._wait(number, READ_AGAIN_US, messages.RESET, len(ahead))
+            return self._wait(number, READ_AGAIN_US, messages.RESET)
         waited_us = PATIENCE_US if resets_at_us is None else wall_us - resets_at_us
         reset_us, account.reserve = self._reset_us(), request.reserve
         if reset_us > NEVER and account.read_us > NEVER:
@@ -420,11 +409,11 @@ class _Step:
                 wait_us = due_us + late_us - now_us
                 if wait_us <= 0:  # it opened early: look again when another window may have passed
                     wait_us = min(answered.wait_us, account.window_us)
-                return self._wait(number, wait_us, messages.WINDOW, len(ahead))
+                return self._wait(number, wait_us, messages.WINDOW)
             if answered.reason is Reason.BUDGET:
-                return self._wait(number, answered.wait_us + late_us, messages.BUDGET, len(ahead))
+                return self._wait(number, answered.wait_us + late_us, messages.BUDGET)
             wait_us = min(READ_AGAIN_US, PATIENCE_US - waited_us) + late_us
-            return self._wait(number, wait_us, messages.RESET, len(ahead))
+            return self._wait(number, wait_us, messages.RESET)
         if resets_at_us is not None and account.resets_at_us != resets_at_us:
             account.opened_us = max(account.opened_us, reset_us)
         for row in ahead:
@@ -457,10 +446,10 @@ class _Step:
             since_us -= PATIENCE_US
         return self.now_us - since_us
 
-    def _wait(self, number: int, wait_us: int, reason: int, ahead: int) -> Wait:
+    def _wait(self, number: int, wait_us: int, reason: int) -> Wait:
         self.reset_denied = self.reset_denied or reason == messages.RESET
         # In equal parts, so that the last is not shorter than a round trip.
         parts = -(-wait_us // self.rows.notice_us)
         wait_us = max(1, -(-wait_us // max(1, parts)))
         opens_us = max(0, self.rows.due_us(self.rows.bucket(number)) - self.now_us)
-        return Wait(number, wait_us, opens_us, reason, ahead, 0)
+        return Wait(number, wait_us, opens_us, reason, 0)

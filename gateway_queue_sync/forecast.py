@@ -23,7 +23,8 @@ from gateway_queue_sync.token_bucket import Account, closed_for_us
 class Outlook:
     """All that decides when permits come, copied at one instant.
 
-    ``ready_in_us`` has the buckets that were used; ``others_ready_in_us`` is that of all others.
+    ``ready_in_us`` has the buckets that were used; ``others_ready_in_us`` is that of all others. If not
+    ``knows_limit``, nothing is granted until one is read.
     """
 
     now_us: int
@@ -35,6 +36,7 @@ class Outlook:
     others_ready_in_us: int
     budget: Budget | None
     granted: int
+    knows_limit: bool = True
 
     def ready(self, number: int) -> int:
         """Return in how many microseconds a bucket opens."""
@@ -64,6 +66,7 @@ def outlook(account: Account, now_us: int, number: int | None = None) -> Outlook
         others_ready_in_us=max(0, closed_for_us(account, account.default_bucket, now_us)),
         budget=budget(account, now_us),
         granted=account.granted,
+        knows_limit=account.total is not None or not account.refresh_owed,
     )
 
 
@@ -73,6 +76,8 @@ def starts(outlook: Outlook, lines: Mapping[int, int]) -> Iterator[tuple[int, in
     ``in_us`` counts from the outlook's instant. Buckets that are ready at one instant come by
     number.
     """
+    if not outlook.knows_limit:
+        return
     left = {number: size for number, size in lines.items() if size}
     remaining = resets_at_us = None
     if outlook.budget is not None:
@@ -104,8 +109,10 @@ def eta_us(outlook: Outlook, number: int, before: int, lines: int, waiting: int)
     """Return about when a place gets its permit, in one step for any number of those who wait.
 
     There are so many ``lines``, in which so many are ``waiting``. Where the budget does not last for
-    them, the lines are taken to be equally long. ``None`` if no permit will ever come.
+    them, the lines are taken to be equally long. ``None`` if no permit will ever come, or it is unknown.
     """
+    if not outlook.knows_limit:
+        return None
     at_us = outlook.ready(number) + before * outlook.window_us
     kept = outlook.budget
     if kept is None or waiting <= kept.remaining - outlook.reserve:

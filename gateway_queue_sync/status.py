@@ -102,24 +102,23 @@ def describe(seen: QueueSnapshot, title: str, now: datetime) -> Iterator[str]:
     lines = sum(bool(bucket.shards) for bucket in seen.buckets)
     yield f"waiting     {seen.waiting}, in {lines} of {len(seen.buckets)} bucket(s)"
     yield ""
+    never = "never: the budget is all reserve" if left is not None else "when the limit is known"
     idle = []
     for bucket in seen.buckets:
         if bucket.shards or bucket.ready_in:
-            yield from _describe_bucket(bucket, now)
+            yield from _describe_bucket(bucket, never, now)
         else:
             idle.append(bucket.bucket)
     if idle:
         yield f"ready: bucket {format_ranges(idle)}"
 
 
-def _describe_bucket(bucket: BucketSnapshot, now: datetime) -> Iterator[str]:
+def _describe_bucket(bucket: BucketSnapshot, never: str, now: datetime) -> Iterator[str]:
     ready = f"ready in {format_duration(bucket.ready_in)}" if bucket.ready_in else "ready"
     yield f"bucket {bucket.bucket}: {ready}"
     for shard in bucket.shards[:FIRST_SHOWN]:
         since = (now - timedelta(seconds=shard.waited)).astimezone()
-        due = (
-            "never: the budget is all reserve" if shard.eta is None else format_time(now, shard.eta)
-        )
+        due = never if shard.eta is None else format_time(now, shard.eta)
         yield (
             f"  shard {shard.shard_id:<6} waits {format_duration(shard.waited):>9}, "
             f"since {since:%H:%M:%S}; due {due}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from accounts import backend_of, wait_for_workers
 
 from gateway_queue_sync import (
     BucketSnapshot,
+    LargeBotQueue,
     LimitSnapshot,
     QueueSnapshot,
     RedisQueue,
@@ -24,6 +27,7 @@ from gateway_queue_sync import (
     SqliteQueue,
     WaitingShard,
     cli,
+    limit_reader,
     serve,
     status,
 )
@@ -81,9 +85,25 @@ def test_a_long_line_is_told_in_short():
 def test_what_is_never_due_or_in_a_thousand_years_is_told_too():
     shards = (WaitingShard(1, 1.0, None), WaitingShard(2, 1.0, 1e12))
     seen = QueueSnapshot(2, 0, (BucketSnapshot(0, 0.0, shards),), None)
-    assert lines(seen)[-2].endswith("due never: the budget is all reserve")
+    assert lines(seen)[-2].endswith("due when the limit is known")
     assert lines(seen)[-1].endswith("due in 11574074 d 1 h")
     assert "left today  not known yet" in lines(seen)
+    seen = replace(seen, limit=LimitSnapshot(9, 9, 0.0))
+    assert lines(seen)[-2].endswith("due never: the budget is all reserve")
+
+
+@pytest.mark.parametrize("make", [SqliteQueue, lambda _, **given: LargeBotQueue(None, **given)])
+def test_nobody_is_due_while_the_limit_is_not_known(file, make, monkeypatch):
+    monkeypatch.setattr(limit_reader, "log", logging.getLogger("gateway_queue_sync.elsewhere"))
+
+    def refuse():
+        raise OSError("not now")
+
+    with make(file, refresh=refuse) as queue:
+        queue.enqueue(5)
+        seen = queue.snapshot()
+    assert seen.limit is None
+    assert seen.buckets[0].shards[0].eta is None
 
 
 def test_a_file_is_shown_with_those_who_wait_in_it(file, capsys):

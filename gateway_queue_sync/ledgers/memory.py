@@ -79,8 +79,6 @@ class MemoryLedger:
         return forecast.outlook(self.account, self._now_us())
 
     def eta_us(self, number: int, position: int, lines: int, waiting: int) -> int | None:
-        if self.should_read:
-            return None
         outlook = forecast.outlook(self.account, self._now_us(), number)
         return forecast.eta_us(outlook, number, position, lines, waiting)
 

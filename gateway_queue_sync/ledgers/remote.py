@@ -601,6 +601,7 @@ def seen_in(
         others_ready_in_us=look.others_ready_in_us,
         budget=left,
         granted=reply.granted,
+        knows_limit=left is not None,
     )
     lines = {number: list(waiters) for number, waiters in own.items()}
     for line in look.lines:

@@ -1,6 +1,6 @@
-"""Waiting for a permit in asyncio: the only module that imports it, but for the broker and the demo.
+"""Waiting for a permit in asyncio.
 
-With another event loop use the future that ``queue.enqueue`` returns.
+With another event loop, use the future that ``queue.enqueue`` returns.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ async def acquire(
 ) -> Permit:
     """Wait, without blocking the event loop, until the shard may identify, and return its permit.
 
-    No thread waits. A task that is cancelled here, at whatever moment, leaves the line; a permit that
-    was granted just then is given back. A permit that reached the loop later than the queue's
-    ``margin``, because the loop was busy, is given back too, and the call waits again at its old
-    position. Send the IDENTIFY, or report ``sent()``, before the next ``await``: after that, nobody
-    checks again.
+    No thread waits. A task that is cancelled here leaves the line, and a permit that was granted at that
+    moment is given back. If the loop is so busy that the permit is older than the queue's ``margin``
+    when it gets here, it is given back, too, and the call waits again at its old position. Send the
+    IDENTIFY, or report ``sent()``, before the next ``await``: the age is not checked again.
 
     Args:
         queue: any queue of this package.
         shard_id: the shard that wants to IDENTIFY, from 0 on.
-        timeout: the longest wait in seconds; ``None`` or ``inf`` waits for ever, 0 takes only what is
-            free in memory: a ledger that processes share needs the time to answer.
+        timeout: the longest wait in seconds; ``None`` or ``inf`` waits without an end. With 0, it
+            can only succeed on a queue in memory, since a shared ledger needs time to answer.
         priority: a head start in seconds, as for ``GatewayQueue.acquire``.
 
     Raises:
         AcquireTimeout: no permit came in time; nothing was used up.
         SessionLimitExhausted: the limit is used up, and the queue was made to raise then.
         QueueClosed: the queue is closed, or was while waiting.
-        TypeError, ValueError: an argument is no shard id, no timeout or no priority.
+        TypeError, ValueError: an argument is not a shard id, a timeout or a priority.
         RuntimeError: as ``GatewayQueue.enqueue`` does.
     """
     longest = None if timeout is None else timeout_seconds(timeout)
@@ -66,7 +65,7 @@ async def acquire(
 async def _wait(
     loop: asyncio.AbstractEventLoop, future: Future[Permit], deadline: float | None
 ) -> None:
-    """Wait until the future is done or the time is over; the future is not cancelled here."""
+    """Wait until the future is done or the time is over, without cancelling it."""
     if future.done() or (deadline is not None and deadline <= loop.time()):
         return
     changed = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The command line, ``python -m gateway_queue_sync``: which commands there are, and how they end.
+"""The command line, ``python -m gateway_queue_sync``: its commands and their exit codes.
 
 A command is a module whose ``add_parser`` adds a subparser and sets its ``func``, which takes the parsed
 arguments and returns the exit code.

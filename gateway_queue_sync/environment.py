@@ -1,4 +1,4 @@
-"""What commands take from outside: files that hold secrets, URLs of servers, the folder for state."""
+"""What commands read besides their options: files with secrets, and the folder for state."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def read_secret(file: str, option: str) -> str:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is empty, or no text.
+        ValueError: it is empty or not text.
     """
     try:
         secret = Path(file).read_text("utf-8").strip()
     except OSError as error:
         raise OSError(f"{option} {file!r}: {error.strerror}") from error
     except UnicodeError:
-        raise ValueError(f"{option} {file!r} is no text") from None
+        raise ValueError(f"{option} {file!r} is not text") from None
     if not secret:
         raise ValueError(f"{option} {file!r} is empty")
     return secret
@@ -40,10 +40,10 @@ def warn_if_open(file: str, option: str) -> None:
 
 
 def public_url(url: str) -> str:
-    """Return a server's URL that stood on a command line.
+    """Return the URL of a Redis server from the command line.
 
     Raises:
-        ValueError: it is no URL of a Redis server, or holds a password; the message does not.
+        ValueError: it is not such a URL, or it contains a password, which the message does not show.
     """
     try:
         parts = urlsplit(url)
@@ -64,7 +64,7 @@ def public_url(url: str) -> str:
 
 
 def state_folder(environment: Mapping[str, str]) -> tuple[Path, str]:
-    """Return the folder for a service's state, and why it is that one."""
+    """Return the folder for a service's state, and where that setting is from."""
     if environment.get("STATE_DIRECTORY"):  # systemd's
         return Path(environment["STATE_DIRECTORY"].split(":")[0]), "STATE_DIRECTORY"
     if sys.platform == "win32":

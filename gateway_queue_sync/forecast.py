@@ -1,4 +1,4 @@
-"""When permits will come: the rules looked ahead, on values alone. No thread, clock, lock or I/O."""
+"""Computes when permits will come, by the same rules. Pure: no thread, clock, lock or I/O."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from gateway_queue_sync.token_bucket import Account, closed_for_us
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """All that decides when permits come, copied at one instant.
+    """A copy of everything that decides when permits come, at one instant.
 
-    ``ready_in_us`` has the buckets that were used; ``others_ready_in_us`` is that of all others. If not
-    ``knows_limit``, nothing is granted until one is read.
+    ``ready_in_us`` is for the buckets that were used; ``others_ready_in_us`` is for all others. If not
+    ``knows_limit``, nothing is granted until a limit is read.
     """
 
     now_us: int
@@ -44,9 +44,9 @@ class Outlook:
 
 
 def outlook(account: Account, now_us: int, number: int | None = None) -> Outlook:
-    """Return the outlook of an account with one clock: of all buckets, or of that one.
+    """Return the outlook of an account with one clock: for all buckets, or for one.
 
-    Only the buckets that are closed are copied: this is done with the scheduler's lock held.
+    Only closed buckets are copied, because the scheduler's lock is held meanwhile.
     """
     closed_since_us, buckets = now_us - account.window_us, account.buckets
     if number is not None:
@@ -91,7 +91,7 @@ def starts(outlook: Outlook, lines: Mapping[int, int]) -> Iterator[tuple[int, in
                 remaining, resets_at_us = outlook.budget.total, None
             if remaining <= outlook.reserve:
                 if resets_at_us is None:
-                    return  # the reserve is the whole budget: no reset will help
+                    return  # everything is reserved: no reset will help
                 heapq.heapreplace(ready, (resets_at_us, number))
                 continue
             remaining -= 1
@@ -106,10 +106,10 @@ def starts(outlook: Outlook, lines: Mapping[int, int]) -> Iterator[tuple[int, in
 
 
 def eta_us(outlook: Outlook, number: int, before: int, lines: int, waiting: int) -> int | None:
-    """Return about when a place gets its permit, in one step for any number of those who wait.
+    """Return about when a position gets its permit. The cost does not grow with the waiters.
 
-    There are so many ``lines``, in which so many are ``waiting``. Where the budget does not last for
-    them, the lines are taken to be equally long. ``None`` if no permit will ever come, or it is unknown.
+    If the session starts do not suffice for all that are ``waiting``, the ``lines`` are assumed to be
+    equally long. ``None`` if no permit will ever come, or if it is unknown.
     """
     if not outlook.knows_limit:
         return None
@@ -128,7 +128,7 @@ def eta_us(outlook: Outlook, number: int, before: int, lines: int, waiting: int)
 
 
 class Waits(Protocol):
-    """Somebody who waits: anything with a shard and an arrival."""
+    """A waiter: anything with a shard and an arrival."""
 
     @property
     def shard_id(self) -> int:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class _Here(threading.local):
-    """What a callback has raised in this thread."""
+    """The interrupt that a callback has raised in this thread."""
 
     interrupt: BaseException | None = None
 
@@ -59,15 +59,15 @@ def _unlocked_at_exit(method: Callable[P, T]) -> Callable[P, T]:
 class PermitFuture(Future[Permit]):
     """A future that leaves its line as soon as it is cancelled.
 
-    The lock of a future is never taken with a queue's lock held: others may hold it for long.
+    The lock of a future must not be taken with a queue's lock held, because others may hold it for long.
 
     Attributes:
-        on_cancel: leaves the line, and may be called again if it was interrupted; ``None`` if there
-            is nothing to leave.
+        on_cancel: leaves the line; it may be called again after an interrupt. ``None`` if the future
+            is in no line.
     """
 
     on_cancel: Callable[[PermitFuture], None] | None = None
-    _process = 0  # the one that completes it, while it does
+    _process = 0  # the id of the process that is completing it
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class PermitFuture(Future[Permit]):
             try:
                 self._leave()
             finally:
-                if self.on_cancel is not None:  # it was interrupted, or there was nothing to leave
+                if self.on_cancel is not None:  # it was interrupted before
                     self._leave()
         if _here.interrupt is not None:
             _raise_interrupt()
@@ -95,14 +95,14 @@ class PermitFuture(Future[Permit]):
 
     @_unlocked_at_exit
     def add_done_callback(self, fn: Callable[[Future[Permit]], object]) -> None:
-        """Call ``fn`` with the future when that is done; whatever it raises, the others are called."""
+        """Call ``fn`` with the future when that is done, even if another callback raises."""
         super().add_done_callback(functools.partial(_call_back, fn))
-        if _here.interrupt is not None:  # it was called at once
+        if _here.interrupt is not None:  # the future is done: it was called at once
             _raise_interrupt()
 
     @_unlocked_at_exit
     def set_running_or_notify_cancel(self) -> bool:
-        """Begin to complete the future; false if it was cancelled, also if that was notified before."""
+        """Begin to complete the future. False if it was cancelled, even if that was notified before."""
         self._condition.acquire()  # at an interrupt, the wrapper releases it
         is_new = self._state != "CANCELLED_AND_NOTIFIED" and super().set_running_or_notify_cancel()
         self._condition.release()
@@ -110,7 +110,7 @@ class PermitFuture(Future[Permit]):
 
     @_unlocked_at_exit
     def set_result(self, result: Permit) -> None:
-        """Complete the future, in this process alone: a callback may fork."""
+        """Complete the future. If a callback forks, the child does not call the others."""
         try:
             self._process = os.getpid()
             super().set_result(result)
@@ -137,9 +137,9 @@ class PermitFuture(Future[Permit]):
 
 
 def _call_back(fn: Callable[[Future[Permit]], object], future: PermitFuture) -> None:
-    """Call a callback; what interrupts it is logged, and raised in a caller when all were called."""
+    """Call a callback. An interrupt in it is logged, and raised after all callbacks in a caller."""
     if future._process not in (0, os.getpid()):
-        return  # an earlier callback has forked, and this is the child: the permit is its parent's
+        return  # an earlier callback has forked: this is the child, and the permit its parent's
     try:
         fn(future)
     except Exception:
@@ -150,7 +150,7 @@ def _call_back(fn: Callable[[Future[Permit]], object], future: PermitFuture) -> 
 
 
 def _raise_interrupt() -> None:
-    """Raise what has interrupted a callback in this thread."""
+    """Raise the interrupt of a callback in this thread."""
     interrupt, _here.interrupt = _here.interrupt, None
     try:
         if interrupt is not None:

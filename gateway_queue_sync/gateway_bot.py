@@ -1,4 +1,4 @@
-"""``GET /gateway/bot``: reading the session start limit from Discord. The token stays in here."""
+"""Reads the session start limit from Discord (``GET /gateway/bot``), without showing the token."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class GatewayBot:
         base_url: where the REST API is, without a trailing ``/gateway/bot``; Discord's if ``None``.
         timeout: seconds for one attempt as a whole: connecting, TLS, headers and body. The look-up of
             the host's name is the exception: nothing can interrupt it, so the attempt fails after it.
-        attempts: how many requests are made before giving up.
+        attempts: how many requests to make before giving up.
         jitter: each call but the first pauses for a random time of at most this many seconds, so that
             processes that read at the same reset do not all read at the same instant.
         sleep: the function that makes every pause.
 
     Attributes:
-        bot_id: the bot's id, which the token begins with; empty if it does not.
+        bot_id: the bot's id, which is the first part of the token; empty if it is not.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind; no message holds the token.
+        TypeError, ValueError: an argument is of the wrong kind. The message never contains the token.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class GatewayBot:
         return f"GatewayBot(host={self._host!r})"
 
     def session_start_limit(self) -> SessionStartLimit:
-        """Return the bot's session start limit, as it is now.
+        """Return the bot's current session start limit.
 
-        Blocks. If the server is out of reach, fails or answers nonsense, tries again after a
-        jittered pause, which doubles each time; if the server says how long to wait, after that
-        time. Until a call has succeeded, each call that takes longer than a second logs one WARNING.
+        Blocks. If the server cannot be reached, fails or sends something else, it tries again after a
+        random pause, which doubles each time, or after the time that the server asks for. Until a
+        call has succeeded, each call that takes longer than a second logs one WARNING.
 
         Raises:
             GatewayBotError: the token is wrong, or no attempt succeeded.
@@ -174,7 +174,7 @@ class GatewayBot:
             raise _Retry(self._without_token(why)) from self._shown(error)
 
     def _without_token(self, text: str) -> str:
-        """Return what a server said without the token, which it may have repeated."""
+        """Return a server's text without the token, which the server may have repeated."""
         return text.replace(self._token, "[token]")
 
     def _shown(self, cause: Exception) -> Exception | None:
@@ -204,24 +204,24 @@ class GatewayBot:
 
 
 class _Retry(GatewayBotError):
-    """An attempt failed in a way that may pass."""
+    """An attempt failed; another one may succeed."""
 
 
 class _Deadline:
-    """The end of an attempt. ``http.client`` alone limits each step of it, but not their sum."""
+    """The deadline of an attempt. ``http.client`` itself only limits each step."""
 
     def __init__(self, timeout: float) -> None:
         self._at = time.monotonic() + timeout
 
     def limit(self, sock: socket.socket, shares: int = 1) -> None:
-        """Let the socket's next operation take one share of the time that is left."""
+        """Limit the socket's next operation to one share of the remaining time."""
         left = self._at - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
         sock.settimeout(left / shares)
 
     def connect(self, address: tuple[str, int], *_: object) -> socket.socket:
-        """Connect to the first address that answers. One that is silent leaves time for the others."""
+        """Connect to the first address that answers. No address may use up the time of the others."""
         found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
         while True:
             family, kind, protocol, _name, where = found.pop(0)
@@ -277,14 +277,14 @@ class _TimedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects: they would carry the token to wherever they point."""
+    """Refuses redirects, because the token would be sent to the new address."""
 
     def redirect_request(self, *_: object) -> None:
         return None
 
 
 def _bot_id(token: str) -> str:
-    """Return the id that the first part of a token encodes; empty if it is none."""
+    """Return the bot's id, which the first part of a token encodes; empty if it does not."""
     encoded = token.partition(".")[0]
     try:
         bot_id = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode("ascii")
@@ -294,7 +294,7 @@ def _bot_id(token: str) -> str:
 
 
 def _checked(base_url: str) -> urllib.parse.SplitResult:
-    """Return the parts of a URL that requests can go to; no message shows it, it may hold secrets."""
+    """Return the parts of a URL for requests. No message shows the URL, since it may contain secrets."""
     if not isinstance(base_url, str):
         raise TypeError(f"base_url must be a str, not {type(base_url).__name__}")
     try:

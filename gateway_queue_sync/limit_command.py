@@ -1,7 +1,7 @@
-"""The ``limit`` command: shows and changes the session start limit of an account that processes share.
+"""The ``limit`` command: shows and changes the session start limit of a shared account.
 
-It is a process of its own on the ledger for as long as it takes to say what to change; all others go by
-the new limit with their next request.
+For a change it has a session with the ledger, as any process. The others get the new limit with their
+next request.
 """
 
 from __future__ import annotations
@@ -121,15 +121,15 @@ def _is_confirmed() -> bool:
 
 
 class _Account:
-    """The account, for one process that only changes its limit.
+    """The account, and this process's session with it.
 
     Args:
-        backend: where it is.
-        now: what it is like.
+        backend: where the account is.
+        now: its state.
         bot_id: the id of the bot whose limit was read; empty if none was.
 
     Raises:
-        LedgerError: by its methods; the ledger is out of reach, or refuses.
+        LedgerError: in its methods; the ledger cannot be reached, or refuses.
     """
 
     def __init__(self, backend: Backend, now: Reply, bot_id: str) -> None:
@@ -155,7 +155,7 @@ class _Account:
     def change(
         self, kind: int, limit: SessionStartLimit, at_us: int, asked_us: int | None = None
     ) -> Reply:
-        """Have a limit taken in as it was at ``at_us``, and return what the account is like then."""
+        """Send a limit as it was at ``at_us``, and return the state of the account after it."""
         if not self._request.number:
             new = Introduction("", self._bot_id, 0, None, 0, 0, 0, None)
             self._ask(introduction=new)
@@ -164,7 +164,7 @@ class _Account:
         return self._ask(limit=Limit(kind, *figures, asked_us, at_us))
 
     def take_what_was_read(self, limit: SessionStartLimit, asked_us: int, at_us: int) -> Reply:
-        """Have a limit taken in that was read, less the permits that Discord may not have seen."""
+        """Send a limit that was read, minus the permits that Discord may not have seen."""
         if SYSTEM_CLOCK.now_us() - asked_us > MAX_AGE_US:
             raise LedgerError("what Discord said is old by now, so nothing was changed: try again")
         now = self.change(messages.READ, limit, at_us, asked_us)
@@ -179,7 +179,7 @@ class _Account:
     def _ask(
         self, *, limit: Limit | None = None, introduction: Introduction | None = None
     ) -> Reply:
-        """Have the next request answered; it is sent again until it is, and applied once."""
+        """Send the next request until there is a reply. It is applied once."""
         self._request = self._request._replace(
             number=next(self._numbers), limit=limit, introduction=introduction
         )
@@ -222,12 +222,12 @@ def _written(limit: SessionStartLimit) -> str:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this command to those of the command line."""
-    what = "show or change how many session starts are left of an account that processes share"
+    what = "show or change how many session starts of a shared account are left"
     parser = subparsers.add_parser(
         "limit",
         help=what,
-        description=f"{sentence(what)}; the processes that use it adopt that. Exits with 1 if "
-        "nothing was shown or changed.",
+        description=f"{sentence(what)}; the processes that use it get the new number. Exits with "
+        "1 if nothing was shown or changed.",
     )
     add_ledger(parser)
     change = parser.add_mutually_exclusive_group()
@@ -235,15 +235,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--set",
         type=int,
         metavar="REMAINING",
-        help="have so many session starts left, until they are reset or read",
+        help="set how many session starts are left, until the limit is reset or read",
     )
     change.add_argument(
         "--read", action="store_true", help="take what Discord says (needs --token-file)"
     )
     change.add_argument(
-        "--forget", action="store_true", help="forget what is left, and which bot it is of"
+        "--forget",
+        action="store_true",
+        help="delete the limit and the id of the bot, so that they are new",
     )
     parser.add_argument("--token-file", metavar="FILE", help="a file that holds the bot's token")
-    parser.add_argument("--base-url", metavar="URL", help="of the REST API, if not Discord's")
+    parser.add_argument(
+        "--base-url", metavar="URL", help="the URL of the REST API, if it is not Discord's"
+    )
     parser.add_argument("--yes", action="store_true", help="change it without asking, for scripts")
     parser.set_defaults(func=run, error=parser.error)

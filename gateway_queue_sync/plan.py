@@ -1,6 +1,6 @@
-"""Plans: when each shard of a fleet would start, and whether the budget lasts.
+"""Plans: when each shard of a bot would start, and whether the session start limit suffices.
 
-The rules that the queues go by are asked ahead of time, permit by permit. No thread, clock or I/O.
+A plan applies the rules of the queues ahead of time, permit by permit. No thread, clock or I/O.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ShardStart:
     Attributes:
         shard_id: the shard.
         bucket: its bucket, ``shard_id % max_concurrency``.
-        wave: how many start before it in its bucket.
+        wave: how many shards start before it in its bucket.
         at: seconds from now until its permit.
         remaining: session starts left after it.
     """
@@ -45,14 +45,14 @@ class ShardStart:
 
 @dataclass(frozen=True, slots=True)
 class StartPlan:
-    """When the shards of a fleet would start, as ``plan_start`` found.
+    """When the shards of a bot would start: the result of ``plan_start``.
 
     Attributes:
-        starts: each shard's start, in the order in which they come.
-        last_at: seconds from now until the last one, 0.0 if there is none.
+        starts: the starts of all shards, in order of time.
+        last_at: seconds from now until the last start; 0.0 if there is none.
         lasts: whether no shard has to wait for the limit to reset.
-        remaining: session starts left after the last one, the reserve included.
-        resets: in how many seconds the limit resets between the first start and the last.
+        remaining: session starts left after the last one, including the reserve.
+        resets: in how many seconds the limit resets, for each reset before the last start.
     """
 
     starts: tuple[ShardStart, ...] = field(repr=False)
@@ -73,10 +73,10 @@ def plan_start(
 ) -> StartPlan:
     """Return when each shard would start if all asked a ``LargeBotQueue`` now, in this order.
 
-    Nothing is granted or charged. The plan is what happens if every permit is used as it comes, none
-    is rejected, nobody else asks, and the limit resets to its ``total``. Where the budget ends among
-    shards that are due at one instant, a queue's threads race for what is left; the plan gives it to
-    the buckets in the order in which they were first asked for::
+    Nothing is granted or charged. The plan assumes that each permit is used at once, none is rejected,
+    no others ask, and the limit resets to its ``total``. If the limit does not suffice for all shards
+    that are due at one instant, the threads of a queue would race for what is left; in the plan the
+    buckets get it in the order of ``shard_ids``::
 
         plan = plan_start(range(64), SessionStartLimit(1000, 1000, 0, max_concurrency=16))
         assert plan.lasts and plan.last_at == 3 * 5.25
@@ -86,8 +86,8 @@ def plan_start(
 
     Args:
         shard_ids: the shards, in the order in which they ask.
-        limit: the session start limit, as Discord gives it now.
-        reserve: session starts never to use up.
+        limit: the session start limit as it is now.
+        reserve: session starts that are never used.
         interval: seconds between two permits of a bucket: Discord's 5.
         margin: seconds added to that, as for ``LocalQueue``.
         period: seconds from the first start after a reset to the next reset.

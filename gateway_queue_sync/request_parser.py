@@ -1,7 +1,7 @@
 """A strict parser of HTTP/1 requests: bytes in, values out. No state and no I/O.
 
-Source: RFC 9112. What a proxy in front might read in another way is refused: lines that the grammar
-does not have, folded lines, a bare CR, lengths that are repeated or in conflict.
+Source: RFC 9112. It refuses requests that a proxy might read differently: lines outside of the grammar,
+folded lines, a bare CR, lengths that are repeated or contradict each other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_HEAD = 8_192  # bytes
 MAX_HEADERS = 100
 MAX_TICKET = 200  # characters
 MAX_HEAD_START = 3_600.0  # s
-MIN_TIMEOUT = 0.05  # s: what asking takes
+MIN_TIMEOUT = 0.05  # s, since a shared ledger needs some time to answer
 _STATUS_HEADER = OUR_HEADER.lower()
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%s) ([!-~]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
@@ -32,7 +32,7 @@ _ONCE = ("content-length", "host", "transfer-encoding")
 
 
 class Malformed(NamedTuple):
-    """Why a head is refused, and whether its client knows what a status means."""
+    """Why a head is refused, and whether its client understands a status."""
 
     status: int
     reason: str
@@ -43,7 +43,7 @@ class Head(NamedTuple):
     """The head of a request.
 
     ``headers`` have lower-case names; the values of a repeated one are joined. ``body_length`` is
-    ``None`` for a chunked body, whose end is not looked for.
+    ``None`` for a chunked body, which is not read.
     """
 
     method: str
@@ -55,17 +55,17 @@ class Head(NamedTuple):
 
     @property
     def understands_status(self) -> bool:
-        """Whether the client says that it does not take any status for a permit."""
+        """Whether the client says that it does not take every status for a permit."""
         return _STATUS_HEADER in self.headers
 
     @property
     def expects_continue(self) -> bool:
-        """Whether the client waits with its body until it is called for."""
+        """Whether the client sends its body only after ``100 Continue``."""
         return self.headers.get("expect", "").lower() == "100-continue"
 
     @property
     def is_from_page(self) -> bool:
-        """Whether a browser says that a page, or the person before it, has made the request."""
+        """Whether the headers of a browser show that a page or its user has made the request."""
         return "sec-fetch-site" in self.headers or "origin" in self.headers
 
     @property
@@ -83,7 +83,7 @@ def end_of_head(received: bytes | bytearray) -> int | None:
 
 
 def too_large(received: bytes | bytearray) -> Malformed:
-    """Return why a head that is too large is refused, of which at least the beginning came."""
+    """Return the refusal of a head that is too large, from its beginning."""
     return _malformed(bytes(received[:MAX_HEAD]), "the head of the request is too large", 431)
 
 
@@ -93,7 +93,7 @@ def _malformed(raw: bytes, reason: str, status: int = 400) -> Malformed:
 
 
 def parse_head(raw: bytes) -> Head | Malformed:
-    """Return what a head says, which may follow an empty line, or why it is refused."""
+    """Parse a head, which may follow an empty line. Return why it is refused if it is."""
     if len(raw) > MAX_HEAD:
         return too_large(raw)
     try:
@@ -156,9 +156,9 @@ def _body_length(headers: dict[str, str], is_old: bool) -> int | None:
 
 
 class PermitRequest(NamedTuple):
-    """What a client asks for: ``timeout`` in seconds; its position is held under ``key``, if any.
+    """A client's request for a permit. ``timeout`` is in seconds; ``key`` identifies its held position.
 
-    ``ticket`` names the request if the client did; with ``confirms`` it will report on its permit.
+    ``ticket`` is the client's name for the request. With ``confirms`` it will report on its permit.
     """
 
     shard_id: int = 0
@@ -170,7 +170,7 @@ class PermitRequest(NamedTuple):
 
 
 def parse_query(query: str) -> tuple[PermitRequest, list[str]]:
-    """Return what a query asks for, and what is wrong with it: a bad shard counts as 0."""
+    """Return the request in a query, and what is wrong with it. A bad shard counts as 0."""
     try:
         fields = dict(parse_qsl(query, max_num_fields=100))
     except ValueError as error:
@@ -199,17 +199,17 @@ def parse_query(query: str) -> tuple[PermitRequest, list[str]]:
 
 
 def parse_report(query: str) -> tuple[str, Report]:
-    """Return a ticket, and what its holder says became of the permit.
+    """Return the ticket and the report in a query.
 
     Raises:
-        ValueError: the query says something else.
+        ValueError: the query contains something else.
     """
     fields = dict(parse_qsl(query, max_num_fields=100))
     return fields.get("ticket", ""), Report(fields.get("state"))
 
 
 def _seconds(fields: dict[str, str], name: str, least: float, wrong: list[str]) -> float | None:
-    """Return a field's number of seconds; one that is wrong counts as left out."""
+    """Return a field's number of seconds. A wrong one counts as missing."""
     if name not in fields:
         return None
     with contextlib.suppress(ValueError):

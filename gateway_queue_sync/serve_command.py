@@ -1,4 +1,4 @@
-"""The ``serve`` command: a broker, its settings from flags, the environment and what is stored."""
+"""The ``serve`` command: runs a broker. Settings are from options, the environment or the state."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ if sys.platform != "win32":
 log = logging.getLogger("gateway_queue_sync.broker")
 
 STATE_FILE = "broker.sqlite3"
-MAX_END = 0.9  # s for the last calls to a ledger, after a signal
+MAX_END = 0.9  # s after a signal, for the last requests to a ledger
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal comes; return 0, or 1 if it could not begin."""
+    """Serve until a signal comes. Return 0, or 1 if it could not begin."""
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
@@ -96,10 +96,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Stop:
-    """What ends the command: SIGTERM or SIGINT; a second one, or a ledger that hangs, at once.
+    """Ends the command after SIGTERM or SIGINT. After a second signal it ends at once.
 
-    The main thread waits for a byte that the signal writes, not for a lock: another thread may be
-    the one that the system interrupts, and then a lock would not wake up.
+    The main thread waits for a byte that the signal writes, not for a lock, because the system may
+    interrupt another thread, and then a lock would not wake the main thread.
     """
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class _Stop:
 
 @dataclass
 class _Settings:
-    """What to serve, and where; all is checked, and nothing made yet."""
+    """The checked settings. Nothing is created yet."""
 
     broker: BrokerSettings
     max_connections_given: bool
@@ -138,11 +138,11 @@ class _Settings:
     make: type[SqliteQueue | RedisQueue]
     where: str
     queue_settings: dict[str, Any]
-    sources: list[str]  # what to log of where each setting is from
+    sources: list[str]  # the log lines that say where each setting is from
 
     @classmethod
     def gathered(cls, arguments: argparse.Namespace, environment: Mapping[str, str]) -> _Settings:
-        """Take each setting from its flag, else from the environment."""
+        """Take each setting from its option, else from the environment."""
         sources = []
 
         def chosen(flag: str, variable: str = "", default: Any = None) -> Any:
@@ -190,7 +190,7 @@ class _Settings:
         )
 
     def log(self) -> None:
-        """Log where each setting is from, and allow this process the files that connections need."""
+        """Log where each setting is from, and raise the limit of open files for the connections."""
         for source in self.sources:
             log.info("%s", source)
         if sys.platform == "win32":
@@ -212,7 +212,7 @@ class _Settings:
     def queue(self) -> GatewayQueue:
         """Make the queue, with Discord's limit if there is a token, else with the stored one.
 
-        If Discord or the ledger is out of reach, the clients wait for it.
+        If Discord or the ledger cannot be reached, the clients wait.
         """
         limit, settings = None, self.queue_settings
         if self.token is not None:
@@ -241,7 +241,7 @@ class _Settings:
         return queue
 
     def _stored(self) -> SessionStartLimit | None:
-        """Return the stored limit, if there is one that can be read; no trace is left."""
+        """Return the stored limit, if there is one. Nothing is changed."""
         settings = Settings(name=self.queue_settings["name"])
         make = redis_backend if self.make is RedisQueue else sqlite_backend
         backend = make(self.where, settings)
@@ -259,7 +259,7 @@ class _Settings:
 
 
 class _Reads:
-    """Reads a bot's limit; if a number of buckets was set, that counts instead of Discord's.
+    """Reads a bot's limit. If ``max_concurrency`` was set, that counts instead of Discord's.
 
     Attributes:
         bot_id: the bot's id.
@@ -271,7 +271,7 @@ class _Reads:
         self._max_concurrency, self._warned = max_concurrency, False
 
     def session_start_limit(self) -> SessionStartLimit:
-        """Return the limit as it is now."""
+        """Return the current limit."""
         limit, buckets = self._bot.session_start_limit(), self._max_concurrency
         log.info("the limit is Discord's: %s", limit)
         if buckets is None:
@@ -302,7 +302,7 @@ def _token(
 def _state(
     arguments: argparse.Namespace, environment: Mapping[str, str], sources: list[str]
 ) -> tuple[type[SqliteQueue | RedisQueue], str]:
-    """Return what keeps the state, and where; nothing is made."""
+    """Return the kind of queue for the state, and where the state is. Nothing is created."""
     url, source = None, "--redis"
     if arguments.redis is not None:
         url = public_url(arguments.redis)
@@ -337,7 +337,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "serve",
         help=what,
-        description=f"{sentence(what)}. Flags win over the environment (HOST, PORT, CONCURRENCY, "
+        description=f"{sentence(what)}. Options win over the environment (HOST, PORT, CONCURRENCY, "
         "REDIS_URL; DISCORD_TOKEN, unless there is a --token-file), the environment over what is "
         "stored.",
     )
@@ -351,7 +351,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     ledger.add_argument(
         "--redis",
         metavar="URL",
-        help="a Redis server: several brokers, one count; no password here",
+        help="a Redis server, which several brokers may share; without a password",
     )
     ledger.add_argument(
         "--redis-file", metavar="FILE", help="a file with the URL of a Redis server"
@@ -372,9 +372,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help_ = f"{unit} (default: {default})"
         parser.add_argument(f"--{name}", type=float, metavar="SECONDS", help=help_)
     parser.add_argument(
-        "--reserve", type=int, metavar="N", help="session starts never to use up (default: 0)"
+        "--reserve", type=int, metavar="N", help="session starts that are never used (default: 0)"
     )
-    parser.add_argument("--base-url", metavar="URL", help="Discord's REST API, if not at Discord")
+    parser.add_argument(
+        "--base-url", metavar="URL", help="the URL of the REST API, if it is not Discord's"
+    )
     parser.add_argument(
         "--strict", action="store_true", help="refuse requests without a valid shard"
     )
@@ -382,7 +384,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--max-connections",
         type=int,
         metavar="N",
-        help="clients that may be connected at one time; further ones are refused (default: "
+        help="clients that may be connected at one time; others are refused (default: "
         f"{MAX_CONNECTIONS}, or what the limit of open files leaves)",
     )
     parser.set_defaults(func=run, error=parser.error)

@@ -1,6 +1,6 @@
-"""The ``status`` command: what a shared account looks like just now, for people and for programs.
+"""The ``status`` command: shows the state of a shared account, as text or JSON.
 
-It looks as a stranger: it takes part in nothing, and leaves no trace in the ledger.
+It only reads, and changes nothing in the ledger.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gateway_queue_sync.models import BucketSnapshot, QueueSnapshot, seconds
 from gateway_queue_sync.policies import http_backend, redis_backend, sqlite_backend
 from gateway_queue_sync.settings import Settings
 
-FIRST_SHOWN = 5  # of those who wait in a bucket
+FIRST_SHOWN = 5  # waiters of each bucket
 CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -48,11 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def ledger_of(arguments: argparse.Namespace) -> Backend:
-    """Return where the account is that a command line names.
+    """Return the backend of the account that the options name.
 
     Raises:
-        TypeError, ValueError, ImportError: it cannot be there.
-        OSError: a file that says so cannot be read.
+        TypeError, ValueError, ImportError: an option is wrong.
+        OSError: a file that an option names cannot be read.
     """
     settings = Settings(name=arguments.name)
     if arguments.secret_file is not None and arguments.url is None:
@@ -73,7 +73,7 @@ def ledger_of(arguments: argparse.Namespace) -> Backend:
 
 
 def _show(backend: Backend, arguments: argparse.Namespace) -> bool:
-    """Print what there is, or why there is nothing; return whether there is."""
+    """Print the account, or why there is none. Return whether there is one."""
     try:
         seen = peek(backend, Settings(name=arguments.name))
     except LedgerError as error:
@@ -89,7 +89,7 @@ def _show(backend: Backend, arguments: argparse.Namespace) -> bool:
 
 
 def describe(seen: QueueSnapshot, title: str, now: datetime) -> Iterator[str]:
-    """Yield the lines that tell a person of a snapshot which was taken at ``now``."""
+    """Yield the lines that describe a snapshot taken at ``now``."""
     yield f"{title}, {now:%Y-%m-%d %H:%M:%S %Z}"
     yield ""
     left = seen.limit
@@ -131,16 +131,16 @@ def _describe_bucket(bucket: BucketSnapshot, never: str, now: datetime) -> Itera
 
 
 def add_ledger(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where an account is."""
+    """Add the options that name an account."""
     ledger = parser.add_mutually_exclusive_group(required=True)
     ledger.add_argument("--sqlite", metavar="FILE", help="the file of a SqliteQueue")
     ledger.add_argument(
         "--redis",
         metavar="URL",
-        help="the server of a RedisQueue; of a cluster, the one that has the account's slot",
+        help="the server of a RedisQueue; in a cluster, the node of the account's hash slot",
     )
     ledger.add_argument(
-        "--redis-file", metavar="FILE", help="a file with that URL, which may hold a password"
+        "--redis-file", metavar="FILE", help="a file with that URL, which may contain a password"
     )
     ledger.add_argument("--url", help="the broker of an HttpQueue")
     parser.add_argument("--secret-file", metavar="FILE", help="a file with the broker's secret")
@@ -149,11 +149,11 @@ def add_ledger(parser: argparse.ArgumentParser) -> None:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this command to those of the command line."""
-    what = "show an account that processes share: who waits, and what is left today"
+    what = "show a shared account: who waits, and what is left today"
     parser = subparsers.add_parser(
         "status",
         help=what,
-        description=f"{sentence(what)}. Exits with 1 if there is none, or it is out of reach.",
+        description=f"{sentence(what)}. Exits with 1 if there is none, or it cannot be reached.",
     )
     add_ledger(parser)
     parser.add_argument(
@@ -162,7 +162,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         nargs="?",
         const=1.0,
         metavar="SECONDS",
-        help="show it again and again, until Ctrl-C (default: each second)",
+        help="show it repeatedly, until Ctrl-C (default: each second)",
     )
     parser.add_argument(
         "--json", action="store_true", help="the snapshot's fields as JSON, one line each time"

@@ -1,4 +1,4 @@
-"""For tests, yours too: a clock that is driven by hand, and a judge of IDENTIFYs."""
+"""For tests of your own: a clock that is moved by hand, and a judge of IDENTIFYs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _Visit:
-    """A thread's stay inside a queue, from when it is made until it is left."""
+    """A thread's call to a queue, from its creation until the context is left."""
 
     def __init__(self, clock: FakeClock, *, worker: bool) -> None:
         self._clock = clock
@@ -46,7 +46,7 @@ class _Visit:
 
 
 class _Here(threading.local):
-    """What the clock knows of the calling thread."""
+    """What the clock knows about the calling thread."""
 
     visit: _Visit | None = None
 
@@ -82,21 +82,21 @@ class _FakeCondition(threading.Condition):
 
 
 class FakeClock:
-    """A clock that moves only when it is advanced, and with which threads really wait.
+    """A clock that moves only when it is advanced, and for which threads really wait.
 
-    Hand it to a queue, start threads that ``acquire``, and drive them::
+    Pass it to a queue, start threads that ``acquire``, and advance the clock::
 
         clock.settle(2)        # until two threads are parked in the queue
         clock.advance(5.25)    # wakes those whose wait is over
         clock.settle(1)        # until the other one is parked again
 
-    Nothing sleeps: ``settle`` returns as soon as the threads are where they should be. The queue tells
+    Nothing sleeps: ``settle`` returns as soon as so many threads wait. The queue tells
     the clock which threads are inside it. Its worker, which serves futures and shared ledgers, is not
     counted. One thread waits on a condition at a time, as it is in the queues.
 
     Args:
-        start: what the monotonic clock shows at first, in seconds.
-        wall: what the wall clock shows at first, in seconds since the Unix epoch.
+        start: the first time of the monotonic clock, in seconds.
+        wall: the first time of the wall clock, in seconds since the Unix epoch.
     """
 
     def __init__(self, start: float = 1_000.0, wall: float = 1_700_000_000.0) -> None:
@@ -111,11 +111,11 @@ class FakeClock:
         self._locks: set[Lock] = set()
 
     def now_us(self) -> int:
-        """Return what the monotonic clock shows, in microseconds."""
+        """Return the time of the monotonic clock in microseconds."""
         return self._now_us
 
     def wall_us(self) -> int:
-        """Return what the wall clock shows, in microseconds since the Unix epoch."""
+        """Return the time of the wall clock in microseconds since the Unix epoch."""
         return self._wall_us
 
     def condition(self, lock: Lock) -> threading.Condition:
@@ -128,7 +128,7 @@ class FakeClock:
         return _Visit(self, worker=worker)
 
     def advance(self, by: float) -> None:
-        """Move both clocks on by so many seconds, in one step, and wake those whose wait is over."""
+        """Move both clocks on by some seconds, in one step, and wake the threads whose wait is over."""
         by_us = to_us(seconds("by", by))
         with contextlib.ExitStack() as held:
             for lock in list(self._locks):  # nobody is between reading the time and parking
@@ -144,7 +144,7 @@ class FakeClock:
                 condition.notify()
 
     def suspend(self, for_: float) -> None:
-        """Move both clocks on as a suspended machine does: the threads' waits do not get shorter."""
+        """Move both clocks on as if the machine was suspended: waits do not get shorter."""
         by_us = to_us(seconds("for_", for_))
         with self._lock:
             self._now_us += by_us
@@ -157,14 +157,14 @@ class FakeClock:
         self._wall_us = to_us(to)
 
     def settle(self, parked: int, timeout: float = 10.0) -> None:
-        """Block until exactly so many threads are parked, and nobody else is inside a queue.
+        """Block until exactly so many threads wait (are *parked*), and no other thread is in a queue.
 
-        A queue's worker is not counted, but waited for until it is parked, too. A thread that reads
-        the limit is not waited for: that takes as long as it takes.
+        A queue's worker is not counted, but has to be parked, too. Threads that read the limit are
+        ignored.
 
         Args:
-            parked: how many threads should be.
-            timeout: the longest wait for that in real seconds.
+            parked: how many threads should be parked.
+            timeout: the longest wait in real seconds.
 
         Raises:
             AssertionError: they are not after ``timeout`` real seconds.
@@ -249,7 +249,7 @@ class Refusal:
 
 
 class Referee:
-    """Judges IDENTIFYs as Discord does: by when they arrive. It knows nothing of any queue.
+    """Judges IDENTIFYs as Discord does: by when they arrive. It does not use a queue.
 
     An IDENTIFY is refused if its bucket accepted another one less than ``interval`` ago. With
     ``total`` it also counts: going past that many in a ``period``, refused ones included, resets
@@ -260,7 +260,7 @@ class Referee:
         interval: seconds between two IDENTIFYs of a bucket.
         total: IDENTIFYs allowed in a period; ``None`` for any number.
         period: seconds; it starts with its first IDENTIFY.
-        clock: what tells the time of arrival.
+        clock: the clock for the times of arrival.
     """
 
     def __init__(
@@ -342,7 +342,7 @@ class Referee:
         return None if self._shortest_us is None else self._shortest_us / US_PER_SECOND
 
     def least_time(self, shard_ids: Iterable[int]) -> float:
-        """Return the seconds that starting these shards must take at the least."""
+        """Return the least number of seconds that the start of these shards takes."""
         sizes: dict[int, int] = {}
         for shard_id in shard_ids:
             bucket = shard_id % self.max_concurrency

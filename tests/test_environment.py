@@ -32,7 +32,7 @@ def test_a_secret_that_all_may_read_is_warned_about(tmp_path, caplog):
     ("content", "error", "says"),
     [
         (b"\n", ValueError, "empty"),
-        (b"\xff", ValueError, "no text"),
+        (b"\xff", ValueError, "not text"),
         (None, OSError, "^--secret-file .*: No such file"),
     ],
 )

@@ -243,7 +243,7 @@ def test_a_file_that_holds_no_token_is_refused_and_not_shown(tmp_path, capsys):
         cli.main(["plan", "--shards", "4", "--token-file", str(file)])
     assert end.value.code == 2
     printed = capsys.readouterr().err
-    assert "is no text" in printed
+    assert "is not text" in printed
     assert "secret" not in printed
 
 

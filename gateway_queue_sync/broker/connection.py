@@ -1,4 +1,4 @@
-"""One connection of a client: reads requests one after another, and sends what is answered."""
+"""One connection of a client: reads requests one after another, and sends the responses."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from gateway_queue_sync.broker.routes import Service
     from gateway_queue_sync.broker.waiting import WaitingClient
 
-HEAD_TIMEOUT = 10.0  # s for a head, or a body, to come in whole
+HEAD_TIMEOUT = 10.0  # s for a complete head, and for a complete body
 IDLE_TIMEOUT = 75.0  # s between two requests
-FLUSH_TIMEOUT = 30.0  # s for a client to take what it is sent
-TARPIT = (1.0, 10.0)  # s for which a client stays connected that would take a status for a permit
-# Vanished hosts are noticed within a minute:
+FLUSH_TIMEOUT = 30.0  # s for a client to receive a response
+TARPIT = (
+    1.0,
+    10.0,
+)  # s until a refused client is disconnected that takes every status for a permit
+# Hosts that have vanished are noticed within a minute:
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
 
@@ -40,21 +43,21 @@ class State(Enum):
 
 
 class Connection(asyncio.Protocol):
-    """A client, as the broker's event loop sees it.
+    """A client's connection, in the broker's event loop.
 
-    A client that closes its end of the connection is gone, even if it might still read.
+    If a client closes its end of the connection, it counts as gone, even if it might still read.
 
     Attributes:
         state: what it does.
-        legacy: the client would take any status for a permit.
-        reads_body: the request's body is read; else it is skipped.
-        waiting: the client's wait for a permit, if it waits.
+        legacy: whether the client takes every status for a permit.
+        reads_body: whether the body of the request is read; else it is skipped.
+        waiting: the client's wait for a permit, if there is one.
     """
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._received = bytearray()
-        self._skip = 0  # bytes of a body that nobody reads
+        self._skip = 0  # bytes of a body to skip
         self._head: Head | None = None  # of the request that is being answered
         self._handler: Callable[[bytes], object]  # called when its body is here
         self._body_length = 0
@@ -68,7 +71,7 @@ class Connection(asyncio.Protocol):
     def _enter(
         self, state: State, seconds: float | None = None, then: Callable[[], object] | None = None
     ) -> None:
-        """Enter a state, which ends after so many seconds unless another comes before."""
+        """Enter a state. After ``timeout`` seconds, unless another state comes first, it ends."""
         self.state = state
         if self._timer is not None:
             self._timer.cancel()
@@ -78,7 +81,7 @@ class Connection(asyncio.Protocol):
             self._timer = loop.call_later(seconds, then or self.close)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
+        """Begin with the first request."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self.socket: socket.socket = transport.get_extra_info("socket")
@@ -87,7 +90,7 @@ class Connection(asyncio.Protocol):
         self._service.opened(self)
 
     def data_received(self, data: bytes) -> None:
-        """Take what came: of this request, or the next one that comes early."""
+        """Receive data, of this request or already of the next one."""
         skipped = min(self._skip, len(data))
         self._skip -= skipped
         data, begins = data[skipped:], not self._received
@@ -101,27 +104,27 @@ class Connection(asyncio.Protocol):
         elif self.state is State.BODY:
             self._read_body()
         elif len(self._received) > parser.MAX_HEAD:
-            self.close()  # it sends on and on before it has an answer
+            self.close()  # it sends more and more before it has an answer
 
     def pause_writing(self) -> None:
-        """Read on when the client has taken what it was sent, and not before."""
+        """Stop reading until the client has received what was sent."""
         self._transport.pause_reading()
         if self.state is not State.CLOSING:
             self._enter(State.SENDING, FLUSH_TIMEOUT, self.abort)
 
     def resume_writing(self) -> None:
-        """Go on."""
+        """Continue reading."""
         self._transport.resume_reading()
         if self.state is State.SENDING:
             self._expect_next()
 
     def eof_received(self) -> bool:
-        """Take a client that closes its end for gone."""
+        """Close the connection, because the client has closed its end."""
         self.close()
         return False
 
     def connection_lost(self, _: Exception | None) -> None:
-        """End."""
+        """Leave the line, because the connection is closed."""
         self._enter(State.CLOSED)
         self._stop_waiting()
         self._service.closed(self)
@@ -167,13 +170,13 @@ class Connection(asyncio.Protocol):
             raise
 
     def _take(self, length: int) -> bytes:
-        """Return so many of the bytes that came, or all there are."""
+        """Remove and return so many received bytes, or all if there are fewer."""
         taken = bytes(self._received[:length])
         del self._received[:length]
         return taken
 
     def respond(self, response: Response) -> bool:
-        """Send a response, and go on to the next request; return false if the client is gone."""
+        """Send a response, and continue with the next request. Return false if the client is gone."""
         if self.state is not State.BUSY or self._transport.is_closing():
             return False
         head, self._head, self.waiting = self._head, None, None
@@ -190,7 +193,7 @@ class Connection(asyncio.Protocol):
         return True
 
     def refuse(self, status: int, reason: str, *headers: Header) -> None:
-        """Send an error to a client that knows what it means, and nothing to any other."""
+        """Send an error to a client that understands it; close the connection of any other."""
         if self.state is not State.BUSY:
             return
         self._service.reports.refused[status] += 1
@@ -205,7 +208,7 @@ class Connection(asyncio.Protocol):
             self._enter(State.TARPIT, random.uniform(*TARPIT))
 
     def _expect_next(self) -> None:
-        """Go on to the next request, which may be here already."""
+        """Continue with the next request, which may be here already."""
         self._enter(State.HEAD, HEAD_TIMEOUT if self._received else IDLE_TIMEOUT)
         if self._received:
             asyncio.get_running_loop().call_soon(self._read_head)
@@ -216,7 +219,7 @@ class Connection(asyncio.Protocol):
             waiting.leave()
 
     def close(self) -> None:
-        """Leave the line at once, and close when what was written is sent, in 30 s at most."""
+        """Leave the line, and close when all data is sent, after 30 s at most."""
         self._stop_waiting()
         if self.state is not State.CLOSED:
             self._enter(State.CLOSING, FLUSH_TIMEOUT, self.abort)

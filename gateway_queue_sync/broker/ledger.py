@@ -1,4 +1,4 @@
-"""``POST /ledger``: requests of other processes to the ledger that the broker's queue shares."""
+"""``POST /ledger``: requests of other processes to the shared ledger of the broker's queue."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREADS = 8
 
 
 class LedgerEndpoint:
-    """Takes requests to the ledger of a queue; ``executor`` has the threads for that."""
+    """Answers requests to the ledger of a queue, in the threads of ``executor``."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._reserve = scheduler.reserve
@@ -38,7 +38,7 @@ class LedgerEndpoint:
         return None
 
     def answer(self, body: bytes) -> tuple[Response, list[Permit]]:
-        """Return what the ledger replies, and the permits that it granted; it may block."""
+        """Return the ledger's reply and the permits that it granted. It may block."""
         assert self._backend is not None
         try:
             request = from_wire(Request, json.loads(body))
@@ -54,7 +54,7 @@ class LedgerEndpoint:
 
 
 def _granted(request: Request, reply: Reply) -> list[Permit]:
-    """Return the permits of a reply, but for those that a reply which is sent again had before."""
+    """Return the permits of a reply, without those of a reply that is sent again."""
     arrived_us = {one.number: one.arrived_us for line in request.lines for one in line.waiters}
     return [
         Permit(

@@ -1,4 +1,4 @@
-"""The positions of clients that went away while they waited: held for a while, for their return."""
+"""Positions of clients that went away while they waited. They are held for 30 s, for their return."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_HELD = 100_000
 
 
 class Position(NamedTuple):
-    """A position in a line: since when, and with what head start, in microseconds."""
+    """A position in a line: the arrival and the head start, in microseconds."""
 
     arrived_us: int
     priority_us: int
@@ -21,13 +21,13 @@ class Position(NamedTuple):
 class HeldPositions:
     """Held positions, by a key that identifies the client. All costs are logarithmic.
 
-    A client that is away is granted nothing, and delays nobody.
+    A client that is away gets no permit and delays no other.
     """
 
     def __init__(self) -> None:
         self._held: OrderedDict[int, tuple[int, object, Position]] = OrderedDict()  # until when
         self._by_key: dict[object, list[tuple[int, int, int]]] = {}  # heaps, with their numbers
-        self._stale = 0  # entries of the heaps that are held no more
+        self._stale = 0  # entries of the heaps that are not held any more
         self._numbers = itertools.count()
 
     def store(self, key: object, position: Position, now_us: int) -> None:

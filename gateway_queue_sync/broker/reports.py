@@ -1,6 +1,6 @@
-"""What the broker tells those who watch: computed at most once a second, for all of them at once.
+"""The broker's status and metrics: computed at most once a second, for all readers at once.
 
-One thread, apart from those that grant permits, looks at the queue and writes all answers.
+One thread, which grants no permits, takes the snapshot and prepares all answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gateway_queue_sync.queue import GatewayQueue, scheduler_of
 log = logging.getLogger("gateway_queue_sync.broker")
 
 MAX_AGE = 1.0  # s
-PAUSE = 0.02  # s before each answer: who reads on and on must not take the time of permits
+PAUSE = 0.02  # s before each answer, so that readers without a pause do not delay permits
 WAITS = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)  # s
 RECENT = 200  # permits
 HEALTH = ("/healthz", "/health")
@@ -34,7 +34,7 @@ Sample = float | tuple[str, float]
 
 
 class SharedAnswers:
-    """Answers that cost much, computed at most once a second in a thread of their own."""
+    """Expensive answers, computed at most once a second in a thread of their own."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, compute: Callable[[], Answers]) -> None:
         self._loop = loop
@@ -45,7 +45,7 @@ class SharedAnswers:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="gateway-queue-broker-read")
 
     def give(self, path: str, receiver: Callable[[Response], object]) -> None:
-        """Call a receiver with the answer at a path, in a moment or when it is computed."""
+        """Call a receiver with the answer for a path, when that is computed."""
         if self._loop.time() < self._fresh_until:
             self._loop.call_later(PAUSE, receiver, self._answers[path])
             return
@@ -62,7 +62,7 @@ class SharedAnswers:
 
 
 class Reports:
-    """What one broker counts (``refused``: requests, by status), and what it sees of its queue."""
+    """The counters of one broker (``refused``: requests by status), and the state of its queue."""
 
     def __init__(self, queue: GatewayQueue) -> None:
         self._queue = queue
@@ -75,14 +75,14 @@ class Reports:
         self._waited = 0.0
 
     def granted(self, at_us: int, permit: Permit) -> None:
-        """Count a permit that was sent at that time."""
+        """Count a permit that was sent at ``now_us``."""
         new = at_us, permit.shard_id, permit.bucket
         self._recent = (*self._recent[1 - RECENT :], new)
         self._waits[bisect_left(WAITS, permit.waited)] += 1
         self._waited += permit.waited
 
     def compute(self, connections: int) -> Answers:
-        """Return the answers of all paths; what they cost grows with those who wait."""
+        """Return the answers for all paths. The cost grows with the number of waiters."""
         failed, recent = None, {"/recent.json": self._recent_permits()}
         try:
             seen = self._queue.snapshot()

@@ -1,4 +1,4 @@
-"""What the broker answers: values, and their bytes."""
+"""The broker's responses: values, and their bytes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PAGE_HEADERS = (
 
 
 def as_json(value: Any) -> Response:
-    """Return a response that is JSON; a snapshot is written as its fields."""
+    """Return a response in JSON. A snapshot is written as its fields."""
     return Response(200, json.dumps(value, separators=(",", ":"), default=_fields).encode())
 
 
@@ -56,5 +56,5 @@ def _fields(one: Any) -> dict[str, Any]:  # asdict copies each value, and takes 
 
 
 def error(status: int, reason: str, *headers: Header) -> Response:
-    """Return a refusal, for a client that knows what a status means."""
+    """Return a refusal, for a client that understands a status."""
     return Response(status, json.dumps({"error": reason}).encode(), headers=headers)

@@ -29,11 +29,11 @@ MAX_OVER_LIMIT = 32  # connections over the limit that get an error; others are 
 
 
 class Service:
-    """What one broker's clients are given: it finds the route of each request.
+    """Finds the route of each request to a broker.
 
     Attributes:
-        connections: all there are.
-        reports: what is counted.
+        connections: all open connections.
+        reports: the counters, and the state of the queue.
         room: the clients that wait.
     """
 
@@ -52,7 +52,7 @@ class Service:
         self.room = WaitingRoom(self._scheduler, loop, self.reports.granted)
 
     def opened(self, connection: Connection) -> None:
-        """Take note of a new connection; one over the limit is refused."""
+        """Note a new connection. One over the limit is refused."""
         self.connections.add(connection)
         if len(self.connections) - len(self._over_limit) > self._settings.max_connections:
             self._over_limit.add(connection)
@@ -61,12 +61,12 @@ class Service:
                 connection.abort()
 
     def closed(self, connection: Connection) -> None:
-        """Take note that a connection is closed."""
+        """Note that a connection is closed."""
         self.connections.discard(connection)
         self._over_limit.discard(connection)
 
     def stop(self) -> list[Future[Permit]]:
-        """Grant nobody any more, close all connections, and return the futures to give back."""
+        """Stop granting, close all connections, and return the futures to give back."""
         self._stopping, futures = True, self.room.stop()
         for connection in list(self.connections):
             if connection.waiting is not None and not connection.legacy:
@@ -75,7 +75,7 @@ class Service:
         return futures
 
     def route(self, connection: Connection, head: Head) -> Callable[[bytes], object]:
-        """Return what answers a request; set whether its body is read and errors are sent."""
+        """Return the handler of a request. Set whether its body is read and whether errors are sent."""
         path = head.path if head.path in ROUTES else head.path.rstrip("/")
         route = ROUTES.get(path, PERMIT)
         connection.legacy = connection.legacy and route is PERMIT
@@ -96,7 +96,7 @@ class Service:
     # --- access: who is let in, else the refusal --------------------------------------------------
 
     def _anyone(self, _: Head) -> Refusal | None:
-        return None  # nothing here tells of the bot
+        return None  # these answers contain nothing about the bot
 
     def _probes(self, _: Head) -> Refusal | None:
         if self._stopping or self._queue.closed:
@@ -104,15 +104,16 @@ class Service:
         return None
 
     def _readers(self, head: Head) -> Refusal | None:
-        """Let in who has the secret, or without one whoever calls this machine by a name of its own.
+        """Let in clients that have the secret; without a secret, those whose ``Host`` is this machine.
 
-        A page could have its own name pointed here after it was loaded; it cannot change its ``Host``.
+        A web page can point its own name to this machine after it was loaded (DNS rebinding), but it
+        cannot change the ``Host`` of its requests.
         """
         secret = self._settings.secret
         if secret is None:
             if names_loopback(head.headers.get("host", ""), self._settings.host):
                 return None
-            return 403, "the Host is none of this machine's: set a secret to serve other names"
+            return 403, "the Host is not this machine: set a secret to serve other names"
         kind, _, given = head.headers.get("authorization", "").partition(" ")
         is_right = hmac.compare_digest(given.strip().encode(), secret.encode())
         if is_right and kind.lower() == "bearer":
@@ -121,7 +122,7 @@ class Service:
 
     def _programs(self, head: Head) -> Refusal | None:
         if head.is_from_page:
-            return 403, "a page in a browser may take no permit and give no order"
+            return 403, "pages in a browser get no permits and cannot change anything"
         return self._readers(head) or self._probes(head)
 
     def _queues(self, head: Head) -> Refusal | None:
@@ -186,7 +187,7 @@ def _page() -> Response:
 
 
 class Route(NamedTuple):
-    """How the requests to a path are answered; no ``methods`` are any."""
+    """How requests to a path are answered. Without ``methods``, any method is allowed."""
 
     methods: tuple[str, ...]
     access: Callable[[Service, Head], Refusal | None]

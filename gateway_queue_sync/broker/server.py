@@ -1,4 +1,4 @@
-"""Running a broker: sockets, a thread with an event loop, and the way in and out of both."""
+"""Runs a broker: its sockets, and a thread with an event loop."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ log = logging.getLogger("gateway_queue_sync.broker")
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8787
 MAX_CONNECTIONS = 20_000
-BATCH = 64  # connections that are accepted at once, before others get their turn
+BATCH = 64  # connections that are accepted before other work
 SPARE_FILES = 64
-FLUSH_TIMEOUT = 0.2  # s for what was written to be sent, at the end
+FLUSH_TIMEOUT = 0.2  # s for sending the rest at the end
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -50,11 +50,11 @@ def serve(
     this file has the whole protocol. ``HttpQueue`` needs an ``SqliteQueue`` or a ``RedisQueue``. The
     queue stays its owner's, who closes it.
 
-    Without a secret only programs of this machine are served. A page in a browser gets no permit, gives
-    no order, and sees no data under a name of its own that was pointed here.
+    Without a secret, only programs of this machine are served. Pages in a browser get no permit, cannot
+    change anything, and get data only under a name of this machine.
 
     Args:
-        queue: what grants.
+        queue: the queue that grants the permits.
         host: the address to listen on; any but a loopback one needs a secret.
         port: the port; 0 takes a free one.
         secret: what clients must send, as ``Authorization: Bearer ...``.
@@ -74,7 +74,7 @@ def serve(
 
 
 class Broker:
-    """A broker that runs: what ``serve`` returns.
+    """A running broker, as ``serve`` returns it.
 
     Attributes:
         url: where it is, such as ``http://127.0.0.1:8787``.
@@ -144,7 +144,7 @@ class Broker:
             self._loop.run_until_complete(self._run())
 
     def close(self) -> None:
-        """Accept and grant no more, and close all connections; closing again changes nothing."""
+        """Stop granting and close all connections. Closing again changes nothing."""
         with self._closing:
             if self._thread.is_alive():
                 self._loop.call_soon_threadsafe(self._stopped.set)
@@ -156,7 +156,7 @@ class Broker:
                 part.executor.shutdown(wait=False, cancel_futures=True)
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log what went wrong in the event loop, unless it is a client that went away."""
+        """Log an error of the event loop, unless a client just went away."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
             if time.monotonic() - self._logged_at >= 60.0:
@@ -175,7 +175,7 @@ class Broker:
 
 
 def _affordable(most: int) -> int:
-    """Return how many connections there may be with the files that this process may open."""
+    """Return how many connections the limit of open files allows."""
     if sys.platform == "win32":
         return most
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""The settings of a broker, checked, and the addresses it listens on."""
+"""The checked settings of a broker, and the addresses on which it listens."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from urllib.parse import urlsplit
 from gateway_queue_sync.ledgers.shared.http import checked_secret
 from gateway_queue_sync.models import whole_number
 
-BACKLOG = 4_096  # connections that are not accepted yet: a whole fleet may come at once
+BACKLOG = 4_096  # connections that are not accepted yet, since all shards may connect at once
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # a name's address that this machine lacks
 
 
 @dataclass(frozen=True, slots=True)
 class BrokerSettings:
-    """The arguments of ``serve``; raises ``TypeError`` or ``ValueError`` as that does."""
+    """The arguments of ``serve``. Raises ``TypeError`` or ``ValueError``, as that does."""
 
     host: str
     port: int
@@ -37,8 +37,8 @@ class BrokerSettings:
             checked_secret(self.secret)
         elif not is_loopback(self.host):
             raise ValueError(
-                f"{self.host!r} is no loopback address: whoever reaches it could use up the bot's "
-                "session starts, so it needs a secret"
+                f"{self.host!r} is not a loopback address: any client that reaches it could use up "
+                "the bot's session starts, so it needs a secret"
             )
 
 
@@ -90,7 +90,7 @@ def is_loopback(host: str) -> bool:
 
 
 def names_loopback(host_header: str, served: str) -> bool:
-    """Return whether a request's ``Host`` is what only this machine's clients would write."""
+    """Return whether a request's ``Host`` is a name of this machine."""
     with contextlib.suppress(ValueError):
         name = (urlsplit(f"//{host_header}").hostname or "").rstrip(".")
         is_local = name in ("", "localhost", served.lower()) or name.endswith(".localhost")

@@ -1,6 +1,6 @@
-"""Clients that wait for permits, apart from HTTP: futures in the queue's lines.
+"""The clients that wait for permits, without HTTP: each is a future in a line of the queue.
 
-All of it runs in the event loop; only leaving a line, which may call an observer, has a thread.
+Everything runs in the event loop, except leaving a line: that may call an observer, so it has a thread.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from gateway_queue_sync.worker import enqueue
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
-TICK = 1.0  # s between two looks at the session start limit
+TICK = 1.0  # s between two checks of the session start limit
 HELD_US = 60 * US_PER_SECOND  # how long a client may report on its permit
 MAX_HELD = 100_000
-MAX_REST = 60.0  # s before a used-up limit is looked at again for a client that gets no status
+MAX_REST = 60.0  # s until a used-up limit is checked again for a client that gets no status
 
 
 class Client(Protocol):
-    """Whoever waits."""
+    """A client that waits."""
 
     legacy: bool
 
     def respond(self, response: Response) -> bool:
-        """Give an answer; return false if the client is gone."""
+        """Send a response. Return false if the client is gone."""
 
     def refuse(self, status: int, reason: str, *headers: Header) -> None:
-        """Give no permit."""
+        """Refuse the permit."""
 
 
 class WaitingRoom:
@@ -55,7 +55,7 @@ class WaitingRoom:
         self.positions = HeldPositions()
         self.by_ticket: dict[str, WaitingClient] = {}
         self._held: OrderedDict[str, tuple[int, Permit]] = OrderedDict()  # since when, by ticket
-        self._leaving: set[Future[Permit]] = set()  # until the queue knows
+        self._leaving: set[Future[Permit]] = set()  # until they have left the queue
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="gateway-queue-broker-leave")
         loop.call_later(TICK, self._tick)
 
@@ -73,14 +73,14 @@ class WaitingRoom:
                 one.exhausted(left.resets_in_us / US_PER_SECOND)
 
     def hold(self, ticket: str, permit: Permit, now_us: int) -> None:
-        """Keep a permit that its client will report on; if it does not, it was used at the grant."""
+        """Store a permit on which its client will report."""
         self._held.pop(ticket, None)
         self._held[ticket] = now_us, permit
         if len(self._held) > MAX_HELD:
             self._held.popitem(last=False)
 
     def report(self, ticket: str, report: Report) -> bool:
-        """Book a report; return false if there is no such permit."""
+        """Record a report. Return false if there is no such permit."""
         _, permit = self._held.get(ticket, (0, None))
         if permit is None:
             return False
@@ -90,7 +90,7 @@ class WaitingRoom:
         return True
 
     def give_back(self, future: Future[Permit]) -> None:
-        """Leave the line, or give back the permit that has come, in another thread."""
+        """Leave the line, or give back the permit, in another thread."""
         self._leaving.add(future)
         self.executor.submit(self._give_back, future)
 
@@ -99,7 +99,7 @@ class WaitingRoom:
         self._leaving.discard(future)
 
     def stop(self) -> list[Future[Permit]]:
-        """Let all clients wait no more, and return the futures that are to be given back."""
+        """End all waits, and return the futures to give back."""
         futures = [one.future for one in self.clients if one.future is not None]
         for one in list(self.clients):
             one.end()
@@ -110,9 +110,9 @@ class WaitingClient:
     """A client that waits for one permit, at the position that it had or at the end of the line.
 
     Attributes:
-        client: whoever waits.
-        position: where it stands, or will stand again when the session start limit resets.
-        future: of the permit; ``None`` while it stands in no line.
+        client: the client.
+        position: its position, also for the time after the session start limit resets.
+        future: the future of the permit; ``None`` while the client is in no line.
     """
 
     def __init__(self, room: WaitingRoom, client: Client, request: PermitRequest) -> None:
@@ -152,7 +152,7 @@ class WaitingClient:
         future.add_done_callback(self._completed)
 
     def _completed(self, future: Future[Permit]) -> None:
-        """Take a permit to the event loop, from the thread that got it."""
+        """Pass a permit to the event loop, from the thread that got it."""
         if not future.cancelled():
             try:
                 self._room.loop.call_soon_threadsafe(self._hand_over, future)
@@ -160,7 +160,7 @@ class WaitingClient:
                 give_back(future)
 
     def _hand_over(self, future: Future[Permit]) -> None:
-        """Give a permit to the client, if that is still there and the permit not too old."""
+        """Send a permit to the client, if that is still there and the permit not too old."""
         if self.future is not future:
             return  # the client has left, and the future is being given back
         room, failure, self.future = self._room, future.exception(), None
@@ -183,7 +183,7 @@ class WaitingClient:
             self.leave()
 
     def exhausted(self, resets_in: float) -> None:
-        """Tell the client when the limit resets; let it wait until then if it would not understand."""
+        """Refuse the client until the limit resets. One that does not understand a status waits."""
         if self.client.legacy:
             rest = min(max(resets_in, TICK), MAX_REST)
             self._rest = self._room.loop.call_later(rest, self._join)
@@ -197,7 +197,7 @@ class WaitingClient:
         self.client.refuse(408, f"no permit within {self._request.timeout:g} s")
 
     def leave(self) -> None:
-        """Leave the line without a permit; the position is held for a while."""
+        """Leave the line without a permit. The position is held for 30 s."""
         room, future = self._room, self.future
         if self in room.clients:
             self.end()
@@ -207,7 +207,7 @@ class WaitingClient:
                 room.give_back(future)
 
     def end(self) -> None:
-        """Wait no more."""
+        """End the wait."""
         self._room.clients.discard(self)
         if self._room.by_ticket.get(self._request.ticket) is self:
             del self._room.by_ticket[self._request.ticket]
@@ -218,6 +218,6 @@ class WaitingClient:
 
 
 def give_back(future: Future[Permit]) -> None:
-    """Leave the line, or give back the permit that came nevertheless."""
+    """Leave the line, or give back the permit if it was granted."""
     if not future.cancel() and future.exception() is None:
         future.result().unused()

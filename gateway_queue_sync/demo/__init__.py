@@ -1,7 +1,7 @@
-"""The ``demo`` command: shards start their sessions at a small gateway, which judges every IDENTIFY.
+"""The ``demo`` command: shards start their sessions at a small gateway that checks every IDENTIFY.
 
-``run`` is the story, top to bottom: a queue, a ``gateway`` with a referee that knows nothing of the
-queue, and a ``fleet`` of shards; a ``display`` tells how they do, and a ``summary`` how it went.
+``run`` makes a queue, a ``gateway`` with a referee that does not use the queue, and a ``fleet`` of
+shards. ``display`` shows their progress, ``summary`` the result.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from gateway_queue_sync.testing import Referee
 if TYPE_CHECKING:
     from gateway_queue_sync.queue import GatewayQueue
 
-FRAME = 0.1  # s between two looks at the shards
+FRAME = 0.1  # s between two updates of the display
 MAX_SHARDS = 400  # each takes two threads and two open files; often a process may open 1024
-SESSION_STARTS = 1000  # a day, as Discord has it
+SESSION_STARTS = 1000  # a day, by default
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     with (
         Gateway(referee) as gateway,
         Fleet(queue, gateway.address, shards, interval) as fleet,
-        queue,  # is closed first, so that nobody waits in it when the others end
+        queue,  # is closed first, so that no shard waits in it when the others end
     ):
         fleet.start()
         while not fleet.finished.wait(FRAME):
@@ -81,7 +81,7 @@ def _check(shards: int, max_concurrency: int, interval: float, margin: float) ->
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this command to those of the command line."""
-    what = "start shards at a small gateway on this machine that judges every IDENTIFY"
+    what = "start shards at a small gateway on this machine that checks every IDENTIFY"
     parser = subparsers.add_parser(
         "demo",
         help=what,

@@ -1,4 +1,4 @@
-"""What is shown while the shards start: a picture on a terminal, lines for a pipe or a file."""
+"""Shows how the shards start: as a picture on a terminal, as lines in a pipe or a file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from gateway_queue_sync.queue import GatewayQueue
 
 BAR_WIDTH = 20
-OTHER_LINES = 6  # of a terminal: what stands above the buckets, and some air below
+OTHER_LINES = 6  # of the terminal, above and below the buckets
 
 
 def choose_display(queue: GatewayQueue, referee: Referee, shards: int) -> LineDisplay | LiveDisplay:
-    """Return the display that suits what standard output is."""
+    """Return the display for the kind of standard output."""
     if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         return LiveDisplay(queue, referee, shards)
     return LineDisplay(referee.max_concurrency)
@@ -35,7 +35,7 @@ class LineDisplay:
         print(" time (s)   shard  bucket  waited (s)", flush=True)
 
     def show(self, outcomes: Sequence[Outcome]) -> None:
-        """Print the outcomes that are new since the last call."""
+        """Print the outcomes since the last call."""
         for outcome in outcomes[self._shown :]:
             how = outcome.failure or f"{outcome.waited:10.3f}"
             if outcome.refused:
@@ -46,7 +46,7 @@ class LineDisplay:
 
 
 class LiveDisplay:
-    """A line for each bucket and one for all, drawn over and over in the same place.
+    """A line for each bucket and one for all, redrawn in the same place.
 
     If the buckets do not fit the terminal, there is only the line for all.
     """
@@ -58,7 +58,7 @@ class LiveDisplay:
         self._height = 0
 
     def show(self, outcomes: Sequence[Outcome]) -> None:
-        """Draw the picture over the last one, in one write: an interrupt leaves no half of it."""
+        """Draw the picture over the last one, in one write, so that an interrupt does not cut it."""
         columns, lines = shutil.get_terminal_size()
         rows = self._rows(outcomes)
         if len(rows) + OTHER_LINES > lines:
@@ -80,7 +80,7 @@ class LiveDisplay:
 
 
 def _etas(queue: GatewayQueue) -> dict[int, float]:
-    """Return in how many seconds each bucket with a line will have granted to all of it."""
+    """Return in how many seconds each bucket will have served its line."""
     lines = {bucket.bucket: bucket.shards for bucket in queue.snapshot().buckets}
     return {bucket: line[-1].eta for bucket, line in lines.items() if line and line[-1].eta}
 

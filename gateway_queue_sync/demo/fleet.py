@@ -21,9 +21,9 @@ PATIENCE = 10.0  # s a shard waits for an answer of the gateway
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a shard: READY, so many seconds after the start, or the failure if there is one.
+    """How a shard ended: READY after so many seconds, or with a failure.
 
-    ``waited`` is how long the permit took to come, ``refused`` how often the gateway said no before.
+    ``waited`` is how long it waited for its permit, ``refused`` how often the gateway refused it.
     """
 
     shard_id: int
@@ -34,7 +34,7 @@ class Outcome:
 
 
 class Fleet:
-    """All shards. Leaving the ``with`` waits for their threads; close the queue before."""
+    """All shards. The end of the ``with`` block waits for their threads; close the queue before."""
 
     def __init__(
         self, queue: GatewayQueue, address: tuple[str, int], shards: int, interval: float
@@ -63,7 +63,7 @@ class Fleet:
         try:
             waited, refused = self._start_session(shard_id)
             outcome = Outcome(shard_id, self._elapsed(), waited, refused)
-        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for this shard
+        except Exception as error:  # noqa: BLE001 - after any error, no thread must wait for this shard
             failure = f"{type(error).__name__}: {error}"
             outcome = Outcome(shard_id, self._elapsed(), failure=failure)
         self.outcomes.append(outcome)
@@ -71,10 +71,11 @@ class Fleet:
             self.finished.set()
 
     def _start_session(self, shard_id: int) -> tuple[float, int]:
-        """Identify when the queue says so, and again after a pause if the gateway refuses.
+        """Identify with a permit, and again after a pause if the gateway refuses.
 
-        The answer is awaited within the ``with``, so that the bucket's window starts when the gateway
-        has surely judged: on a busy machine a thread may be late by more than a margin this small.
+        The ``with`` block contains the wait for the answer, so that the bucket's window starts after
+        the gateway has checked the IDENTIFY: on a busy machine a thread may be late by more than the
+        small margin of a demo.
         """
         connection = socket.create_connection(self._address, timeout=PATIENCE)
         with connection, connection.makefile("rb") as lines:
@@ -88,7 +89,7 @@ class Fleet:
                         return permit.waited, refused
                     permit.rejected()
                 refused += 1
-                # Discord wants 1 to 5 random seconds here, of its interval.
+                # Discord asks for a random pause of 1 to 5 seconds; this is scaled to the interval.
                 self._leaving.wait(random.uniform(1, 5) * self._interval / IDENTIFY_INTERVAL)
 
     def _elapsed(self) -> float:

@@ -1,4 +1,4 @@
-"""A gateway that listens on the loopback, and lets a referee judge the IDENTIFYs that arrive there.
+"""A gateway on the loopback interface, which lets a referee check the IDENTIFYs that arrive.
 
 It speaks Discord's opcodes as far as a session start needs them, one JSON object a line.
 """
@@ -24,12 +24,12 @@ class Op(enum.IntEnum):
 
 
 def encode(op: Op, d: Any, **more: Any) -> bytes:
-    """Return a payload as it goes over the wire."""
+    """Return the bytes of a payload."""
     return json.dumps({"op": op, "d": d, **more}).encode() + b"\n"
 
 
 class Gateway(socketserver.ThreadingTCPServer):
-    """Serves in threads of its own, on a free port of the loopback, until the ``with`` is left."""
+    """Serves in threads of its own, on a free loopback port, until the end of the ``with`` block."""
 
     request_queue_size = 1024  # all shards may connect at the same moment
     daemon_threads = True
@@ -45,7 +45,7 @@ class Gateway(socketserver.ThreadingTCPServer):
         return host, port
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: whoever hung up or sent nonsense is hung up on, and that is all."""
+        """Log nothing. The connection is closed in any case."""
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -62,7 +62,7 @@ class _Connection(socketserver.StreamRequestHandler):
     server: Gateway
 
     def handle(self) -> None:
-        """Greet the shard, and answer its IDENTIFYs until it hangs up or the token is no good."""
+        """Send HELLO, and answer IDENTIFYs until the shard disconnects or the token is reset."""
         self.wfile.write(encode(Op.HELLO, {"heartbeat_interval": 41_250}))
         for line in self.rfile:
             shard_id, shards = json.loads(line)["d"]["shard"]

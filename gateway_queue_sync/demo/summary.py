@@ -1,4 +1,4 @@
-"""What is said at the end, of what became of the shards and what the referee saw."""
+"""The text at the end: how the shards ended, and what the referee counted."""
 
 from __future__ import annotations
 

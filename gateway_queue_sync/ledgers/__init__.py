@@ -1,1 +1,1 @@
-"""Ledgers: where it is kept who was granted what, when: in this process, or shared by processes."""
+"""Ledgers store which permits were granted, and what is left: in memory, or shared by processes."""

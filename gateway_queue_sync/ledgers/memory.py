@@ -1,7 +1,7 @@
 """The ledger of one process: the rules of ``token_bucket``, on an account in memory.
 
-It has no lock of its own; the scheduler calls it with its lock held. Spacing and limit both run on the
-monotonic clock, so setting the machine's time neither grants early nor delays.
+It has no lock; the scheduler calls it with its own lock held. It measures spacing and limit by the
+monotonic clock, so setting the machine's time changes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gateway_queue_sync.token_bucket import Account, Denial
 
 
 class MemoryLedger:
-    """An account that lives and dies with the process.
+    """An account that ends with the process.
 
     Attributes:
         account: the account. The scheduler calls ``take`` and ``restamp`` with it.
@@ -38,7 +38,7 @@ class MemoryLedger:
 
     @property
     def should_read(self) -> bool:
-        """Whether nothing is granted until the limit is read."""
+        """Whether no permit is granted until the limit is read."""
         return self.account.total is None and self.account.refresh_owed
 
     @property
@@ -84,10 +84,10 @@ class MemoryLedger:
 
 
 class NoLedger(MemoryLedger):
-    """Grants everything at once."""
+    """Grants each permit at once."""
 
     take = staticmethod(token_bucket.grant)
-    restamp = staticmethod(lambda *_: True)  # there is no window to move
+    restamp = staticmethod(lambda *_: True)  # there is no window
 
     def report(self, permit: Permit, report: Report) -> int:  # noqa: ARG002 - the same as elsewhere
         return 0

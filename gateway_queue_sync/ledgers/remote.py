@@ -1,9 +1,8 @@
-"""A ledger that processes share, as the scheduler of one process sees it.
+"""A shared ledger, as the scheduler of one process uses it.
 
-The scheduler says what has changed; its worker sends one request at a time to the ledger, without the
-lock, and passes the reply on. What a request says and what a reply means is in ``Session``. All
-methods are called with the scheduler's lock held, except ``open``, ``exchange``, ``update`` and
-``snapshot``.
+The scheduler calls a method for each change. Its worker sends one request at a time, without the lock,
+and applies the reply. ``Session`` decides what a request contains and what a reply means. All methods
+are called with the scheduler's lock held, except ``open``, ``exchange``, ``update`` and ``snapshot``.
 """
 
 from __future__ import annotations
@@ -46,21 +45,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("gateway_queue_sync")
 
 MIN_MARGIN = 0.02  # s
-MANY_FAILURES = 3  # in a row are worth a warning
-MAX_BUSY_US = 200_000  # for which a ledger that is busy has not failed
-MAX_TRY_US = 500_000  # for one who only tries, until the ledger answers
-MAX_LATE_US = 40_000  # after a deadline, for an answer that is on its way
-MAX_OPEN_US = 5 * US_PER_SECOND  # until a ledger has answered for the first time
-OPEN_PAUSE = 0.02  # s until one that is busy is asked again
-WARN_AFTER = 1.0  # s until the log says what a constructor waits for
-MAX_REQUEST_US = 5 * US_PER_SECOND  # until the ledger answers update and snapshot
+MANY_FAILURES = 3  # in a row, until a WARNING
+MAX_BUSY_US = 200_000  # for so long, a busy ledger does not count as failed
+MAX_TRY_US = 500_000  # how long ``timeout=0`` waits for the reply
+MAX_LATE_US = 40_000  # how long after its deadline a waiter still waits for a reply under way
+MAX_OPEN_US = 5 * US_PER_SECOND  # how long the constructor waits for the first reply
+OPEN_PAUSE = 0.02  # s, until a busy ledger is asked again
+WARN_AFTER = 1.0  # s, until a WARNING says what the constructor waits for
+MAX_REQUEST_US = 5 * US_PER_SECOND  # how long ``update`` and ``snapshot`` wait for the reply
 
 
 class _OwnLines:
-    """The lines of this process as a session sees them: without those who have what they want.
+    """The lines of this process, for its session: without the waiters that have their answer.
 
     Attributes:
-        asked: whoever was looked at, by number: the reply is about them.
+        asked: the waiters in the request, by number; the reply answers them.
     """
 
     def __init__(self, lines: Lines, asked: dict[int, Waiter]) -> None:
@@ -88,7 +87,7 @@ def _still_asks(waiter: Waiter) -> bool:
 
 
 class RemoteLedger:
-    """One process's share of an account.
+    """An account that processes share, as one of them uses it.
 
     Args:
         backend: sends requests to the ledger.
@@ -99,7 +98,7 @@ class RemoteLedger:
     Attributes:
         backend: where the ledger is.
         should_read: whether the ledger asked this process, when it was opened, to read the limit.
-        unseen: those who wait without an event yet, because their position is not known.
+        unseen: waiters without a ``ShardWaiting`` so far, because their position is not known.
     """
 
     remote: Literal[True] = True
@@ -132,19 +131,19 @@ class RemoteLedger:
         self.unseen: list[Waiter] = []
         self._asked: dict[int, Waiter] = {}
         self._waiting_for: list[threading.Condition] = []  # update and snapshot, for a reply
-        self._look: tuple[Reply | None, int] = None, 0  # the latest, and how far its clock is ahead
-        self._looks = 0  # replies to looks
+        self._look: tuple[Reply | None, int] = None, 0  # the latest, and the offset of its clock
+        self._looks = 0  # how many replies had a look
         self._failures = self._answered_us = 0
-        self._failed_us: int | None = None  # since when it fails
-        self._has_surplus = False  # a read said that more is left than counts, and that was logged
-        self._refusal = ""  # why the ledger refuses this process, as it was logged
+        self._failed_us: int | None = None  # since when it has failed
+        self._has_surplus = False  # whether it was logged that more is left than counts
+        self._refusal = ""  # why the ledger refuses this process, if that was logged
 
     def open(self, *, can_read: bool) -> None:
-        """Make this process known to the ledger.
+        """Introduce this process to the ledger.
 
         Raises:
-            LedgerError: what is there cannot be used, or refuses this process. One that is only out of
-                reach is tried again, with a WARNING, unless ``when_unreachable`` says otherwise.
+            LedgerError: the ledger cannot be used, or refuses this process; or it cannot be reached and
+                ``when_unreachable`` is ``"raise"``. Else that only logs a WARNING.
         """
         lines = _OwnLines(Lines(self.max_concurrency), {})
         request = self._session.compose(lines, self._now_us(), can_read=can_read)
@@ -183,21 +182,21 @@ class RemoteLedger:
             answered.cancel()
 
     def before_fork(self) -> None:
-        """Let no exchange be half done while this process is forked."""
+        """Wait until no request is under way."""
         self.backend.before_fork()
 
     def after_fork_in_parent(self) -> None:
-        """Go on after a fork."""
+        """Continue after a fork."""
         self.backend.after_fork_in_parent()
 
     def begin_in_child(self) -> None:
-        """Be another process from now on: this one was forked."""
+        """Begin anew in a forked child."""
         self.backend.begin_in_child()
         self._session.begin_anew()
         self._begin()
 
     def close(self) -> None:
-        """Let go of what is held open."""
+        """Close the file or the connection."""
         self.backend.close()
 
     def __repr__(self) -> str:
@@ -217,7 +216,7 @@ class RemoteLedger:
 
     @property
     def window_us(self) -> int:
-        """How long a bucket rests after a permit."""
+        """The time between two permits of a bucket."""
         return self._session.window_us
 
     @property
@@ -226,7 +225,7 @@ class RemoteLedger:
         return self._session.granted
 
     def budget(self) -> Budget | None:
-        """Return what is left of the limit; a reset that is due shows as done."""
+        """Return what is left of the limit. A reset that is due counts as done."""
         left = self._session.budget
         if left is None or not left.resets_in_us:
             return left
@@ -237,7 +236,7 @@ class RemoteLedger:
 
     def eta_us(self, number: int, position: int, lines: int, waiting: int) -> int | None:
         """Return in about how many microseconds a position gets its permit, ``None`` if unknown."""
-        del lines, waiting  # the ledger has counted all processes'
+        del lines, waiting  # the ledger's numbers, for all processes, are used
         if not self._session.knows(number):
             return None
         return self._session.eta_us(number, position, self._now_us())
@@ -245,7 +244,7 @@ class RemoteLedger:
     # --- what has changed -------------------------------------------------------------------------
 
     def joined(self, waiter: Waiter) -> None:
-        """Note that a waiter stands in line."""
+        """Note that a waiter has joined its line."""
         if waiter.shard_id > MAX_COUNTER:
             raise ValueError(f"shard_id must be at most {MAX_COUNTER}, not {waiter.shard_id}")
         self.changed(waiter)
@@ -257,22 +256,22 @@ class RemoteLedger:
         self._session.changed(waiter.shard_id % self.max_concurrency)
 
     def report(self, permit: Permit, report: Report) -> None:
-        """Have it sent what became of a permit."""
+        """Send a report with the next request."""
         self._session.report(permit, report, self._now_us())
         self._session.changed(permit.shard_id % self.max_concurrency)  # its head may go on
 
     def interrupted(self) -> None:
-        """Go on after an exchange that an exception has ended half-way."""
+        """Prepare to repeat an exchange that an exception has interrupted."""
         self._session.interrupted(self._now_us())
 
     def read(self, scheduler: Scheduler, limit: SessionStartLimit | None, asked_us: int) -> None:
-        """Have a limit sent that was read; ``None``: it could not be read."""
+        """Send a limit that was read with the next request; ``None``: it could not be read."""
         if limit is not None:
             self._session.limit_read(limit, asked_us, self._now_us())
         scheduler.worker.wake(scheduler)
 
     def update(self, scheduler: Scheduler, limit: SessionStartLimit) -> None:
-        """Have a limit adopted, and wait for that."""
+        """Replace the limit, and wait for the reply."""
         check(limit, self._settings.reserve)
         change: LimitChange | None = None
 
@@ -292,14 +291,14 @@ class RemoteLedger:
             raise change.error
 
     def inquire(self, scheduler: Scheduler) -> LedgerError | None:
-        """Have the ledger asked what it knows now; return why it is out of reach, if it is."""
+        """Ask the ledger for its state soon. Return why it cannot be reached, if that is known."""
         self._session.look()
         scheduler.worker.wake(scheduler)
         failure = self._session.failure
         return failure if isinstance(failure, Unreachable) else None
 
     def snapshot(self, scheduler: Scheduler) -> QueueSnapshot:
-        """Ask who waits where, and wait for the answer."""
+        """Return the snapshot of all processes, after waiting for the reply."""
         looks = self._looks
 
         def give_up() -> LedgerError:
@@ -325,7 +324,7 @@ class RemoteLedger:
         is_done: Callable[[], bool],
         give_up: Callable[[], LedgerError],
     ) -> None:
-        """Have the worker send something, and wait for the reply for 5 seconds at most."""
+        """Let the worker send something, and wait for the reply for 5 seconds at most."""
         if scheduler.worker.is_current():
             raise worker_blocked()
         condition = self._condition(scheduler.lock)
@@ -354,27 +353,27 @@ class RemoteLedger:
     def wake_us(self, *, closed: bool) -> int:
         """Return when there is something to send, ``FOREVER_US`` if there is nothing."""
         if closed and self._failures >= MANY_FAILURES:
-            return FOREVER_US  # a closed queue gives up to send what is left
+            return FOREVER_US  # a closed queue does not repeat its last request
         return self._session.wake_us(self._now_us())
 
     def exchange(self, scheduler: Scheduler, heads: list[Waiter]) -> bool:
-        """Have a request answered, without the lock, and pass the reply on; false if there was none.
+        """Send a request, without the lock, and apply the reply. False if there was nothing to send.
 
-        Futures that were granted a permit, or have an error, are added to ``heads``.
+        Futures that got a permit or an error are added to ``heads``.
         """
         forks = scheduler.forks
         request, events = scheduler.locked(self._compose, scheduler)
         for event in events:
             scheduler.emit(event)
         if scheduler.forks != forks:
-            return True  # an observer has forked, and this is the child: the rest is its parent's
+            return True  # an observer has forked, and this is the child process
         if request is None:
             self._close_if_done(scheduler)
             return bool(events)
         events = []
         try:
             reply = self.backend.ask(request)
-        except Exception as error:  # noqa: BLE001 - whatever a client raises, it is tried again
+        except Exception as error:  # noqa: BLE001 - after any error of a client it is tried again
             failure = error if isinstance(error, LedgerError) else self._wrapped(error)
             warnings = scheduler.locked(self._failed, scheduler, request, failure)
         else:
@@ -413,14 +412,14 @@ class RemoteLedger:
         return request, self._waiting_events(scheduler)
 
     def _failed(self, scheduler: Scheduler, request: Request, error: LedgerError) -> list[str]:
-        """Note that an attempt has failed: who only tries, or whose time is up, learns of it."""
+        """Note that an attempt has failed, and fail the waiters that do not wait any longer."""
         now_us = self._now_us()
         self._session.failed(request, error, now_us)
-        error.__traceback__ = None  # its frames hold the request
+        error.__traceback__ = None  # which refers to the request
         since_us = self._failed_us = now_us if self._failed_us is None else self._failed_us
         for head in scheduler.lines.heads():
             if isinstance(error, Busy) and head.once:
-                continue  # it waits for its answer as long as for one that is on its way
+                continue  # it waits a little for a reply under way
             head.ask_at_us = self._session.wake_us(now_us)
             if head.condition is not None:
                 head.condition.notify()
@@ -434,7 +433,7 @@ class RemoteLedger:
     def _take_in(
         self, scheduler: Scheduler, request: Request, reply: Reply, heads: list[Waiter]
     ) -> tuple[list[str], list[Event]]:
-        """Pass a reply on; return what to log, and the events to emit."""
+        """Apply a reply. Return the warnings to log and the events to emit."""
         now_us = self._answered_us = self._now_us()
         answers = self._session.answered(request, reply, now_us)
         warnings = [f"{self!r}: {warning}" for warning in answers.warnings]
@@ -465,7 +464,7 @@ class RemoteLedger:
     def _pass_on(
         self, scheduler: Scheduler, answers: Answers, heads: list[Waiter], now_us: int
     ) -> list[Event]:
-        """Give permits and waits to those who asked; a permit for one that has left is given back."""
+        """Pass permits and denials to their waiters. A permit whose waiter has left is given back."""
         asked, self._asked = self._asked, {}
         events: list[Event | None] = []
         given: dict[int, Permit | Denial] = {one.waiter: one for one in answers.permits}
@@ -481,7 +480,9 @@ class RemoteLedger:
             elif waiter.condition is not None:
                 granted = isinstance(answer, Permit) and not scheduler.listens(answer)
                 if granted and not scheduler.closed and isinstance(answer, Permit):
-                    scheduler.hand_over(waiter, answer)  # its next need not wait until it wakes
+                    scheduler.hand_over(
+                        waiter, answer
+                    )  # now, so that the next one in line need not wait for this thread
                 waiter.condition.notify()
         for change in answers.changes:
             if change.applied and change.limit.kind == messages.READ:
@@ -498,7 +499,7 @@ class RemoteLedger:
         refused: list[int] | None,
         heads: list[Waiter],
     ) -> None:
-        """Let those in a request that was refused, or all who wait, raise what the ledger says."""
+        """Fail the waiters of a request that the ledger refused, or all waiters."""
         self._asked = {}
         for waiter in scheduler.lines.waiters():
             if refused is None or waiter.number in refused:
@@ -524,7 +525,7 @@ class RemoteLedger:
         return warnings
 
     def _waiting_events(self, scheduler: Scheduler) -> list[Event]:
-        """Return the events of those who wait at a position that is known now."""
+        """Return the ``ShardWaiting`` of waiters whose position is known now."""
         waiting, self.unseen = self.unseen, []
         events: list[Event] = []
         for waiter in waiting:
@@ -544,13 +545,15 @@ class RemoteLedger:
     # --- errors -----------------------------------------------------------------------------------
 
     def patience_us(self, waiter: Waiter) -> int:
-        """Return for how long a head waits after its deadline: its answer is on the way."""
+        """Return how long a head waits after its deadline, because a reply is under way."""
         return MAX_TRY_US if waiter.once else MAX_LATE_US
 
     def timed_out(self, waiter: Waiter, timeout: float, *, is_head: bool) -> LedgerError | None:
-        """Return the error of who got no permit in time because the ledger is out of reach."""
+        """Return the error of a waiter that got no permit in time because the ledger is out of reach."""
         failure: Exception | None = self._session.failure
-        answered = self._answered_us > waiter.arrived_us and not waiter.once  # others meanwhile
+        answered = (
+            self._answered_us > waiter.arrived_us and not waiter.once
+        )  # other waiters were answered
         if failure is None and waiter.ask_at_us == 0 and is_head and not answered:
             failure = LedgerError(f"{self!r} did not answer in time")
         if failure is None:
@@ -582,10 +585,10 @@ def _ask(backend: Backend, request: Request, answered: Future[Reply], since_us: 
 def seen_in(
     reply: Reply, own: dict[int, list[messages.Waiter]], reserve: int | None = None
 ) -> QueueSnapshot:
-    """Return the snapshot of an account by a reply to a look, and of those who wait here.
+    """Return the snapshot of an account, from a reply with a look and the waiters of this process.
 
-    Of other processes the ledger knows the first two of each line, and how many more there are. Without
-    a ``reserve``, that of who has asked for a permit last counts.
+    Of other processes the ledger knows the first two waiters of each line, and how many more there are.
+    Without a ``reserve``, that of the process that asked last for a permit counts.
     """
     look, left = reply.look, None
     assert look is not None
@@ -621,7 +624,7 @@ def seen_in(
 def open_ledger(
     make_backend: Callable[[Settings], Backend], limit: SessionStartLimit | None, settings: Settings
 ) -> RemoteLedger:
-    """Open a ledger that processes share."""
+    """Open a shared ledger."""
     if settings.margin < MIN_MARGIN:
         raise ValueError(
             f"margin must be at least {MIN_MARGIN} s for a queue shared by processes, not "
@@ -647,7 +650,7 @@ def open_ledger(
 
 
 def check(limit: SessionStartLimit, reserve: int) -> None:
-    """Refuse a limit that a shared ledger cannot keep."""
+    """Raise ``ValueError`` for a limit that a shared ledger cannot store."""
     check_limit(limit, reserve)
     if limit.total > MAX_COUNTER:
         raise ValueError(
@@ -656,15 +659,15 @@ def check(limit: SessionStartLimit, reserve: int) -> None:
 
 
 def peek(backend: Backend, settings: Settings) -> QueueSnapshot:
-    """Return the snapshot of an account as somebody who takes no part in it; raises as ``look``."""
+    """Return the snapshot of an account without taking part in it. Raises as ``look``."""
     return seen_in(look(backend, settings), {})
 
 
 def look(backend: Backend, settings: Settings) -> Reply:
-    """Return what an account is like, to somebody who takes no part in it.
+    """Return the state of an account without taking part in it.
 
     Raises:
-        LedgerError: there is none, or it is out of reach.
+        LedgerError: there is no account, or it cannot be reached.
     """
     interval_us, margin_us, period_us = settings.timings_us
     now_us, lease_us = settings.clock.now_us(), to_us(settings.lease)

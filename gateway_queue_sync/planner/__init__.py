@@ -1,6 +1,6 @@
-"""The ``plan`` command: when each shard of a fleet would start, and whether the budget lasts for it.
+"""The ``plan`` command: when each shard of a bot would start, and whether the limit suffices.
 
-Nothing is started and nothing is charged. A ``timeline`` tells it in the terminal, a ``picture`` as SVG.
+Nothing is started or charged. ``timeline`` shows the plan in the terminal, ``picture`` as SVG.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from gateway_queue_sync.planner.fleet import Fleet
 from gateway_queue_sync.planner.picture import draw
 from gateway_queue_sync.planner.timeline import describe
 
-MAX_SHARDS = 1_000_000  # a few seconds' work
-SESSION_STARTS = 1000  # a day, as Discord has it
+MAX_SHARDS = 1_000_000  # which takes a few seconds
+SESSION_STARTS = 1000  # a day, by default
 STANDARD_OUTPUT = "-"
 
 
@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _limit(arguments: argparse.Namespace) -> SessionStartLimit:
-    """Return Discord's limit, or its usual one, with what was said otherwise."""
+    """Return Discord's limit, or its default, with the values that options set."""
     if arguments.json and arguments.svg == STANDARD_OUTPUT:
         raise ValueError("--svg - and --json both write to standard output")
     said = {
@@ -124,10 +124,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=int,
         default=0,
         metavar="ID",
-        help="the least shard id (default: %(default)s)",
+        help="the smallest shard id (default: %(default)s)",
     )
     limit = parser.add_argument_group(
-        "the session start limit", "What is not given is Discord's usual one, or read from there."
+        "the session start limit",
+        "Without an option: Discord's default, or with --token-file its answer.",
     )
     limit.add_argument(
         "--max-concurrency", type=int, metavar="N", help="how many buckets there are (usually 1)"
@@ -136,27 +137,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--total", type=int, metavar="N", help=f"session starts a day (usually {SESSION_STARTS})"
     )
     limit.add_argument(
-        "--remaining", type=int, metavar="N", help="those that are left now (usually all)"
+        "--remaining", type=int, metavar="N", help="session starts that are left now (usually all)"
     )
     limit.add_argument(
         "--reset-after",
         type=float,
         metavar="SECONDS",
-        help="until the limit resets (usually a day, if some are used up)",
+        help="seconds until the limit resets (usually a day, if some are used)",
     )
     limit.add_argument(
         "--token-file",
         metavar="FILE",
         help="a file that holds the bot's token: read the limit from Discord",
     )
-    limit.add_argument("--base-url", metavar="URL", help="of the REST API, if not Discord's")
+    limit.add_argument(
+        "--base-url", metavar="URL", help="the URL of the REST API, if it is not Discord's"
+    )
     settings = parser.add_argument_group("the queue's settings")
     settings.add_argument(
         "--reserve",
         type=int,
         default=0,
         metavar="N",
-        help="session starts never to use up (default: %(default)s)",
+        help="session starts that are never used (default: %(default)s)",
     )
     settings.add_argument(
         "--interval",
@@ -170,7 +173,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         default=DEFAULT_MARGIN,
         metavar="SECONDS",
-        help="what the queue adds to that (default: %(default)s)",
+        help="seconds that the queue adds to that (default: %(default)s)",
     )
     parser.add_argument(
         "--svg",

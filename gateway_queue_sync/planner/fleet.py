@@ -1,4 +1,4 @@
-"""What is told and drawn: a plan with all that it was made of, cut into runs and instants."""
+"""A plan with its limit and settings, divided into runs and instants for texts and pictures."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gateway_queue_sync.models import SessionStartLimit
 from gateway_queue_sync.plan import ShardStart, StartPlan
 
 Instant = list[ShardStart]
-"""Those that start at one time."""
+"""The shards that start at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """A plan of at least one shard, the limit and the reserve it is for, and its window in seconds."""
+    """A plan of at least one shard, with its limit, its reserve and its window in seconds."""
 
     plan: StartPlan
     limit: SessionStartLimit
@@ -30,22 +30,22 @@ class Fleet:
 
     @property
     def buckets(self) -> list[int]:
-        """The buckets that have any, in ascending order."""
+        """The buckets that have shards, in ascending order."""
         return sorted({start.bucket for start in self.plan.starts})
 
     @property
     def waves(self) -> int:
-        """How many start in the longest line."""
+        """How many shards the bucket with the most of them has."""
         return 1 + max(start.wave for start in self.plan.starts)
 
     @property
     def instants(self) -> Iterator[Instant]:
-        """Those that start together, in time order."""
+        """The instants at which shards start, in order of time."""
         return (list(starts) for _, starts in groupby(self.plan.starts, key=lambda s: s.at))
 
     @property
     def runs(self) -> list[list[Instant]]:
-        """The instants, cut where all wait for a reset: a gap that no window explains."""
+        """The instants, divided where all shards wait for a reset."""
         runs: list[list[Instant]] = []
         last_at = float("-inf")
         for instant in self.instants:
@@ -57,14 +57,14 @@ class Fleet:
 
     @property
     def title(self) -> str:
-        """What is started, in one line."""
+        """How many shards and buckets there are, in one line."""
         return (
             f"{format_count(self.shards, 'shard')} in {format_count(len(self.buckets), 'bucket')}"
         )
 
     @property
     def verdict(self) -> str:
-        """Whether the budget lasts, in one line."""
+        """Whether the limit suffices, in one line."""
         held = f", reserve {self.reserve}" if self.reserve else ""
         if self.plan.lasts:
             ends = f"lasts; {self.plan.remaining} left after the last start"

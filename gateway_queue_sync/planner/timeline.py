@@ -16,11 +16,11 @@ MAX_BAR, MIN_BAR = 40, 6
 BLOCKS, ASCII_BLOCKS = (
     ("█", "▒", "░"),
     ("#", "=", "."),
-)  # who starts now, who has before, who will later
+)  # shards that start now, earlier, later
 
 
 def describe(fleet: Fleet, now: datetime, width: int, encoding: str) -> Iterator[str]:
-    """Yield the lines that tell of a plan made at ``now``, in so many columns."""
+    """Yield the lines that describe a plan made at ``now``, for a terminal of this width."""
     for line in _summary(fleet, now):
         yield from wrap(line, max(width, 2 * LABEL), subsequent_indent=" " * LABEL) or [""]
     yield from _timeline(fleet, width, encoding)
@@ -60,7 +60,7 @@ def _timeline(fleet: Fleet, width: int, encoding: str) -> Iterator[str]:
 
 
 class _Row:
-    """What all rows have in common, and how many shards those shown have started."""
+    """Formats rows, and counts the shards that have started in those before."""
 
     def __init__(
         self, fleet: Fleet, width: int, encoding: str, label: Callable[[float], str]
@@ -90,7 +90,7 @@ class _Row:
         )[: self._width]
 
     def show(self, instants: list[Instant]) -> str:
-        """Return the row for those who start at these instants."""
+        """Return the row for the shards that start at these instants."""
         starts = list(chain.from_iterable(instants))
         before = self._started * self._bar // self._shards
         self._started += len(starts)

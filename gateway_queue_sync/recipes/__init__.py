@@ -1,1 +1,1 @@
-"""How bot libraries use the queue: one file for each, and a README that says which."""
+"""How bot libraries use the queue: one file for each. ``README.md`` lists them."""

@@ -1,1 +1,1 @@
-"""Ledgers that processes share: what is said, the rules of turns, and one process's side of it."""
+"""Shared ledgers: their messages, their rules, and one process's side of the protocol."""

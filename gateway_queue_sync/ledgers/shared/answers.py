@@ -1,4 +1,4 @@
-"""What a session needs from its scheduler, and what it answers: plain values."""
+"""The values that a session gets from its scheduler, and those that it returns."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class WaitingLines(Protocol):
     max_concurrency: int
 
     def first_two(self, bucket: int) -> Sequence[Waits]:
-        """Return the first two of a line, or as many as there are."""
+        """Return the first two waiters of a line, or all if there are fewer."""
 
     def length(self, bucket: int) -> int:
         """Return how many wait for a bucket."""
 
     def buckets(self) -> Iterable[int]:
-        """Return the buckets for which somebody waits."""
+        """Return the buckets that have waiters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSettings:
-    """What a process wants of the account."""
+    """The settings of a session."""
 
     interval_us: int
     margin_us: int
@@ -54,7 +54,7 @@ class SessionSettings:
 
 @dataclass(slots=True, eq=False)
 class LimitChange:
-    """A limit on its way to the ledger; ``done`` with ``applied``, or with an ``error``."""
+    """A limit that is sent to the ledger. When ``done``, it was ``applied`` or has an ``error``."""
 
     limit: Limit
     done: bool = False
@@ -68,15 +68,15 @@ class Answers:
 
     Attributes:
         permits: granted; one for a waiter that has left must be reported unused.
-        denials: for each head that was asked for, by waiter number.
+        denials: for the other heads in the request, by waiter number.
         changes: limit changes that are done.
         limit_changed: the session start limit or the buckets may have changed.
         read: this process should read the limit now.
-        surplus: a read says that so many starts are left, more than count; ``None`` otherwise.
+        surplus: how many session starts are left by the latest read, if more than count; else ``None``.
         rejections: how many permits in a row were rejected, by serial.
-        look: who waits, if that was asked.
+        look: the waiters of all processes, if the request asked for them.
         error: the ledger refuses this process, or its latest request.
-        refused: the waiters in a request that was refused, by number; ``None``: all who wait here.
+        refused: the waiters of the refused request, by number; ``None``: all waiters of this process.
         warnings: what to log.
     """
 

@@ -1,4 +1,4 @@
-"""Where a shared ledger is: what sends a request there and receives the reply."""
+"""A backend sends requests to a shared ledger and receives the replies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gateway_queue_sync.ledgers.shared.messages import Reply, Request
 
 
 class Unreachable(LedgerError):
-    """The ledger did not answer, or not in time: it may have applied the request all the same."""
+    """The ledger did not answer in time. It may have applied the request nevertheless."""
 
 
 class Busy(LedgerError):
@@ -19,31 +19,31 @@ class Busy(LedgerError):
 class Backend(Protocol):
     """Sends requests, one at a time, in the worker's thread.
 
-    Its repr names the place, not its secrets.
+    Its repr says where the ledger is, without secrets.
     """
 
     def ask(self, request: Request) -> Reply:
-        """Have a request answered in one atomic step; the caller sends it again if it fails.
+        """Have the ledger apply a request in one atomic step. After a failure the caller sends it again.
 
         Raises:
             Unreachable: there was no answer.
-            LedgerError: what is there cannot be used, such as another program's file.
+            LedgerError: the ledger cannot be used; the file is another program's, for example.
         """
 
     def relay(self, request: Request) -> Reply:
-        """Answer a request of another process, whose clock is not this one's; from any thread.
+        """Have the ledger apply a request of another process, by that one's clock. From any thread.
 
-        Its times are moved by ``now_us - sent_us``, also where ``ask`` knows better. Raises as ``ask``.
+        The times in the request are moved by ``now_us - sent_us``. Raises as ``ask``.
         """
 
     def before_fork(self) -> None:
-        """Make ready for a fork of this process."""
+        """Prepare for a fork of this process."""
 
     def after_fork_in_parent(self) -> None:
         """Go on after a fork."""
 
     def begin_in_child(self) -> None:
-        """Be another process from now on: what the parent has open stays the parent's."""
+        """Begin anew in a forked child, without what the parent has open."""
 
     def close(self) -> None:
-        """Let go of what is held open; a later request opens it anew."""
+        """Close the file or the connection. A later request opens it again."""

@@ -1,4 +1,4 @@
-"""What a shared ledger accepts: one process by mistake must not stop all others. And what it answers."""
+"""The bounds of requests and replies: a mistake of one process must not stop all others."""
 
 from __future__ import annotations
 
@@ -101,10 +101,10 @@ def _counts(request: Request) -> Iterator[Bound]:
 
 
 def check_reply(request: Request, reply: Reply) -> None:
-    """Refuse a reply that a session cannot take in, whatever made it.
+    """Check a reply before a session applies it.
 
     Raises:
-        ValueError: it is none; the message says why.
+        ValueError: the reply is wrong; the message says why.
     """
     bounds = {"status": (0, REFUSED), "max_concurrency": (1, MAX_BUCKETS)}
     for name in COUNTS:

@@ -1,8 +1,8 @@
-"""The ledger of any machine: a broker (``python -m gateway_queue_sync serve``) that answers over HTTP.
+"""The ledger of a broker (``python -m gateway_queue_sync serve``), over HTTP.
 
-Each request is one POST of JSON over a connection that is kept. Only a whole, valid reply to the very
-attempt that was sent counts. Whoever sends a request again may do so over another connection: the
-broker's ledger applies it once.
+Each request is one POST of JSON over a connection that is reused. Only a complete, valid reply to the
+latest attempt counts. A request may be sent again over another connection, since the broker's ledger
+applies it once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gateway_queue_sync.ledgers.shared.messages import Reply, Request, from_wire
 from gateway_queue_sync.models import US_PER_SECOND
 
 PATH = "/ledger"
-OUR_HEADER = "Gateway-Queue"  # who sends it knows what a status means
+OUR_HEADER = "Gateway-Queue"  # says that this client understands a status
 CALL_TIMEOUT = 2.0  # s for a whole call, from the look-up of the name to the last byte
 MAX_IDLE = 30.0  # s for which a connection is kept; the broker closes it after 75
 MAX_ANSWER = 64 << 20  # bytes
@@ -39,12 +39,12 @@ _PASSING = (http.client.REQUEST_TIMEOUT, http.client.TOO_EARLY, http.client.TOO_
 
 
 class HttpBackend:
-    """An account that a broker keeps.
+    """An account of a broker.
 
     Args:
-        url: the broker's.
-        secret: what it asks for, if it does.
-        name: must be the default: a broker keeps one account.
+        url: the broker's URL.
+        secret: its secret, if it has one.
+        name: must be the default, since a broker has one account.
     """
 
     def __init__(self, url: str, secret: str | None = None, name: str = "default") -> None:
@@ -67,7 +67,7 @@ class HttpBackend:
         return f"broker {self._url.scheme}://{self._url.netloc}{self._url.path}"
 
     def ask(self, request: Request) -> Reply:
-        """Have the broker answer a request; from any thread."""
+        """Send a request to the broker and return its reply. From any thread."""
         body = json.dumps(to_wire(request), separators=(",", ":")).encode()
         try:
             status, answer, ends = self._post(body, _now() + CALL_TIMEOUT)
@@ -99,10 +99,10 @@ class HttpBackend:
         return reply
 
     relay = ask
-    """The broker goes by the times in a request in any case."""
+    """The broker uses the times in a request in any case."""
 
     def _shown(self, text: str) -> str:
-        """Return what a broker said as far as it may be shown."""
+        """Return a broker's words as far as they may be shown."""
         if self._secret is not None:
             text = text.replace(self._secret, "***")
         return text[:MAX_SHOWN]
@@ -110,10 +110,10 @@ class HttpBackend:
     # --- connections ------------------------------------------------------------------------------
 
     def _post(self, body: bytes, give_up: float) -> tuple[int, bytes, bool]:
-        """Send a body; return the answer's status and body, and whether it said where that ends.
+        """Send a body. Return the status and body of the answer, and whether its length was given.
 
-        A kept connection that was closed meanwhile is replaced at once: the request does no more if it
-        arrives twice.
+        If a reused connection was closed meanwhile, the body is sent again over a new one. That is
+        safe, because a request that arrives twice is applied once.
         """
         while (connection := self._kept()) is not None:
             try:
@@ -199,19 +199,19 @@ class HttpBackend:
     # --- forks ------------------------------------------------------------------------------------
 
     def before_fork(self) -> None:
-        """Do nothing: a connection is whole or in use by one call, which stays the parent's."""
+        """Do nothing: connections stay with the parent."""
 
     def after_fork_in_parent(self) -> None:
         """Do nothing."""
 
     def begin_in_child(self) -> None:
-        """Connect anew when that is needed; nothing is sent over the parent's connections."""
+        """Begin without connections. The parent's are not used."""
         self.close()  # the child's descriptors only: the connections stay open
         self._begin()
 
 
 class _LookUp:
-    """Finds the addresses of a broker, in a thread, because the system's look-up has no deadline."""
+    """Looks up the addresses of a broker in a thread, because the system's look-up has no deadline."""
 
     def __init__(self, url: urllib.parse.SplitResult) -> None:
         self._name = url.hostname or ""
@@ -221,7 +221,7 @@ class _LookUp:
         self._found: list[Any] | OSError = []
 
     def addresses(self, give_up: float) -> list[Any]:
-        """Return what ``getaddrinfo`` says."""
+        """Return the result of ``getaddrinfo``."""
         with contextlib.suppress(socket.gaierror):
             return self._ask(socket.AI_NUMERICHOST)
         with self._lock:
@@ -287,7 +287,7 @@ def _left(give_up: float) -> float:
 
 
 class _Response(http.client.HTTPResponse):
-    """A response that must be here in whole when the timeout which its socket has now is over."""
+    """A response that must be complete when the current timeout of its socket is over."""
 
     def __init__(self, sock: socket.socket, *args: Any, **settings: Any) -> None:
         super().__init__(sock, *args, **settings)
@@ -295,7 +295,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Timed(io.RawIOBase):
-    """What comes from a socket, until the timeout that it had in the beginning is over."""
+    """Reads from a socket until its first timeout is over."""
 
     def __init__(self, file: io.BufferedReader, sock: socket.socket) -> None:
         self._file, self._sock = file, sock
@@ -345,7 +345,7 @@ def checked_secret(secret: object) -> str:
 
 
 def _reason(answer: bytes) -> str:
-    """Return what the body of an error says."""
+    """Return the message in the body of an error."""
     with contextlib.suppress(ValueError, TypeError, LookupError, RecursionError):
         return str(json.loads(answer)["error"])
     return repr(answer[:100])

@@ -1,4 +1,4 @@
-"""The session start limit of an account that processes share: how it begins, changes and is read."""
+"""The session start limit of a shared account: how it begins, changes and is read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gateway_queue_sync.limits import CONFIRM_US
 from gateway_queue_sync.models import US_PER_SECOND, SessionStartLimit
 from gateway_queue_sync.token_bucket import NEVER, UNSEEN_US, TokenBucket, unseen_us
 
-FRESH_READ_US = 60 * US_PER_SECOND  # a read that needs no other when a process starts
+FRESH_READ_US = 60 * US_PER_SECOND  # a process that starts uses a read of this age
 FOREVER_US = 1 << 60
 DISCORDS_DEFAULT = SessionStartLimit(total=1000, remaining=1000, reset_after=0.0, max_concurrency=1)
 
 
 def create(rows: Rows, new: Introduction) -> None:
-    """Make the account; since nobody can say what was granted before, its buckets are closed."""
+    """Create the account. Its buckets are closed, because earlier grants are unknown."""
     request, given = rows.request, new.limit or new.seen
     closed = TokenBucket(last_us=rows.now_us)
     account = SharedAccount(1, request.period_us, default_bucket=closed, recent={})
@@ -37,7 +37,7 @@ def create(rows: Rows, new: Introduction) -> None:
 
 
 def recover(rows: Rows, new: Introduction) -> None:
-    """Go on with an account that has lost grants which this process has seen."""
+    """Repair an account that has lost grants which this process knows."""
     account = rows.kept
     account.layout = max(account.layout, new.layout + 1)
     account.granted = new.granted
@@ -47,7 +47,7 @@ def recover(rows: Rows, new: Introduction) -> None:
 
 
 def change(rows: Rows, limit: Limit) -> tuple[int, int]:
-    """Take in a limit that was given or read; return the reply's ``limit_result`` and ``surplus``."""
+    """Apply a limit that was passed or read. Return the reply's ``limit_result`` and ``surplus``."""
     account, given = rows.kept, _as_now(rows.request, limit)
     surplus = -1
     if limit.kind == messages.FORGET:
@@ -81,7 +81,7 @@ def change(rows: Rows, limit: Limit) -> tuple[int, int]:
 
 
 def _forget(account: SharedAccount, wall_us: int) -> None:
-    """Forget the limit and the bot: the limit is to be read if a process can, else it is the default."""
+    """Delete the limit and the bot. A process that can read the limit does; else the default counts."""
     default = replace(DISCORDS_DEFAULT, max_concurrency=account.max_concurrency)
     session_limits.adopt(account, default, wall_us)
     account.bot = ""
@@ -90,7 +90,7 @@ def _forget(account: SharedAccount, wall_us: int) -> None:
 
 
 def open_with(rows: Rows, limit: Limit) -> None:
-    """Take the limit that a process begins with: within the running period it refills nothing."""
+    """Apply the limit that a process begins with. In a running period it refills nothing."""
     account, given = rows.kept, _as_now(rows.request, limit)
     left = session_limits.budget(account, rows.wall_us)
     period, owed = account.period, account.refresh_owed
@@ -134,7 +134,7 @@ def reads(rows: Rows, *, reset_denied: bool) -> int:
 
 
 def recent(rows: Rows) -> dict[int, int]:
-    """Return when the latest permits were granted; never later than now."""
+    """Return when the latest permits were granted, but not later than now."""
     recent = rows.store.recent()
     for serial, wall_us in recent.items():
         if wall_us > rows.wall_us:  # the clock was set back since
@@ -144,7 +144,7 @@ def recent(rows: Rows) -> dict[int, int]:
 
 
 def _as_now(request: Request, limit: Limit) -> SessionStartLimit:
-    """Return a limit whose reset counts from now."""
+    """Return a limit with ``reset_after`` as of now."""
     reset_us = limit.reset_after_us - (request.sent_us - limit.at_us)
     reset_us = min(max(0, reset_us), limit.reset_after_us)
     return SessionStartLimit(

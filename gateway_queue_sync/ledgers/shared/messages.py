@@ -1,4 +1,4 @@
-"""What a process and a shared ledger say to each other: plain values of whole numbers and strings.
+"""The messages between a process and a shared ledger: values of whole numbers and strings.
 
 A value is written as the list of its fields, so JSON and Lua read it alike; ``None`` is an empty list
 and a flag is 0 or 1. Times in a request are by the process's clock, those in a reply by the ledger's;
@@ -21,14 +21,14 @@ MAX_NUMBER = (1 << 53) - 1  # what Lua holds exactly
 MAX_TEXT = 300  # characters
 MAX_AGE_US = 7 * 86_400_000_000  # of a waiter
 MAX_HEAD_START_US = 86_400_000_000
-MAX_COUNTER = 1 << 52  # what a process may say of granted, period and layout
+MAX_COUNTER = 1 << 52  # the maximum of granted, period and layout in an introduction
 
 
 class Waiter(NamedTuple):
-    """Who waits: a number that is unique in its session, and when it came.
+    """A waiter: a number that is unique in its session, and when it arrived.
 
-    A line is sorted by ``position_us``: arrival less priority. One that asks ``once`` does not stand
-    in the line. The bucket of one with ``hold_us`` stays closed until it reports, at most that long.
+    A line is sorted by ``position_us``: arrival minus priority. A waiter that asks ``once`` is not added
+    to the line. With ``hold_us``, the bucket is closed until it reports, at most for that long.
     """
 
     number: int
@@ -48,7 +48,7 @@ class Line(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What became of a permit, at ``at_us``. The first report on a held permit ends its hold."""
+    """A report on a permit, made at ``at_us``. The first report on a held permit ends its hold."""
 
     kind: int
     serial: int
@@ -59,9 +59,9 @@ class Report(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """A session start limit as it was at ``at_us``; one that was read was asked for at ``asked_us``.
+    """A session start limit as it was at ``at_us``. The read of one that was read began at ``asked_us``.
 
-    Of the kind ``FORGET`` the figures do not count: the limit and the bot of the account are forgotten.
+    The kind ``FORGET`` deletes the limit and the bot of the account; its numbers are ignored.
     """
 
     kind: int
@@ -74,12 +74,12 @@ class Limit(NamedTuple):
 
 
 class Introduction(NamedTuple):
-    """The whole content of a session's first request: it takes no permit and repeating it is safe.
+    """The content of a session's first request. It takes no permit, so repeating it is safe.
 
-    ``replaces`` is the id that the process had before. ``bot`` is its bot's id, empty if unknown.
-    ``limit`` is the one that the program begins with. The other fields are what the process has seen
-    of the account, for a ledger that is new or has lost requests; ``closed_us`` is how much longer a
-    bucket must be closed because a permit of this process was held.
+    ``replaces`` is the id of the process's last session. ``bot`` is its bot's id, empty if unknown.
+    ``limit`` is the limit that the program begins with. The other fields are what the process knows of
+    the account, for a ledger that is new or has lost requests. ``closed_us`` is for how long buckets
+    must be closed because a permit of this process was held.
     """
 
     replaces: str
@@ -93,7 +93,7 @@ class Introduction(NamedTuple):
 
 
 class Request(NamedTuple):
-    """All that a process wants now. A request that is sent again differs in its first two fields only.
+    """Everything that a process wants now. If it is sent again, only the first two fields differ.
 
     ``session`` is a new random id after each introduction, ``number`` counts its requests. ``layout``
     numbers the division into buckets that ``lines`` is for. A line in ``lines`` replaces the stored one,
@@ -159,14 +159,14 @@ class Rejections(NamedTuple):
 
 
 class Look(NamedTuple):
-    """Who waits in other sessions, as far as the ledger knows, with times by its clock.
+    """The waiters of other sessions, as far as the ledger knows them, with times by its clock.
 
-    ``reserve`` is that of the process that has asked for a permit last.
+    ``reserve`` is that of the process that asked last for a permit.
     """
 
     ready: tuple[Ready, ...]  # the buckets that have granted
     others_ready_in_us: int
-    lines: tuple[Line, ...]  # that are live, or were just now
+    lines: tuple[Line, ...]  # live ones, and those that were until just now
     reserve: int
     period_us: int
 
@@ -192,7 +192,7 @@ class Reply(NamedTuple):
     differs: int  # processes have different intervals or margins
     read: int  # this process should read the limit now
     limit_result: int
-    surplus: int  # a read says that so many are left, more than count; else -1
+    surplus: int  # how many are left by the latest read, if more than count; else -1
     rejections: tuple[Rejections, ...] = ()
     permits: tuple[Granted, ...] = ()
     waits: tuple[Wait, ...] = ()

@@ -1,7 +1,7 @@
-"""The ledger of many machines: a Redis server that runs ``answer.lua`` for each request.
+"""The ledger in a Redis server, which runs ``answer.lua`` for each request.
 
-The client is redis-py's, with its own pool, retries, TLS, Sentinel or Cluster: only scripts are sent.
-Time is the server's, so the clocks of the machines need not agree.
+The client is redis-py's, with its own pool, retries, TLS, Sentinel or Cluster. The server's clock
+counts, so the clocks of the machines need not agree.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ log = logging.getLogger("gateway_queue_sync")
 SCRIPT = importlib.resources.files(__package__).joinpath("answer.lua").read_text("utf-8")
 SHA1 = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
 KEYS = ("account", "bucket", "session", "heard", "line", "live", "of", "recent", "probe")
-SOCKET_TIMEOUT = 1.0  # s, of a client that is made here: a deadline is kept that closely
+SOCKET_TIMEOUT = 1.0  # s, of a client that is made from a URL
 
-# Commands on the last key, which is removed again: the first that fails is returned, with why. And
-# whether one of the ids can be read that show that a server was restarted or failed over.
+# Runs commands on the last key, and deletes it. Returns the first one that fails, with the error; and
+# whether an id can be read that shows restarts and failovers.
 TRY_COMMANDS = """
 local key = KEYS[#KEYS]
 local refused = {}
@@ -71,7 +71,7 @@ COMMANDS = (
     "UNLINK key,TIME"
 )
 
-# What a server says that cannot answer now, and may be able to later: redis-py has classes for some.
+# Errors of a server that may be able to answer later; redis-py has classes for some of them.
 PASSING = re.compile(
     r"\b(LOADING|BUSY|READONLY|MASTERDOWN|NOREPLICAS|MISCONF|OOM|CLUSTERDOWN|TRYAGAIN)\b"
 )
@@ -92,12 +92,13 @@ class RedisBackend:
     Args:
         client_or_url: redis-py's client, or the URL of a server to make one for.
         name: which account on the server.
-        clock: what tells the time here. The server's own counts for the account, unless this is
-            not the system's: then it is taken along, as tests need it.
+        clock: the clock of this process. The server's clock counts for the account, unless this is
+            a clock for tests, which is then sent with each request.
 
     Raises:
-        TypeError: it is neither, or a forked child could not make a client like it.
-        ValueError: it is no URL of a Redis server; no message shows it, it may hold a password.
+        TypeError: it is neither, or a forked child could not make an equal client.
+        ValueError: it is not the URL of a Redis server. The message does not show it, since it may
+            contain a password.
     """
 
     def __init__(self, client_or_url: Client | str, name: str, clock: Clock) -> None:
@@ -115,11 +116,11 @@ class RedisBackend:
         return f"Redis server {self._where}"
 
     def relay(self, request: Request) -> Reply:
-        """Answer a request of another process; the server goes by its own clock in any case."""
+        """Answer a request of another process. The server's clock counts in any case."""
         return self.ask(request)
 
     def ask(self, request: Request) -> Reply:
-        """Have a request answered by the script."""
+        """Send a request to the script and return its reply."""
         try:
             return self._ask(request)
         except FAILURES as error:
@@ -156,7 +157,7 @@ class RedisBackend:
             return self._client.eval(script, count, *self._keys, *given)
 
     def _try_commands(self) -> None:
-        """Find out whether this user may run the commands that the script needs."""
+        """Check that this user may run the commands that the script needs."""
         assert self._client is not None
         ids, *refused = self._client.eval(TRY_COMMANDS, len(self._keys), *self._keys, COMMANDS)
         if refused:
@@ -193,8 +194,8 @@ class RedisBackend:
     def begin_in_child(self) -> None:
         """Make another client at the next request.
 
-        The parent's is neither used nor closed: a thread of the parent may have held its locks, and
-        is not there to let go of them.
+        The parent's client is neither used nor closed. A thread of the parent may have held its locks,
+        which nobody would release here.
         """
         if self._client is not None:
             if isinstance(self._client, redis.Redis):
@@ -203,19 +204,20 @@ class RedisBackend:
         self._client, self._made = None, True
 
     def close(self) -> None:
-        """Close what was made here; a client that was given is its owner's."""
+        """Close a client that was made from a URL. One that was passed belongs to its owner."""
         if self._made and self._client is not None:
             self._client.close()
 
 
 def made_from(url: str) -> redis.Redis:
-    """Return a client for a server; what its URL says wins over what suits a queue.
+    """Return a client for a URL. Options in the URL win over those that suit a queue.
 
-    The queue tries again by itself, with pauses, and has deadlines to keep. So the client tries
-    again just once, for a connection that the server has closed meanwhile.
+    The queue itself tries again, with pauses, and keeps deadlines. So the client tries again only once,
+    in case the server has closed a connection meanwhile.
 
     Raises:
-        ValueError: it is no URL of a Redis server; no message shows it, it may hold a password.
+        ValueError: it is not the URL of a Redis server. The message does not show it, since it may
+            contain a password.
     """
     if re.search(r"//[^/?#]*[/?#].*@", url):  # what would be read as a host, or shown as a path
         raise ValueError(
@@ -239,7 +241,7 @@ def made_from(url: str) -> redis.Redis:
 
 
 def disconnect(client: Client) -> None:
-    """Close the connections that are not in use just now: the next call opens new ones."""
+    """Close the connections that are not in use. The next call opens new ones."""
     if isinstance(client, redis.RedisCluster):
         client.disconnect_connection_pools()  # type: ignore[no-untyped-call]
     else:
@@ -259,7 +261,7 @@ def checked(client: object) -> Client | str:
 
 
 def address(client: Client) -> str:
-    """Return where a client's server is, without user or password."""
+    """Return the address of a client's server, without user and password."""
     if isinstance(client, redis.RedisCluster):
         return f"cluster of {', '.join(sorted(client.nodes_manager.startup_nodes))}"
     pool = client.connection_pool
@@ -276,7 +278,7 @@ def address(client: Client) -> str:
 
 
 def portable(client: Client | str) -> tuple[Callable[..., object], tuple[object, ...]]:
-    """Return what makes a client's like in another process, and out of what.
+    """Return a function that makes an equal client in another process, and its arguments.
 
     Raises:
         TypeError: it is a client of a cluster or Sentinel.
@@ -292,7 +294,7 @@ def portable(client: Client | str) -> tuple[Callable[..., object], tuple[object,
 
 
 def maker(client: Client | str) -> Callable[[], Client]:
-    """Return what makes a client with the same settings, without any of its connections or locks.
+    """Return a function that makes a client with the same settings, but no connection or lock of it.
 
     Raises:
         TypeError: it has a pool or connections of a class that is not redis-py's.
@@ -365,7 +367,7 @@ def _settings_of(client: redis.Redis) -> dict[str, Any]:
 
 
 def _named_settings() -> set[str]:
-    """Return the names of settings, but for those that are objects with threads or locks."""
+    """Return the named settings, without those that are objects with threads or locks."""
     return set(inspect.signature(redis.Redis).parameters) - {"event_dispatcher", "connection_pool"}
 
 

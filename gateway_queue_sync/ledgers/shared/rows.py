@@ -18,9 +18,9 @@ from gateway_queue_sync.token_bucket import NEVER, TokenBucket
 
 MAX_SETTINGS_US = MAX_LEASE_US + MAX_INTERVAL_US + MAX_MARGIN_US
 MAX_NOTICE_US = 2 * US_PER_SECOND
-MAX_PERIODS_BACK = 100  # of a permit that is given back; an older one was lost
+MAX_PERIODS_BACK = 100  # a permit from an earlier period was lost, and is not refunded
 DIFFERS_US = 60 * US_PER_SECOND
-READ_CLAIM_US = 10 * US_PER_SECOND  # for which one process reads for all
+READ_CLAIM_US = 10 * US_PER_SECOND  # how long other processes leave a read to the one that began it
 
 
 class Rows:
@@ -28,21 +28,21 @@ class Rows:
 
     Attributes:
         account: the account; ``None`` in a new ledger.
-        divided: the stored buckets and lines are of an earlier division, and do not count.
+        divided: the number of buckets has changed, so stored buckets and lines do not count.
     """
 
     def __init__(self, store: Store, request: Request, now_us: int, wall_us: int) -> None:
         self.store, self.request, self.now_us, self.wall_us = store, request, now_us, wall_us
         self.divided = False
-        # When the account is divided anew: the longest row that goes on, how many wait in other
-        # sessions, and how many buckets there were.
+        # If the buckets are replaced: the longest row of rejections, the waiters of other sessions, and
+        # how many buckets there were.
         self._rejections = self._others = self._were = 0
         self.account = store.account()
         if self.account is not None:
             self._bound_times(self.account)
 
     def _bound_times(self, account: SharedAccount) -> None:
-        """Let nothing last longer than it may, if the ledger's clock was set back."""
+        """Limit stored times, in case the ledger's clock was set back."""
         now_us, account.recent = self.now_us, {}
         account.interval_until_us = min(account.interval_until_us, now_us + MAX_SETTINGS_US)
         account.margin_until_us = min(account.margin_until_us, now_us + MAX_SETTINGS_US)
@@ -57,13 +57,13 @@ class Rows:
 
     @property
     def kept(self) -> SharedAccount:
-        """The account, where there must be one."""
+        """The account, if it must exist."""
         assert self.account is not None
         return self.account
 
     @property
     def notice_us(self) -> int:
-        """How long a head may take to notice that its bucket has opened early."""
+        """How long it may take until a head asks again after its bucket has opened early."""
         return min(self.request.lease_us // 3, MAX_NOTICE_US)
 
     def left(self) -> int:
@@ -72,7 +72,7 @@ class Rows:
         return -1 if left is None else left.remaining
 
     def bucket(self, number: int) -> SharedBucket:
-        """Return a bucket; one that was never stored is like the default bucket."""
+        """Return a bucket. One that is not stored is like the default bucket."""
         buckets, default = self.kept.buckets, self.kept.default_bucket
         bucket = buckets.get(number)
         if not isinstance(bucket, SharedBucket):
@@ -82,7 +82,7 @@ class Rows:
                     default.last_us,
                     closed_until_us=default.closed_until_us,
                     rejections=default.rejections,
-                    rejected_serial=0,  # so the row goes on, as 0 is also the serial before the first
+                    rejected_serial=0,  # a new bucket's serial is 0, too, so the row continues
                 )
             bucket.held_until_us = min(bucket.held_until_us, self.now_us + MAX_HOLD_US)
             bucket.opened_us = min(bucket.opened_us, self.now_us + MAX_NOTICE_US)
@@ -95,7 +95,7 @@ class Rows:
             self.bucket(number)
 
     def divide(self) -> None:
-        """Forget the lines and buckets that there were before the account was divided anew."""
+        """Drop all stored lines and buckets, because the number of buckets has changed."""
         self.store.drop_buckets()
         default = self.kept.default_bucket
         default.rejections = self._rejections
@@ -105,7 +105,7 @@ class Rows:
         self.divided = True
 
     def due_us(self, bucket: SharedBucket) -> int:
-        """Return when a bucket opens, or since when it is open."""
+        """Return when a bucket opens, or when it opened."""
         account, now_us = self.kept, self.now_us
         due_us = now_us + token_bucket.closed_for_us(account, bucket, now_us)
         held_us = (
@@ -114,7 +114,7 @@ class Rows:
         return max(due_us, held_us, account.settle_until_us)
 
     def fold_holds(self) -> None:
-        """Before the account is divided anew, let all buckets and their holds count."""
+        """Load all buckets and add their holds, before the number of buckets changes."""
         self.load_all()
         known = self.kept.buckets.values()
         going_on = [
@@ -134,7 +134,7 @@ class Rows:
                 bucket.closed_until_us = max(bucket.closed_until_us, held_us)
 
     def close_all(self) -> None:
-        """Let no bucket grant for one window, and each session send its lines anew."""
+        """Close all buckets for one window, and let all sessions send their lines again."""
         account = self.kept
         self.fold_holds()
         buckets = [account.default_bucket, *account.buckets.values()]
@@ -146,10 +146,10 @@ class Rows:
         self.divide()
 
     def lose(self, period: int = 0) -> None:
-        """Close all buckets, since requests were lost; what was granted before cannot be given back.
+        """Close all buckets, because requests were lost. Permits from before cannot be given back.
 
-        Serials that were lost are used again, but no period is: it becomes a number that none of
-        before had, even if the states that were lost are not known.
+        Serials that were lost are used again. So the period gets a number that it cannot have had
+        before the loss.
         """
         self.close_all()
         account = self.kept

@@ -1,17 +1,17 @@
 """One process's side of a shared ledger: what to send when, and what a reply means.
 
-A state machine without thread, lock, clock or I/O. The scheduler says what has changed, asks for the
-next request (``compose``), has that sent to the ledger, and passes the reply (``answered``) or
-the failure (``failed``) in.
+A state machine without thread, lock, clock or I/O. The scheduler's ledger calls a method for each
+change, gets the next request from ``compose``, sends it, and passes in the reply (``answered``) or the
+failure (``failed``).
 
-What it keeps true:
+Invariants:
 
 - One request is in flight. Until it is answered it is sent again with the same content, so the ledger
   applies it once; a reply to any other attempt than the latest is dropped.
-- A permit is handed over only while it is younger than the margin, counted from before the attempt was
-  sent that brought it; otherwise it is given back, and its waiter keeps its position.
-- The ledger's lines are the process's: a head that differs is sent at once, the rest goes along.
-- After an introduction that the ledger asked for, only what is safe to apply twice is repeated.
+- A permit is handed over only while it is younger than the margin. Its age is counted from when the
+  attempt was sent. An older one is given back, and its waiter keeps its position.
+- The ledger has the same lines as the process. A new head is sent at once, other changes with it.
+- After an introduction that the ledger asked for, only changes that may be applied twice are repeated.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from gateway_queue_sync.models import US_PER_SECOND, Permit, SessionStartLimit, 
 from gateway_queue_sync.token_bucket import Denial, Reason
 
 FOREVER_US = 1 << 62
-MAX_COUNT_AGE_US = 100_000  # after the latest request, until others learn how many more wait here
-FIRST_PAUSE_US = 50_000  # before a request that failed is sent again; doubled each time
-BUSY_PAUSE_US = 5_000  # the same, if another process has the ledger for a moment
+MAX_COUNT_AGE_US = 100_000  # after the latest request, until changed counts are sent
+FIRST_PAUSE_US = 50_000  # before a failed request is sent again; doubled each time
+BUSY_PAUSE_US = 5_000  # the same, if another process has locked the ledger
 MAX_PAUSE_US = 2 * US_PER_SECOND
-MAX_WAIT_US = messages.MAX_AGE_US - 86_400 * US_PER_SECOND  # less a day of sending it again
+MAX_WAIT_US = messages.MAX_AGE_US - 86_400 * US_PER_SECOND  # minus a day in which it is sent again
 FORGOTTEN_US = 50 * US_PER_SECOND  # a ledger removes sessions that are silent for 60 s
 MAX_RAISED_MARGIN_US = 2 * US_PER_SECOND
 MANY_LATE = 3  # replies with permits, in a row
-MANY_TRIPS = 20  # after which a margin that was raised may be lowered
+MANY_TRIPS = 20  # round trips, after which a raised margin may be lowered
 MANY_SLOW = 3  # round trips in a row
 LATE_PAUSE_US = 30 * US_PER_SECOND
 KINDS = {models.Report.SENT: 0, models.Report.UNUSED: 1, models.Report.REJECTED: 2}
@@ -70,9 +70,9 @@ class Session:
     Attributes:
         margin_us: how old a permit may be when it reaches its caller.
         max_concurrency, granted, period: the account's, as the latest reply says.
-        window_us: how long a bucket rests after a permit.
+        window_us: the time between two permits of a bucket.
         budget: what was left at ``budget_us``; ``None`` while the ledger has no limit.
-        failure: why the latest attempt failed, ``None`` if it did not.
+        failure: why the latest attempt failed; ``None`` if it succeeded.
     """
 
     def __init__(
@@ -110,34 +110,34 @@ class Session:
         self._start_anew()
 
     def begin_anew(self) -> None:
-        """Be another process from now on: a forked child, in which nobody waits yet."""
+        """Begin anew in a forked child, which has no waiters."""
         self._begin()
 
     def _start_anew(self) -> None:
-        """Take another id, and introduce it with the next request."""
+        """Choose a new id, and introduce it with the next request."""
         self._id, self._replaces = self._new_id(), self._id
         self._number, self._introduces, self._relaid = 0, True, False
         self._forget_lines()
 
     def _forget_lines(self) -> None:
-        """Send all lines with the next request, since the ledger has none of them."""
-        self._stored: dict[int, int] = {}  # the ledger's head of each bucket, by waiter number
+        """Send all lines with the next request, because the ledger has none of them."""
+        self._stored: dict[int, int] = {}  # the waiter number of each bucket's head in the ledger
         self._ask_us: dict[int, int] = {}  # when the head of a bucket asks next
-        self._due: list[tuple[int, int]] = []  # the same as a heap, with outdated entries
+        self._due: list[tuple[int, int]] = []  # the same as a heap; entries may be outdated
         self._waits: dict[int, Wait] = {}  # the latest; ``waiting`` counts those of other sessions
         self._changed: set[int] = set()
-        self._along: set[int] = set()  # changed, but not at its head
-        self._along_us = FOREVER_US  # when these are sent at the latest
+        self._along: set[int] = set()  # buckets whose line has changed, but not its head
+        self._along_us = FOREVER_US  # the latest time to send these
         self._all = True
 
     # --- what the scheduler says ------------------------------------------------------------------
 
     def changed(self, bucket: int) -> None:
-        """Note that somebody has joined or left a line."""
+        """Note that a line has changed."""
         self._changed.add(bucket)
 
     def report(self, permit: Permit, report: models.Report, now_us: int) -> None:
-        """Note what became of a permit."""
+        """Add a report to the next request."""
         ends_hold = self._held.pop(permit.serial, None) is not None
         self._reports.append(
             Report(
@@ -146,11 +146,11 @@ class Session:
         )
 
     def change_limit(self, limit: SessionStartLimit, now_us: int) -> LimitChange:
-        """Have a limit adopted as it is given."""
+        """Add a new limit to the next request."""
         return self._change(messages.UPDATE, limit, now_us, now_us)
 
     def limit_read(self, limit: SessionStartLimit, asked_us: int, now_us: int) -> LimitChange:
-        """Have a limit taken in that was asked for at ``asked_us`` and has just been read."""
+        """Add a limit to the next request that was just read; the read began at ``asked_us``."""
         return self._change(messages.READ, limit, asked_us, now_us)
 
     def _change(
@@ -161,7 +161,7 @@ class Session:
         return change
 
     def abandon(self, change: LimitChange) -> LedgerError:
-        """Give up waiting for a limit change, and return the error for its caller."""
+        """Stop waiting for a limit change. Return the error for its caller."""
         if change in self._changes and not self._is_in_flight(change):
             self._changes.remove(change)
             return LedgerError("the ledger did not answer in time; the limit was not applied")
@@ -171,16 +171,16 @@ class Session:
         return self._in_flight is not None and self._in_flight.limit is change.limit
 
     def look(self) -> None:
-        """Ask who waits, in all processes."""
+        """Ask for the waiters of all processes with the next request."""
         self._looks = True
 
     def hurry(self, now_us: int) -> None:
-        """Try again at once with a ledger that was out of reach: somebody waits for the answer."""
+        """Send a failed request again at once, because a caller waits for the reply."""
         if self.failure is not None:
             self._retry_us = min(self._retry_us, now_us)
 
     def knows(self, bucket: int) -> bool:
-        """Return whether the ledger has answered when the bucket opens."""
+        """Return whether the ledger has said when the bucket opens."""
         return bucket in self._waits
 
     # --- sending ----------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ class Session:
         return bool(self._reports or self._changes or self._looks or self._relaid)
 
     def compose(self, lines: WaitingLines, now_us: int, *, can_read: bool) -> Request | None:
-        """Return the request to send now, if any: a new one, or the one in flight once more."""
+        """Return the request to send now, if any: a new one, or the one in flight again."""
         request = self._in_flight
         if request is not None:
             if now_us < self._retry_us:
@@ -281,7 +281,7 @@ class Session:
         )
 
     def _buckets_to_send(self, lines: WaitingLines, now_us: int) -> list[int]:
-        """Return the buckets to send the lines of with the next request; none if nothing is urgent."""
+        """Return the buckets whose lines to send with the next request; none if nothing is urgent."""
         if lines.max_concurrency != self.max_concurrency:
             return []
         if self._all:
@@ -316,7 +316,7 @@ class Session:
         return found
 
     def _is_urgent(self, lines: WaitingLines, bucket: int) -> bool:
-        """Return whether the ledger has another head than there is."""
+        """Return whether the ledger has another head than the process."""
         first = () if self._paused else lines.first_two(bucket)
         return (first[0].number if first else None) != self._stored.get(bucket)
 
@@ -329,7 +329,7 @@ class Session:
     # --- replies ----------------------------------------------------------------------------------
 
     def failed(self, request: Request, error: Exception, now_us: int) -> None:
-        """Note that an attempt was not answered; it may or may not have been applied."""
+        """Note that an attempt had no reply; it may or may not have been applied."""
         if self._in_flight is None or self._in_flight.attempt != request.attempt:
             return
         self.failure = error
@@ -339,12 +339,12 @@ class Session:
         self._retry_us = now_us + int(pause_us * self._uniform(0.5, 1.0))
 
     def interrupted(self, now_us: int) -> None:
-        """Send again what was in flight, or had been answered but was not taken in as a whole."""
+        """Send the request again that was in flight, or whose reply was not applied completely."""
         self._all = True
         self._retry_us = min(self._retry_us, now_us + FIRST_PAUSE_US)
 
     def answered(self, request: Request, reply: Reply, now_us: int) -> Answers:
-        """Take a reply in; one to an earlier attempt changes nothing."""
+        """Apply a reply. One to an earlier attempt changes nothing."""
         answers, flying = Answers(), self._in_flight
         if flying is None or not request.attempt == reply.attempt == flying.attempt:
             return answers
@@ -371,7 +371,7 @@ class Session:
             answers.changes.append(change)
         self._note_trip(now_us - flying.sent_us, answers)
         self._note_heads(flying, reply, answers, now_us)
-        if answers.limit_changed:  # whoever waited for session starts may go now
+        if answers.limit_changed:  # those who waited for session starts may get permits now
             for bucket in self._stored:
                 self._ask_us[bucket] = now_us
                 heapq.heappush(self._due, (now_us, bucket))
@@ -382,9 +382,9 @@ class Session:
         return answers
 
     def _refused(self, request: Request, answers: Answers, now_us: int) -> None:
-        """Go on without a request that had no effect, and would have none if it was sent again.
+        """Drop a request that the ledger refused, since it would refuse it again.
 
-        An introduction is sent again with pauses, since whoever waits can only do so after it.
+        An introduction is sent again, with pauses, because waiting is only possible after it.
         """
         if request.introduction is not None:
             self.failed(request, answers.error or LedgerError(), now_us)
@@ -400,7 +400,7 @@ class Session:
         self._start_anew()
 
     def _unknown_here(self, request: Request, answers: Answers) -> None:
-        """Begin anew with a ledger that does not know this session, whatever became of the request."""
+        """Begin a new session, because the ledger does not know this one; a request may be lost."""
         kept = (report for report in request.reports if report.kind != messages.UNUSED)
         self._reports.extendleft(reversed(list(kept)))
         self._drop_refunds()
@@ -444,7 +444,7 @@ class Session:
         self._differs = bool(reply.differs)
 
     def _note_heads(self, request: Request, reply: Reply, answers: Answers, now_us: int) -> None:
-        """Sort out who was granted a permit, and when the other heads ask again."""
+        """Store which waiters got a permit, and when the other heads ask again."""
         granted = {one.waiter: one for one in reply.permits}
         waits = {one.bucket: one for one in reply.waits}
         if request.layout == reply.layout:
@@ -499,9 +499,9 @@ class Session:
             self._waits.pop(bucket, None)
 
     def _note_trip(self, trip_us: int, answers: Answers) -> None:
-        """Warn if the ledger is so far that turns are over before this process can ask.
+        """Warn if round trips take so long that this process always asks too late for its turn.
 
-        A margin that was raised is lowered when the ledger, or this machine, is faster again.
+        A margin that was raised is lowered when round trips are shorter again.
         """
         self._trips, self._longest_trip_us = self._trips + 1, max(self._longest_trip_us, trip_us)
         if self._trips == MANY_TRIPS:
@@ -518,7 +518,7 @@ class Session:
     def _note_late(self, late_us: int, now_us: int, answers: Answers) -> None:
         """Raise the margin if permits come late again and again; at the maximum, pause.
 
-        The ledger is far, or replies are lost: what is sent again comes at once, but has aged.
+        Then round trips are long, or replies are lost: what is sent again has aged meanwhile.
         """
         self._late += 1
         margin_us = min(late_us * 3 // 2, MAX_RAISED_MARGIN_US)
@@ -539,15 +539,15 @@ class Session:
     # --- looking ahead ----------------------------------------------------------------------------
 
     def position(self, bucket: int, index: int) -> int:
-        """Return about how many come before a waiter that has just come, the ``index``-th here."""
+        """Return about how many come before a waiter that has just arrived, the ``index``-th here."""
         wait = self._waits.get(bucket)
         return index if wait is None else index + wait.waiting
 
     def eta_us(self, bucket: int, position: int, now_us: int) -> int | None:
-        """Return in about how many microseconds somebody at that position gets a permit."""
+        """Return in about how many microseconds the waiter at a position gets its permit."""
         wait, elapsed_us = self._waits.get(bucket), now_us - self.budget_us
         left = self.budget
-        if left is None:  # a read decides
+        if left is None:  # it depends on the next read
             return None
         left = Budget(left.total, left.remaining, max(0, left.resets_in_us - elapsed_us))
         outlook = forecast.Outlook(
@@ -566,7 +566,7 @@ class Session:
 
 
 def _waiter(one: Waits, now_us: int) -> Waiter:
-    """Return a waiter, within the bounds of its age and of its head start."""
+    """Return a waiter for a request, with its age and head start within the bounds."""
     arrived_us = max(one.arrived_us, now_us - MAX_WAIT_US)
     most_us = messages.MAX_HEAD_START_US
     position_us = arrived_us - max(-most_us, min(one.arrived_us - one.position_us, most_us))

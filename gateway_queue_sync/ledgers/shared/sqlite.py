@@ -1,9 +1,9 @@
-"""The ledger of one machine: an SQLite file that any number of processes open.
+"""The ledger in an SQLite file, for the processes of one machine.
 
 Each request is one transaction around ``turns.answer``. Windows are measured by the monotonic clock,
-which all processes of a machine share; the session start limit by wall time, which a reboot does not
-set back. Nothing is synced to the disk: a process that is killed loses nothing by that, and after a
-reboot all buckets are closed for one window in any case.
+which all processes of a machine share; the session start limit by wall time, because the monotonic
+clock begins anew at a reboot. Nothing is synced to the disk: a process that is killed loses nothing by
+that, and after a reboot all buckets are closed for one window in any case.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from gateway_queue_sync.models import US_PER_SECOND
 
 log = logging.getLogger("gateway_queue_sync")
 
-IN_USE_US = 60 * US_PER_SECOND  # for so long a file counts as used by who used it last
-TRIES = 3  # to open a file that is replaced meanwhile
+IN_USE_US = 60 * US_PER_SECOND  # a file counts as in use for so long after its last use
+TRIES = 3  # if the file is replaced meanwhile
 BUSY = sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED
 SPOILT = sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB
 ADVICE = "; to begin anew move it away, and give the limit that is left"
@@ -38,15 +38,15 @@ class SqliteBackend:
     """An account in an SQLite file.
 
     Args:
-        path: the file; it is made if it is not there, for its owner's eyes only.
-        name: which account in the file.
-        clock: what tells the time; every process of the file must have the same.
+        path: the file; it is created if it does not exist, readable for its owner only.
+        name: the account in the file.
+        clock: the clock, which must be the same for all processes.
     """
 
     def __init__(self, path: str, name: str, clock: Clock) -> None:
         self._path, self._name = Path(os.path.realpath(path)), name
         self._clock = clock
-        self._seen: Kept | None = None  # how this process saw the account stored last
+        self._seen: Kept | None = None  # how the account was stored when this process last used it
         self._shared = ""  # the file system that was warned about
         self._begin()
 
@@ -94,7 +94,7 @@ class SqliteBackend:
                 if _code(error) in BUSY:
                     raise Busy(f"{self!r}: another process holds it locked") from error
                 self._disconnect()
-                if not was_open:  # else what is wrong may be what the connection remembers
+                if not was_open:  # else the connection may have outdated information
                     advice = ADVICE if _code(error) in SPOILT else ""
                     raise LedgerError(f"{self!r}: {error}{advice}") from error
             except OSError as error:
@@ -108,7 +108,7 @@ class SqliteBackend:
         raise Unreachable(f"{self!r} is replaced again and again") from FileNotFoundError()
 
     def _transact(self, request: Request, same_clock: bool) -> Reply | None:
-        """Answer a request within one transaction; ``None``: another file has that name now."""
+        """Answer a request in one transaction; ``None``: the file was replaced."""
         writes = bool(request.session)
         file = self._opened(writes)
         run = file.connection.execute
@@ -141,7 +141,7 @@ class SqliteBackend:
     def _answer(
         self, file: OpenFile, request: Request, same_clock: bool
     ) -> tuple[Reply, Kept | None, str]:
-        """Return the reply, how the account is stored now, and why it had lost requests, if it had."""
+        """Return the reply, how the account is stored now, and why requests were lost, if they were."""
         now_us, wall_us = self._clock.now_us(), self._clock.wall_us()
         if same_clock:
             request = request._replace(sent_us=now_us)
@@ -155,21 +155,21 @@ class SqliteBackend:
     # --- who else uses the file -------------------------------------------------------------------
 
     def _clock_id(self, file: OpenFile) -> str:
-        """Return what tells the clock of this process from others, by which windows cannot be measured.
+        """Return what identifies the monotonic clock of this process.
 
-        Where a machine does not tell its boots apart, that is when its clock was at zero.
+        On a machine without a boot id, that is the time at which its clock was zero.
         """
         if self._clock is not SYSTEM_CLOCK:
             return "given by hand"
         return file.boot or str(self._clock.wall_us() - self._clock.now_us())
 
     def _lost(self, store: SqliteStore, now: Kept, file: OpenFile) -> str:
-        """Return why what is stored may be older than what was, empty if it is not.
+        """Return why the account may have lost requests; empty if it has not.
 
-        Rows that go by another clock are deleted.
+        If it was stored by another clock, rows with times of that clock are deleted.
 
         Raises:
-            LedgerError: somebody uses the file who cannot share it.
+            LedgerError: the file is in use by processes that cannot share it with this one.
         """
         last = store.kept
         if last is None:
@@ -236,7 +236,7 @@ class SqliteBackend:
         return bool(self._io._is_owned())  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Close the file; at once, or at the end of the request that is under way."""
+        """Close the file, at once or after the request that is under way."""
         self._closes = True
         if not self._is_inside() and self._io.acquire(timeout=BUSY_TIMEOUT):
             try:
@@ -247,7 +247,7 @@ class SqliteBackend:
     # --- forks ------------------------------------------------------------------------------------
 
     def before_fork(self) -> None:
-        """Let no transaction be under way: SQLite in the child would wait for its end for ever."""
+        """Wait until no transaction is under way: SQLite in the child would never see its end."""
         self._io.acquire()
 
     def after_fork_in_parent(self) -> None:
@@ -255,7 +255,7 @@ class SqliteBackend:
         self._io.release()
 
     def begin_in_child(self) -> None:
-        """Open the file anew when it is needed; the parent's connection is never used nor closed."""
+        """Open the file again when it is needed. The parent's connection is neither used nor closed."""
         if self._file is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._file.connection))
         if self._closer is not None:
@@ -268,7 +268,7 @@ def _code(error: sqlite3.Error) -> int:
 
 
 def _is_same_clock(one: str, other: str) -> bool:
-    """Return whether two of these are one clock; where a machine has no boot id, more or less."""
+    """Return whether two ids are of one clock; without a boot id, whether they are close enough."""
     if one.isdigit() and other.isdigit():
         return abs(int(one) - int(other)) < IN_USE_US
     return one == other

@@ -1,4 +1,4 @@
-"""The file of an SQLite ledger: opened with care, and noticed when it is another one."""
+"""The file of an SQLite ledger: checks before it is opened, and whether it was replaced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.ledgers.shared.store_sqlite import APPLICATION_ID, SCHEMA_VERSION
 
-BUSY_TIMEOUT = 0.01  # s that SQLite waits by itself; the session tries again
+BUSY_TIMEOUT = 0.01  # s that SQLite itself waits; then the session tries again
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MACHINE_ID = Path("/etc/machine-id")
 SHARED = (  # file systems over which machines, or a machine and its virtual ones, share files
@@ -25,20 +25,19 @@ SHARED = (  # file systems over which machines, or a machine and its virtual one
 class OpenFile:
     """A connection to a file that was checked first.
 
-    The file itself is never opened beside it: closing it would drop the locks that this process has.
+    The file must not be opened in another way: closing it would drop the locks of this process.
 
     Attributes:
         connection: SQLite's.
-        inode, machine, boot: what tells the file from copies of it, the machine from others, and its
-            monotonic clock from others; empty if unknown.
-        shared: the type of its file system, if machines may share that; empty if not.
-        writes: whether it is for requests that write; others change nothing, not even its mode.
-        has_tables: whether they are known to be there.
+        inode, machine, boot: identify the file, the machine and its monotonic clock; empty if unknown.
+        shared: the type of its file system, if machines may share that; else empty.
+        writes: whether requests write; if not, nothing is changed, not even the file's mode.
+        has_tables: whether the tables exist for certain.
         is_new: nothing was written through this connection yet.
 
     Raises:
-        OSError, sqlite3.Error: it cannot be opened, or not yet, or not be shared safely.
-        LedgerError: it is not this library's, or not this version's.
+        OSError, sqlite3.Error: it cannot be opened or shared safely.
+        LedgerError: it belongs to another program or version.
     """
 
     def __init__(self, path: Path, writes: bool, warnings: list[str]) -> None:
@@ -66,7 +65,7 @@ class OpenFile:
             raise
 
     def _check_kind(self) -> str:
-        """Return its file system if machines may share that; raise if it cannot be used safely."""
+        """Return the file system if machines may share it. Raise if the file cannot be used safely."""
         path, found = self._path, self._found
         if not stat.S_ISREG(found.st_mode):
             raise OSError(None, "is no regular file")
@@ -89,13 +88,13 @@ class OpenFile:
         return kind if kind.startswith(SHARED) else ""
 
     def check(self) -> bool:
-        """Return whether the tables are there; false if there are none at all.
+        """Return whether the tables exist; false if the file is empty.
 
         Raises:
-            LedgerError: there are others, or those of another version.
+            LedgerError: the tables belong to another program or version.
         """
         run = self.connection.execute
-        # First: another process may make them all just now, in one transaction.
+        # First, because another process may create all tables just now, in one transaction.
         (tables,) = run("SELECT count(*) FROM sqlite_master").fetchone()
         (application,) = run("PRAGMA application_id").fetchone()
         (version,) = run("PRAGMA user_version").fetchone()
@@ -111,7 +110,7 @@ class OpenFile:
         return False
 
     def is_current(self) -> bool:
-        """Return whether the open file is still the one of that name."""
+        """Return whether the path still leads to the open file."""
         try:
             found = self._path.stat()
         except FileNotFoundError:
@@ -120,7 +119,7 @@ class OpenFile:
 
 
 def _mount(path: Path) -> tuple[Path | None, str]:
-    """Return where the file system of a file is mounted, and its type, if that can be known."""
+    """Return the mount point of a file and its type of file system, if they can be found out."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
     except OSError:
@@ -130,14 +129,14 @@ def _mount(path: Path) -> tuple[Path | None, str]:
         before, _, after = line.partition(" - ")
         escaped = before.split()[4]
         point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), escaped))
-        # Of two in one place the later counts.
+        # Of two mounts at one point, the later counts.
         if path.is_relative_to(point) and (found[0] is None or point.is_relative_to(found[0])):
             found = point, after.split()[0]
     return found
 
 
 def _boot() -> str:
-    """Return what tells this machine's monotonic clock from others: its boot and time namespace."""
+    """Return what identifies the monotonic clock of this machine: boot id and time namespace."""
     try:
         boot = BOOT_ID.read_text("ascii").strip()
     except OSError:
@@ -149,7 +148,7 @@ def _boot() -> str:
 
 
 def _machine() -> str:
-    """Return what tells this machine from others, but not the id that is meant to be kept secret."""
+    """Return what identifies this machine: a hash, since its id should be kept secret."""
     try:
         machine = MACHINE_ID.read_bytes().strip()
     except OSError:

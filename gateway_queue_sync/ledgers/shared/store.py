@@ -1,4 +1,4 @@
-"""What a shared ledger stores: an account, and rows that each request touches a few of."""
+"""What a shared ledger stores: an account, and rows, of which a request touches a few."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway_queue_sync.token_bucket import NEVER, Account, TokenBucket
 
 @dataclass(slots=True)
 class SharedBucket(TokenBucket):
-    """A bucket: ``opened_us`` is from when graces count, and ``waiting`` wait for it in all sessions."""
+    """A bucket. Graces count from ``opened_us``; ``waiting`` counts the waiters of all sessions."""
 
     opened_us: int = NEVER
     held_until_us: int = NEVER
@@ -23,13 +23,13 @@ class SharedAccount(Account):
     """An account that processes share.
 
     Attributes:
-        bot: the id of the bot whose session starts these are; empty: unknown.
-        interval_us, margin_us: the largest that a live process wants; they make the window.
+        bot: the id of the bot that starts the sessions; empty if unknown.
+        interval_us, margin_us: the largest of all live processes; together the window.
         interval_until_us, margin_until_us: until when a smaller one does not count.
-        differs_until_us: until when processes count as having different ones.
-        layout: numbers the divisions into buckets; lines of an earlier one do not count.
-        opened_us: from when graces count at least, because there are session starts again.
-        settle_until_us: nothing is granted until then, because sessions send their lines anew.
+        differs_until_us: until when replies say that processes have different ones.
+        layout: the number of the division into buckets; lines for an earlier one do not count.
+        opened_us: graces do not count from earlier, because session starts came back then.
+        settle_until_us: no permit is granted until then, because sessions send their lines again.
         reader, reader_until_us: the session that reads the limit, and until when no other may.
         read_us, read_due_us: when the limit was read, and when it should be again.
     """
@@ -76,7 +76,7 @@ class LineRow(NamedTuple):
 
 
 class Store(Protocol):
-    """Rows. What is read is a copy; whoever calls this has the ledger for itself."""
+    """The rows of an account, in a transaction. What it returns is a copy."""
 
     def account(self) -> SharedAccount | None:
         """Return the account without its buckets (but with ``default_bucket``)."""
@@ -121,7 +121,7 @@ class Store(Protocol):
         """Return all lines of a session."""
 
     def live(self, layout: int, bucket: int, after_us: int, up_to_us: int) -> list[LineRow]:
-        """Return the lines for a bucket that are live until after then, and up to then at most."""
+        """Return the lines for a bucket that are live until a time between these two."""
 
     def recent(self) -> dict[int, int]:
         """Return when the latest permits were granted, by serial."""

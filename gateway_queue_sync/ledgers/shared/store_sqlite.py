@@ -19,10 +19,10 @@ class Kept(NamedTuple):
     """How an account was last stored: by which clock, on which machine, in which file and when.
 
     Attributes:
-        clock: tells the monotonic clock from others.
-        machine: tells the machine from others; empty if unknown.
-        inode: tells the file from copies of it.
-        touched_us: when, by the wall clock.
+        clock: identifies the monotonic clock.
+        machine: identifies the machine; empty if unknown.
+        inode: the file's inode, which a copy does not have.
+        touched_us: when it was stored, by the wall clock.
         generation: counts how often the account was stored, so that an older copy can be noticed.
     """
 
@@ -110,7 +110,7 @@ class SqliteStore:
         self.kept = None if row is None else Kept(*row[-len(Kept._fields) :])
 
     def begin_anew(self) -> None:
-        """Forget who waits, and all times by the monotonic clock: there is another one."""
+        """Delete sessions, lines, buckets and all times of the monotonic clock, since it has changed."""
         for table in ("bucket", "session", "line"):
             self._run(f"DELETE FROM {table} WHERE name = ?", (self._name,))
         never = ", ".join(f"{column} = {NEVER}" for column in _OF_ANOTHER_CLOCK)

@@ -1,23 +1,23 @@
-"""The rules of a ledger that processes share, as one pure function: ``answer``.
+"""The rules of a shared ledger, as one pure function: ``answer``.
 
-``token_bucket.py`` says whether a bucket may grant; here it is said to which process, and each request
-is applied exactly once. No thread, clock or I/O: the time is an argument, and what is stored is in a
-``Store``, row by row. A ledger calls ``answer`` in one atomic step, and if it raises nothing is stored.
-``PROTOCOL.md`` has all this in prose; the script for Redis follows it function by function.
+``token_bucket.py`` decides whether a bucket may grant; this module decides to which process, and applies
+each request exactly once. No thread, clock or I/O: the time is an argument, and the state is in the rows
+of a ``Store``. A ledger calls ``answer`` in one atomic step; if it raises, nothing is stored.
+``PROTOCOL.md`` describes the rules; the script for Redis has the same functions.
 
-Turns: only the head that each session has for a bucket stands in the bucket's line, ordered by position.
-It has *rank* r if r heads of other sessions come before it, and may take r *graces* after the bucket
-opened. So a session that is dead or stuck costs those behind it one grace, once: who is passed over
-leaves the line until it asks again. If a bucket opens earlier than its head could know, graces count
-from when the head has had time to notice.
+Turns: the heads of all sessions for a bucket stand in one line, ordered by position. A head has *rank* r
+if r heads of other sessions come before it. It may take a permit r *graces* after the bucket has opened.
+So a dead session delays those behind it by one grace, once: a head that is passed over leaves the line
+until its session asks again. If a bucket opens earlier than its head was told, graces count from when
+the head has had time to ask.
 
-What each part keeps true:
+Invariants:
 
-- ``answer``: a request takes effect once, however often and in whatever order its copies arrive.
-- ``Rows.close_all``: after requests were lost, nothing is granted for one window.
-- ``_report``: a permit is refunded at most once, since its request takes effect once; and none from
-  before a loss, whose serial may be another permit's now.
-- ``_replace_line``: what is stored of a session is what its latest request said.
+- ``answer``: a request takes effect once, even if copies of it arrive later or in another order.
+- ``Rows.close_all``: after requests were lost, no permit is granted for one window.
+- ``_report``: a permit is refunded at most once. A permit from before a loss is not refunded, because
+  its serial may have been given to another one.
+- ``_replace_line``: the stored lines of a session are those of its latest request.
 - ``_ask``: one permit per window and bucket, within the limit, in order.
 """
 
@@ -56,10 +56,10 @@ from gateway_queue_sync.models import US_PER_SECOND, Permit
 from gateway_queue_sync.token_bucket import NEVER, UNSEEN_US, Denial, Reason
 
 MAX_GRACE_US = US_PER_SECOND // 10
-SILENT_US = 60 * US_PER_SECOND  # after which a session is removed
-MAX_REMOVED = 4  # sessions, by one request
-PATIENCE_US = 5 * US_PER_SECOND  # that a reset waits for a read
-READ_AGAIN_US = US_PER_SECOND // 2  # after which a head looks whether the limit was read
+SILENT_US = 60 * US_PER_SECOND  # without a request, after which a session is removed
+MAX_REMOVED = 4  # sessions that one request removes
+PATIENCE_US = 5 * US_PER_SECOND  # how long permits wait for a read after a reset
+READ_AGAIN_US = US_PER_SECOND // 2  # after which a head asks again whether the limit was read
 RECENT_US = 2 * UNSEEN_US
 UNKNOWN_AGE_US = 3_600 * US_PER_SECOND
 
@@ -67,9 +67,9 @@ UNKNOWN_AGE_US = 3_600 * US_PER_SECOND
 def answer(
     store: Store, request: Request, now_us: int, wall_us: int, *, lost: bool = False
 ) -> Reply:
-    """Apply a request if it is the next of its session, and answer it.
+    """Apply a request if it is the next of its session, and return the reply.
 
-    ``lost``: the storage is another or an older one than before, or was restarted.
+    ``lost``: the storage was replaced by another or an older one, or was restarted.
     """
     step = _Step(store, request, now_us, wall_us)
     account, row = step.rows.account, None
@@ -102,7 +102,7 @@ def answer(
 
 
 class _Step:
-    """One request while it is answered."""
+    """One request while it is being applied."""
 
     def __init__(self, store: Store, request: Request, now_us: int, wall_us: int) -> None:
         self.store, self.request, self.now_us, self.wall_us = store, request, now_us, wall_us
@@ -118,7 +118,7 @@ class _Step:
     # --- the whole request ------------------------------------------------------------------------
 
     def other_bot(self) -> str:
-        """Return why the bot of this process may not use the account, empty if it may."""
+        """Return why the bot of this process may not use the account; empty if it may."""
         introduction, account = self.request.introduction, self.rows.account
         if introduction is None or account is None or introduction.bot in ("", account.bot):
             return ""
@@ -130,7 +130,7 @@ class _Step:
         )
 
     def apply(self, row: SessionRow | None) -> Reply:
-        """Do what a request says, once."""
+        """Apply the request."""
         request, store = self.request, self.store
         if request.introduction is not None:
             self._introduce(request.introduction)
@@ -161,7 +161,7 @@ class _Step:
         return reply
 
     def replay(self, row: SessionRow) -> Reply:
-        """Return the stored reply as if it was given now; nothing changes."""
+        """Return the stored reply, with ages as of now. Nothing changes."""
         reply = from_wire(Reply, json.loads(row.reply))
         since_us = self.now_us - reply.now_us
         if since_us < 0:  # the ledger's clock was set back
@@ -177,7 +177,7 @@ class _Step:
         )
 
     def reply(self, status: int, error: str = "", *, read: int = 0) -> Reply:
-        """Return the answer as it is now."""
+        """Return the reply as of now."""
         account = self.rows.account or SharedAccount(0, 0)
         left = session_limits.budget(account, self.wall_us)
         looks = self.request.look and status == messages.OK
@@ -209,7 +209,9 @@ class _Step:
 
     def _look(self) -> Look:
         account, now_us = self.rows.kept, self.now_us
-        since_us = now_us - self.rows.notice_us  # who was passed over has not asked again yet
+        since_us = (
+            now_us - self.rows.notice_us
+        )  # a head that was passed over may not have asked again yet
         self.rows.load_all()
         ready = tuple(
             Ready(number, max(0, self.rows.due_us(self.rows.bucket(number)) - now_us))
@@ -225,7 +227,7 @@ class _Step:
         return Look(ready, others_us, lines, account.reserve, account.period_us)
 
     def _others(self, number: int, since_us: int) -> list[LineRow]:
-        """Return the lines of other sessions for a bucket that were live at some time since then."""
+        """Return the lines of other sessions for a bucket that were live at ``since_us`` or later."""
         until_us = self.now_us + MAX_LEASE_US
         live = self.store.live(self.rows.kept.layout, number, since_us, until_us)
         return [row for row in live if row.session != self.request.session]
@@ -233,7 +235,7 @@ class _Step:
     # --- sessions ---------------------------------------------------------------------------------
 
     def _introduce(self, new: Introduction) -> None:
-        """Begin a session; a ledger that has no account, or an older one, takes its word."""
+        """Begin a session. A ledger without an account, or with an older one, uses what it says."""
         if self.rows.account is None:
             limits.create(self.rows, new)
             self.lost = 1
@@ -256,12 +258,12 @@ class _Step:
             self.remove(new.replaces)
 
     def remove(self, session: str) -> None:
-        """Delete all that is stored of a session."""
+        """Delete a session and its lines."""
         self._drop_lines(session)
         self.store.drop_session(session)
 
     def _settings(self) -> None:
-        """Let the larger interval and the larger margin of all live processes count."""
+        """Use the largest interval and the largest margin of all live processes."""
         account, request, now_us = self.rows.kept, self.request, self.now_us
         until_us = now_us + request.lease_us + request.interval_us + request.margin_us
         if request.interval_us >= account.interval_us or now_us >= account.interval_until_us:
@@ -271,14 +273,14 @@ class _Step:
         if (account.interval_us, account.margin_us) != (request.interval_us, request.margin_us):
             account.differs_until_us = now_us + DIFFERS_US
         window_us, account.window_us = account.window_us, account.interval_us + account.margin_us
-        if account.window_us < window_us:  # buckets open earlier than their heads could know
+        if account.window_us < window_us:  # buckets open earlier than their heads were told
             account.opened_us = now_us + self.rows.notice_us
         account.period_us = request.period_us
 
     # --- reports and limits -----------------------------------------------------------------------
 
     def _reports(self) -> None:
-        """Take in what became of permits, and a limit."""
+        """Apply reports and a limit."""
         request, left = self.request, self._left()
         for report in request.reports:
             self._report(report)
@@ -288,7 +290,7 @@ class _Step:
             self.rows.kept.opened_us = self.now_us + self.rows.notice_us
 
     def _left(self) -> int:
-        """Return how many session starts are left, -1 while heads wait for the limit."""
+        """Return how many session starts are left; -1 while heads wait for the limit."""
         resets_at_us = self.rows.kept.resets_at_us
         if resets_at_us is not None and self.wall_us >= resets_at_us:
             return -1
@@ -316,7 +318,7 @@ class _Step:
             bucket.opened_us = min(due_us, self.now_us + self.rows.notice_us)
 
     def _refund(self, permit: Permit) -> None:
-        """Undo a grant; if the limit was read since, without it, there is nothing to refund."""
+        """Undo a grant. If the limit was read since, without this permit, nothing is refunded."""
         account = self.rows.kept
         recent, is_recent = account.recent, self.store.drop_recent(permit.serial)
         account.recent = None if is_recent or account.read_us == NEVER else {}
@@ -407,7 +409,7 @@ class _Step:
         if isinstance(answered, Denial):
             if answered.reason is Reason.WINDOW:
                 wait_us = due_us + late_us - now_us
-                if wait_us <= 0:  # it opened early: look again when another window may have passed
+                if wait_us <= 0:  # it opened early: ask again when another window may be over
                     wait_us = min(answered.wait_us, account.window_us)
                 return self._wait(number, wait_us, messages.WINDOW)
             if answered.reason is Reason.BUDGET:
@@ -428,7 +430,7 @@ class _Step:
         )
 
     def _turn_us(self, bucket: SharedBucket, head: Waiter, due_us: int, late_us: int) -> int:
-        """Return from when a head may take that has others ahead of it."""
+        """Return from when a head may take a permit that has others ahead of it."""
         opened_us = max(due_us, self.rows.kept.opened_us, bucket.opened_us, self._reset_us())
         return max(opened_us + late_us, self.now_us + head.once)
 
@@ -437,18 +439,18 @@ class _Step:
         return bool(self.request.can_read) or self.rows.kept.read_us > NEVER
 
     def _reset_us(self) -> int:
-        """Return since when a reset that is due lets heads take, ``NEVER`` if none is due."""
+        """Return since when heads may take permits after a due reset; ``NEVER`` if none is due."""
         resets_at_us = self.rows.kept.resets_at_us
         if resets_at_us is None or self.wall_us < resets_at_us:
             return NEVER
         since_us = self.wall_us - resets_at_us
-        if since_us >= PATIENCE_US and self._can_read():  # all have waited for a read that failed
+        if since_us >= PATIENCE_US and self._can_read():  # the time to wait for a read is over
             since_us -= PATIENCE_US
         return self.now_us - since_us
 
     def _wait(self, number: int, wait_us: int, reason: int) -> Wait:
         self.reset_denied = self.reset_denied or reason == messages.RESET
-        # In equal parts, so that the last is not shorter than a round trip.
+        # The wait is divided into equal parts, so that the last one is not shorter than a round trip.
         parts = -(-wait_us // self.rows.notice_us)
         wait_us = max(1, -(-wait_us // max(1, parts)))
         opens_us = max(0, self.rows.due_us(self.rows.bucket(number)) - self.now_us)

@@ -432,7 +432,7 @@ class Fleet:
 
     def await_granted(self, number: int) -> list[Entry]:
         """Return the grants, when there are so many."""
-        until(lambda: len(self.audit.read("granted")) >= number, f"{number} permits")
+        until(lambda: len(self.audit.read("granted")) >= number, f"{number} permits", within=120)
         return self.audit.read("granted")
 
     def __enter__(self) -> Self:

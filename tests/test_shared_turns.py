@@ -347,6 +347,15 @@ def test_another_number_of_buckets_gives_all_processes_time_to_send_their_lines(
     assert one.ask(bucket=1).permits
 
 
+def test_processes_that_begin_again_and_again_with_other_buckets_stop_nobody(ledger):
+    talker, granted = ledger.talker(), 0
+    for number in range(1, 41):
+        Talker(ledger, f"b{number}").introduce(limit=limit(OPEN, buckets=1 + number % 2))
+        ledger.later(S // 2)
+        granted += len(talker.ask(number).permits)
+    assert granted >= 3
+
+
 @pytest.mark.parametrize("lease_us", [5 * S, 60 * S])
 def test_a_head_notices_that_a_bucket_has_opened_before_others_may_take(ledger, lease_us):
     first, second = ledger.talker("a", lease_us=lease_us), ledger.talker("b", lease_us=lease_us)

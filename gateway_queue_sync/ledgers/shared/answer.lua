@@ -216,7 +216,9 @@ local function divide(max_concurrency) -- and fold_holds, and rebucket: the acco
     account.closed_until_us = max(account.closed_until_us, bucket.closed_until_us, held_us(bucket))
     account.rejections = max(account.rejections, goes_on(bucket) and bucket.rejections or 0)
   end
-  if waiting > 0 and max_concurrency ~= account.max_concurrency then account.settle_until_us = now + notice_us end
+  if waiting > 0 and not new and max_concurrency ~= account.max_concurrency then
+    account.settle_until_us = now + notice_us
+  end
   buckets, divided, account.max_concurrency = {}, true, max_concurrency
   account.layout = account.layout + 1
   write('UNLINK', BUCKET)

@@ -99,7 +99,8 @@ class Rows:
         self.store.drop_buckets()
         default = self.kept.default_bucket
         default.rejections = self._rejections
-        if self._others > 0 and self.kept.max_concurrency != self._were:
+        begins = self.request.introduction is not None  # many in a row must not stop all
+        if self._others > 0 and not begins and self.kept.max_concurrency != self._were:
             self.kept.settle_until_us = self.now_us + self.notice_us
         self.kept.layout += 1
         self.divided = True

@@ -231,6 +231,18 @@ def test_a_queue_is_made_within_five_seconds_whatever_its_client_does(
         assert queue.acquire(0, timeout=PATIENCE).remaining == 999
 
 
+def test_a_queue_that_was_just_made_has_no_thread_when_its_process_forks(monkeypatch):
+    ask = remote._ask
+
+    def lingers(*args):
+        ask(*args)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(remote, "_ask", lingers)
+    with queue_on(MemoryBackend(), **SETTINGS):
+        assert "gateway-queue-open" not in {one.name for one in threading.enumerate()}
+
+
 def test_closing_takes_no_time_and_ends_every_wait(faulty, crew):
     queue, permits = faulty
     call, future = crew(queue.acquire, 0), queue.enqueue(1)

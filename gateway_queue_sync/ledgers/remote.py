@@ -170,7 +170,8 @@ class RemoteLedger:
         since_us = SYSTEM_CLOCK.now_us()
         answered: Future[Reply] = Future()
         args = self.backend, request, answered, since_us
-        start(threading.Thread(target=_ask, args=args, name="gateway-queue-open", daemon=True))
+        thread = threading.Thread(target=_ask, args=args, name="gateway-queue-open", daemon=True)
+        start(thread)
         try:
             if wait([answered], min(WARN_AFTER, MAX_OPEN_US / US_PER_SECOND)).not_done:
                 log.warning("waiting for %r", self)
@@ -179,7 +180,8 @@ class RemoteLedger:
                     raise Unreachable(f"{self!r} did not answer within 5 s") from TimeoutError()
             return answered.result()
         finally:
-            answered.cancel()
+            if not answered.cancel():  # it is there: a fork that comes next finds no thread
+                thread.join()
 
     def before_fork(self) -> None:
         """Wait until no request is under way."""

@@ -119,8 +119,8 @@ class LimitReader:
             scheduler.emit(event)
         if ignored and not self._warned and limit is not None:
             log.warning(
-                "Discord says that %d session starts are left; this queue, which counts its permits, "
-                "goes by %d fewer, since the smaller number is safe. update() sets another one",
+                "Discord says that %d session starts are left. By this queue's own count it is %d "
+                "fewer, and the smaller number counts. update() sets another one",
                 limit.remaining,
                 ignored,
             )

@@ -671,7 +671,7 @@ def test_nonsense_is_no_permit(server, make, clock, monkeypatch, garble):
     evalsha = client.evalsha
     with monkeypatch.context() as patches:
         patches.setattr(client, "evalsha", lambda *given: garble(evalsha(*given)))
-        with pytest.raises(LedgerError, match=f"{server.port}.* nonsense"):
+        with pytest.raises(LedgerError, match=f"{server.port}.* sent an invalid reply"):
             queue.try_acquire(0)
     assert queue.try_acquire(1).remaining == 9
 

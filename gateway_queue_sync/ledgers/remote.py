@@ -520,9 +520,9 @@ class RemoteLedger:
         self._has_surplus = answers.surplus is not None or (had_surplus and not reads)
         if self._has_surplus and not had_surplus:
             warnings.append(
-                f"Discord says that {answers.surplus} session starts are left, more than count here: "
-                "permits of all processes are counted, and the smaller number is safe. update(), or "
-                "the command `limit --set`, sets another one"
+                f"Discord says that {answers.surplus} session starts are left. By the count of all "
+                "processes it is fewer, and the smaller number counts. update(), or the command "
+                "`limit --set`, sets another one"
             )
         return warnings
 

@@ -114,9 +114,9 @@ def check_reply(request: Request, reply: Reply) -> None:
     asked = {one.number: one.shard_id for line in request.lines for one in line.waiters}
     for permit in reply.permits:
         if asked.pop(permit.waiter, None) != permit.shard_id or permit.age_us < 0:
-            raise ValueError(f"nobody has asked for {permit}")
+            raise ValueError(f"no waiter has asked for {permit}")
     wrong_waits = [one for one in reply.waits if min(one[:4]) < 0 or one.reason > RESET]
     lines = () if reply.look is None else reply.look.lines
     empty = [line for line in lines if not line.waiters]
     for wrong in (*wrong_waits, *empty):
-        raise ValueError(f"nobody waits like {wrong}")
+        raise ValueError(f"no waiter matches {wrong}")

@@ -77,7 +77,7 @@ class HttpBackend:
             raise Unreachable(f"{self!r}: {str(error) or type(error).__name__}") from error
         except http.client.HTTPException as error:
             said = self._shown(str(error) or type(error).__name__)
-            raise LedgerError(f"{self!r} answered nonsense: {said}") from error
+            raise LedgerError(f"{self!r} sent an invalid answer: {said}") from error
         if status != http.client.OK:
             passes = status >= http.client.INTERNAL_SERVER_ERROR or status in _PASSING
             failure = Unreachable if passes else LedgerError
@@ -91,7 +91,7 @@ class HttpBackend:
         except (ValueError, RecursionError) as error:
             said = self._shown(str(error))
             failure = LedgerError if ends else Unreachable  # it may have been cut
-            raise failure(f"{self!r} answered nonsense: {said}") from error
+            raise failure(f"{self!r} sent an invalid answer: {said}") from error
         if (reply.attempt, reply.number) != (request.attempt, request.number):
             self._disconnect()  # what mixes up answers has met them all
             mismatch = ValueError(f"an answer to attempt {reply.attempt}, not {request.attempt}")

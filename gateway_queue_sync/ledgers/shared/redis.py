@@ -130,7 +130,7 @@ class RedisBackend:
             if self._client is not None:
                 disconnect(self._client)  # a reply may be on its way in the connection
             if isinstance(error, NO_REDIS):
-                raise LedgerError(f"{self!r} answered nonsense: {error}") from error
+                raise LedgerError(f"{self!r} sent an invalid reply: {error}") from error
             raise
 
     def _ask(self, request: Request) -> Reply:

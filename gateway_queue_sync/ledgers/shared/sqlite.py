@@ -118,13 +118,13 @@ class SqliteBackend:
                 return None
             if not file.has_tables and not file.check():
                 if not writes:
-                    raise LedgerError(f"{self!r} holds nothing") from LookupError()
+                    raise LedgerError(f"{self!r} contains no account") from LookupError()
                 for statement in CREATE:
                     run(statement)
             try:
                 reply, kept, lost = self._answer(file, request, same_clock)
             except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
-                raise LedgerError(f"{self!r} holds nonsense: {error!r}") from error
+                raise LedgerError(f"{self!r} contains invalid data: {error!r}") from error
             if self._file is not file:  # a signal handler forked in here
                 raise Busy(f"{self!r}: the transaction is the parent's")
             run("COMMIT")

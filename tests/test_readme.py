@@ -219,6 +219,16 @@ def test_each_document_is_packed(document):
         assert f"graft {document.parent.relative_to(ROOT)}" in (ROOT / "MANIFEST.in").read_text()
 
 
+@pytest.mark.parametrize("folder", ["", "ledgers/shared"])
+def test_the_table_of_files_is_complete(folder):
+    package = ROOT / "gateway_queue_sync"
+    document = package / ("ledgers" if folder else "") / "README.md"
+    files = {path.name for path in (package / folder).glob("*.py")} - {"__init__.py", "__main__.py"}
+    rows = [line for line in document.read_text().splitlines() if line.startswith("| `")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+\.py)`", row.split("|")[1])}
+    assert listed == files
+
+
 def test_the_readmes_figures_are_among_those_of_the_benchmarks():
     def figures(document):
         text = document.read_text()

@@ -614,6 +614,14 @@ def test_a_wrong_secret_is_no_permit_for_who_takes_any_status_for_one(strict, qu
     assert queue.snapshot().granted == 0
 
 
+def test_refusals_are_logged_a_few_times_a_minute_and_show_no_secret(strict, caplog):
+    """An existing client only sees that its connection is closed."""
+    for _ in range(30):
+        assert strict("/?shard=0", "GET", OURS, "Authorization: Bearer hunter2").read()[0] == 401
+    assert 1 <= caplog.text.count("refused: the secret is wrong or missing") < 15
+    assert "hunter2" not in caplog.text
+
+
 def test_the_right_secret_is_let_in(strict):
     assert strict("/?shard=0", "GET", SECRET).granted
 

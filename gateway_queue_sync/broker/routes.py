@@ -81,6 +81,7 @@ class Service:
         connection.legacy = connection.legacy and route is PERMIT
         refusal = self._refusal(connection, head, route)
         if refusal is not None:
+            self._warn(head, f"refused: {refusal[1]}")  # existing clients only see a close
             return lambda _: connection.refuse(*refusal)
         connection.reads_body = route.reads_body
         return partial(route.handler, self, connection, head)
@@ -92,6 +93,13 @@ class Service:
             allowed = ", ".join(route.methods)
             return 405, f"{head.path} takes {allowed} only", ("Allow", allowed)
         return route.access(self, head)
+
+    def _warn(self, head: Head, what: str) -> None:
+        """Log what is wrong with a request, a few times a minute at most."""
+        skipped = self._warnings.count(self._scheduler.now_us())
+        if skipped is not None:
+            more = f"; {skipped} more were wrong" if skipped else ""
+            log.warning("%.20s %.100r: %.200s%s", head.method, head.path, what, more)
 
     # --- access: who is let in, else the refusal --------------------------------------------------
 
@@ -156,10 +164,8 @@ class Service:
             connection.respond(responses.TO_PAGE)
             return
         request, wrong = parse_query(head.query)
-        skipped = self._warnings.count(self._scheduler.now_us()) if wrong else None
-        if skipped is not None:
-            more = f"; {skipped} more were wrong" if skipped else ""
-            log.warning("%.20s %.100r: %.200s%s", head.method, head.path, "; ".join(wrong), more)
+        if wrong:
+            self._warn(head, "; ".join(wrong))
         if wrong and self._settings.strict:
             connection.refuse(400, wrong[0])
         else:

@@ -33,6 +33,7 @@ from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.ledgers.remote import peek
 from gateway_queue_sync.ledgers.shared import messages
 from gateway_queue_sync.queue import scheduler_of
+from gateway_queue_sync.scheduler import Scheduler
 from gateway_queue_sync.settings import Settings
 
 pytestmark = pytest.mark.accounts("sqlite", "redis")
@@ -615,6 +616,25 @@ def test_other_buckets_given_at_a_start_begin_from_the_latest_grant(account, clo
     other = account.queue(limit(max_concurrency=2), clock=clock)
     assert {bucket.ready_in for bucket in other.snapshot().buckets} == {WINDOW - 1}
     assert one.try_acquire(1) is None
+
+
+def test_an_exception_before_the_lines_are_divided_anew_stops_nobody(
+    two, clock, monkeypatch, caplog
+):
+    one, other = two
+    divide, failures = Scheduler.limit_changed, [MemoryError("no memory left")]
+
+    def fail_once(scheduler):
+        if failures and scheduler is scheduler_of(other):
+            raise failures.pop()
+        divide(scheduler)
+
+    monkeypatch.setattr(Scheduler, "limit_changed", fail_once)
+    one.update(limit(max_concurrency=2))
+    clock.advance(WINDOW)
+    assert [other.acquire(shard_id, 5.0).bucket for shard_id in range(2)] == [0, 1]
+    assert not failures
+    assert "no memory left" in caplog.text
 
 
 def test_a_reserve_that_is_not_less_than_the_stored_total_is_refused(account, clock):

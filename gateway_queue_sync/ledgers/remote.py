@@ -404,6 +404,8 @@ class RemoteLedger:
 
     def _compose(self, scheduler: Scheduler) -> tuple[Request | None, list[Event]]:
         """Return the request to send, if any, and the events to emit first."""
+        if scheduler.lines.max_concurrency != self.max_concurrency:  # an exception came in between
+            scheduler.limit_changed()
         now_us, reader = self._now_us(), scheduler.reader
         can_read = reader is not None and reader.can_read(now_us)
         asked: dict[int, Waiter] = {}

@@ -1101,7 +1101,7 @@ sqlite.answer = forks
 other = SqliteQueue(path, interval=0.05, margin=0.05)
 if children == [0]:
     try:
-        other.acquire(0, timeout=0.1)
+        other.acquire(0, timeout=1)
     except LedgerError:  # to SQLite the file is locked for ever here
         os._exit(7)
 queue.acquire(0)

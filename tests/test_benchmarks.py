@@ -12,6 +12,8 @@ from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.figures import OURS, Figure, Result, Row, Table, Tail, Target, percentile
 from benchmarks.rounds import Case, row_of
 
+pytestmark = pytest.mark.slow
+
 
 def ignore(what):
     """Tell nobody how far things are."""

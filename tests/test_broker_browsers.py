@@ -20,6 +20,8 @@ from browser import CHROMIUM
 from gateway_queue_sync import NoOpQueue, serve
 from gateway_queue_sync.broker import connection
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 90.0  # s: a browser takes long to start on a busy machine
 FIREFOX = shutil.which("firefox-esr") or shutil.which("firefox")
 NAME = "evil.example"

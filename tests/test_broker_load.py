@@ -10,6 +10,8 @@ pytest.importorskip("psutil", reason="psutil is not installed (the test extra ha
 
 import broker_load
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have one loopback address")
 def test_permits_come_in_time_while_many_wait_and_many_read():

@@ -17,6 +17,8 @@ from processes import Entry, Fleet, gaps, until
 
 from gateway_queue_sync import SessionStartLimit
 
+pytestmark = pytest.mark.slow
+
 SEED = 20261124
 LOADED = 0.5  # s for which a machine that has other work, too, may keep anybody from going on
 PLENTY = 1_000_000
@@ -46,7 +48,7 @@ def limit(total=PLENTY, remaining=None, reset_after=0.0, buckets=1):
 
 
 # windows to line up in
-SHORT = {"interval": 0.7, "margin": 0.1}
+SHORT = {"interval": 1.1, "margin": 0.1}
 SECOND = {"interval": 0.9, "margin": 0.1}
 LONG = {"interval": 60.0, "margin": 0.02}
 TINY = {"interval": 0.001, "margin": 0.02}  # no window to speak of

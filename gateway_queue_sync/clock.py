@@ -71,9 +71,9 @@ class OwnedLock:
 
     def __init__(self) -> None:
         self._get_ident = threading.get_ident  # looked up now: gevent may have patched it by now
-        self.begin_anew()
+        self.reinit()
 
-    def begin_anew(self) -> None:
+    def reinit(self) -> None:
         """Release the lock in a forked child, where the thread that held it may not exist."""
         self._lock: Any = threading.RLock()
         self.acquire, self.release = self._lock.acquire, self._lock.release

@@ -168,7 +168,7 @@ class _Account:
         if SYSTEM_CLOCK.now_us() - asked_us > MAX_AGE_US:
             raise LedgerError("what Discord said is old by now, so nothing was changed: try again")
         now = self.change(messages.READ, limit, at_us, asked_us)
-        left = max(now.remaining, now.surplus)
+        left = max(now.remaining, now.uncounted)
         differs = abs(now.resets_in_us - to_us(limit.reset_after)) > SAME_RESET_US
         if now.total == limit.total and now.remaining == left and not differs:
             return now

@@ -98,7 +98,7 @@ def _begin_in_child(scheduler: Scheduler) -> None:
     the wait ends with an error.
     """
     scheduler.forks += 1
-    scheduler.lock.begin_anew()
+    scheduler.lock.reinit()
     for waiter in scheduler.lines.waiters():
         waiter.error = scheduler.forked()
         if waiter.condition is not None:

@@ -364,7 +364,7 @@ class World:
         child.session.max_concurrency = process.session.max_concurrency
         child.session.period, child.session.budget = process.session.period, process.session.budget
         child.session.budget_us = process.session.budget_us
-        child.session.begin_anew()
+        child.session.reinit()
         self.log(f"{process.name} forks {child.name}")
         self.processes.append(child)
         child.pump()

@@ -329,7 +329,7 @@ def test_python_and_lua_give_the_same_replies_and_store_the_same(server, capsys,
         for life in range(int(os.environ.get("LIVES") or LIVES)):
             kinds |= live_once(seed + life, client)
     assert kinds >= {
-        "granted", "window", "budget", "reset", "introduce", "refused", "lost", "read", "surplus",
+        "granted", "window", "budget", "reset", "introduce", "refused", "lost", "read", "uncounted",
         "rejected", "looked", "replayed", "not applied", "forgotten", "differs",
     }  # fmt: skip
 
@@ -379,7 +379,7 @@ def kinds_of(reply: Reply) -> set[str]:
         "granted": reply.permits,
         "lost": reply.lost,
         "read": reply.read,
-        "surplus": reply.surplus > 0,
+        "uncounted": reply.uncounted > 0,
         "rejected": reply.rejections,
         "looked": reply.look,
         "forgotten": reply.limit_result and reply.total < 0,

@@ -500,11 +500,11 @@ def test_fault_17_a_higher_remaining_that_does_not_count_is_said(ledger):
     reply = talker.say(
         limit=limit(READ, remaining=900, reset_after=86_280 * S, at_us=ledger.now_us)
     )
-    assert (reply.remaining, reply.surplus) == (900, -1)  # own starts alone count
+    assert (reply.remaining, reply.uncounted) == (900, -1)  # own starts alone count
     talker.ask()
     ledger.later(120 * S)
     reply = talker.say(limit=limit(READ, remaining=950, reset_after=3_600 * S, at_us=ledger.now_us))
-    assert reply.remaining < 950 == reply.surplus
+    assert reply.remaining < 950 == reply.uncounted
 
 
 def test_fault_17_starts_of_other_programs_count(ledger):
@@ -915,7 +915,7 @@ def test_a_forked_child_is_another_session_and_replaces_none(alone):
     ledger, session, _ = alone
     before = session._id
     session.report(given(), Said.UNUSED, ledger.now_us)
-    session.begin_anew()
+    session.reinit()
     request = session.compose(Here(), ledger.now_us, can_read=False)
     assert request.session != before
     assert request.introduction.replaces == ""

@@ -1097,7 +1097,7 @@ def forks(*args, **kwargs):
     return reply
 other = SqliteQueue(path, interval=0.05, margin=0.05)
 ledger = scheduler_of(other).ledger
-ledger._session.begin_anew()
+ledger._session.reinit()
 request = ledger._session.compose(_OwnLines(Lines(1), {}), ledger._now_us(), can_read=False)
 sqlite.answer = forks
 try:

@@ -89,5 +89,5 @@ class NoLedger(MemoryLedger):
     take = staticmethod(token_bucket.grant)
     restamp = staticmethod(lambda *_: True)  # there is no window
 
-    def report(self, permit: Permit, report: Report) -> int:  # noqa: ARG002 - the same as elsewhere
+    def report(self, permit: Permit, report: Report) -> int:  # noqa: ARG002 - the signature of the base class
         return 0

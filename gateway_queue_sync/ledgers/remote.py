@@ -135,7 +135,7 @@ class RemoteLedger:
         self._looks = 0  # how many replies had a look
         self._failures = self._answered_us = 0
         self._failed_us: int | None = None  # since when it has failed
-        self._has_surplus = False  # whether it was logged that more is left than counts
+        self._has_uncounted = False  # whether it was logged that more is left than counts
         self._refusal = ""  # why the ledger refuses this process, if that was logged
 
     def open(self, *, can_read: bool) -> None:
@@ -194,7 +194,7 @@ class RemoteLedger:
     def begin_in_child(self) -> None:
         """Begin anew in a forked child."""
         self.backend.begin_in_child()
-        self._session.begin_anew()
+        self._session.reinit()
         self._begin()
 
     def close(self) -> None:
@@ -518,11 +518,11 @@ class RemoteLedger:
     def _warnings(self, answers: Answers) -> list[str]:
         warnings = []
         reads = any(one.limit.kind == messages.READ for one in answers.changes)
-        had_surplus = self._has_surplus
-        self._has_surplus = answers.surplus is not None or (had_surplus and not reads)
-        if self._has_surplus and not had_surplus:
+        had_uncounted = self._has_uncounted
+        self._has_uncounted = answers.uncounted is not None or (had_uncounted and not reads)
+        if self._has_uncounted and not had_uncounted:
             warnings.append(
-                f"Discord says that {answers.surplus} session starts are left. By the count of all "
+                f"Discord says that {answers.uncounted} session starts are left. By the count of all "
                 "processes it is fewer, and the smaller number counts. update(), or the command "
                 "`limit --set`, sets another one"
             )

@@ -114,7 +114,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "plan",
         help=what,
         description=f"{sentence(what)}. Nothing is started. Exits with 0 if it lasts, with 1 "
-        "if it does not, and with 2 if that cannot be told.",
+        "if it does not, and with 2 if that cannot be computed.",
     )
     parser.add_argument(
         "--shards", type=int, required=True, metavar="N", help="how many shards are to start"

@@ -32,7 +32,7 @@ class HeldIdentify:
         queue: what grants permits.
         identified: the shards that have identified.
         unanswered: the sockets whose IDENTIFY has no answer yet, by shard. One that is closed with 1000
-            before it has one was told of an Invalid Session.
+            before it has one got an Invalid Session.
 
     Args:
         queue: what grants permits.

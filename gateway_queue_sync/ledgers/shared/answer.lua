@@ -65,8 +65,8 @@ local function get(key, field, names)
 end
 
 local function info(section, pattern) -- empty, if this user may not ask
-  local told = redis.pcall('INFO', section)
-  return type(told) == 'string' and string.match(told, pattern) or ''
+  local text = redis.pcall('INFO', section)
+  return type(text) == 'string' and string.match(text, pattern) or ''
 end
 
 local request = named({
@@ -91,7 +91,7 @@ local account = {
   read_due_us = NEVER, reserve = 0, bot = '', reader = '', run = '', replid = '',
 }
 local buckets, divided, saves = {}, false, false
-local lost, limit_result, surplus, reset_denied = 0, 0, -1, false
+local lost, limit_result, uncounted, reset_denied = 0, 0, -1, false
 local rejections, permits, waits = {}, {}, {}
 local recent = nil -- permits, when they were loaded
 local writes, rows, stored_until = {}, {}, {} -- rows: lines as they are now, by name
@@ -343,7 +343,7 @@ local function change()
   end
   if request.can_read ~= 0 or account.read_us > NEVER then account.read_us = now end
   account.read_due_us = now + (read(limit, recent) and reread_us or CONFIRM)
-  if theirs - recent > account.remaining then surplus = theirs - recent end
+  if theirs - recent > account.remaining then uncounted = theirs - recent end
 end
 
 local function open_with(given)
@@ -630,7 +630,7 @@ local function reply(status, why, read)
   return {
     request.attempt, request.number, status, why, lost, now, account.granted, account.period, account.layout,
     total, max(0, remaining), resets_in_us, account.max_concurrency, account.interval_us, account.margin_us,
-    now < account.differs_until_us and 1 or 0, read or 0, limit_result, surplus, rejections,
+    now < account.differs_until_us and 1 or 0, read or 0, limit_result, uncounted, rejections,
     permits, waits, {},
   }
 end

@@ -72,7 +72,7 @@ class Answers:
         changes: limit changes that are done.
         limit_changed: the session start limit or the buckets may have changed.
         read: this process should read the limit now.
-        surplus: how many session starts are left by the latest read, if more than count; else ``None``.
+        uncounted: how many session starts a read says are left, if more than count; else ``None``.
         rejections: how many permits in a row were rejected, by serial.
         look: the waiters of all processes, if the request asked for them.
         error: the ledger refuses this process, or its latest request.
@@ -85,7 +85,7 @@ class Answers:
     changes: list[LimitChange] = field(default_factory=list)
     limit_changed: bool = False
     read: bool = False
-    surplus: int | None = None
+    uncounted: int | None = None
     rejections: dict[int, int] = field(default_factory=dict)
     look: Look | None = None
     error: LedgerError | None = None

@@ -47,19 +47,19 @@ def recover(rows: Rows, new: Introduction) -> None:
 
 
 def change(rows: Rows, limit: Limit) -> tuple[int, int]:
-    """Apply a limit that was passed or read. Return the reply's ``limit_result`` and ``surplus``."""
+    """Apply a limit that was passed or read. Return the reply's ``limit_result`` and ``uncounted``."""
     account, given = rows.kept, _as_now(rows.request, limit)
-    surplus = -1
+    uncounted = -1
     if limit.kind == messages.FORGET:
         _forget(account, rows.wall_us)
-        return messages.APPLIED, surplus
+        return messages.APPLIED, uncounted
     divides = limit.max_concurrency != account.max_concurrency
     if limit.kind != messages.UPDATE:
         account.reader = "" if account.reader == rows.request.session else account.reader
         is_late = rows.request.sent_us - limit.asked_us > UNSEEN_US  # so not all grants since count
         before_reset = limit.reset_after_us > 0 and not given.reset_after
         if before_reset or (is_late and account.total is not None):
-            return messages.NOT_APPLIED, surplus
+            return messages.NOT_APPLIED, uncounted
     if divides:
         rows.fold_holds()
     if limit.kind == messages.UPDATE:
@@ -74,10 +74,10 @@ def change(rows: Rows, limit: Limit) -> tuple[int, int]:
         again_us = (rows.request.reread_us or FOREVER_US) if settled else CONFIRM_US
         account.read_due_us = rows.now_us + again_us
         theirs = limit.remaining - len(account.recent)
-        surplus = theirs if theirs > account.remaining else -1
+        uncounted = theirs if theirs > account.remaining else -1
     if divides:
         rows.divide()
-    return messages.APPLIED, surplus
+    return messages.APPLIED, uncounted
 
 
 def _forget(account: SharedAccount, wall_us: int) -> None:

@@ -60,8 +60,8 @@ end
 redis.pcall('UNLINK', key)
 local ids = 0
 for section, name in pairs({server = 'run_id:%w', replication = 'master_replid:%w'}) do
-  local told = redis.pcall('INFO', section)
-  if type(told) == 'string' and string.match(told, name) then ids = ids + 1 end
+  local text = redis.pcall('INFO', section)
+  if type(text) == 'string' and string.match(text, name) then ids = ids + 1 end
 end
 return {ids, unpack(refused)}
 """

@@ -109,7 +109,7 @@ class Session:
         self._looks = False
         self._start_anew()
 
-    def begin_anew(self) -> None:
+    def reinit(self) -> None:
         """Begin anew in a forked child, which has no waiters."""
         self._begin()
 
@@ -377,7 +377,7 @@ class Session:
                 heapq.heappush(self._due, (now_us, bucket))
         is_read = any(one.limit.kind == messages.READ for one in self._changes)  # but not sent yet
         answers.read, answers.look = bool(reply.read) and not is_read, reply.look
-        answers.surplus = None if reply.surplus < 0 else reply.surplus
+        answers.uncounted = None if reply.uncounted < 0 else reply.uncounted
         answers.rejections = dict(reply.rejections)
         return answers
 

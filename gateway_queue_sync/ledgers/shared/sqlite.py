@@ -176,7 +176,7 @@ class SqliteBackend:
             return ""
         if not _is_same_clock(last.clock, now.clock):
             self._check_users(last, now)
-            store.begin_anew()
+            store.reinit()
             return "was kept by another clock (a reboot?)"
         if (file.is_new and last.inode != now.inode) or last.generation < now.generation:
             return "was replaced by a copy, which may be older"

@@ -109,7 +109,7 @@ class SqliteStore:
         row = self._account
         self.kept = None if row is None else Kept(*row[-len(Kept._fields) :])
 
-    def begin_anew(self) -> None:
+    def reinit(self) -> None:
         """Delete sessions, lines, buckets and all times of the monotonic clock, since it has changed."""
         for table in ("bucket", "session", "line"):
             self._run(f"DELETE FROM {table} WHERE name = ?", (self._name,))

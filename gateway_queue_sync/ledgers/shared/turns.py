@@ -8,7 +8,7 @@ of a ``Store``. A ledger calls ``answer`` in one atomic step; if it raises, noth
 Turns: the heads of all sessions for a bucket stand in one line, ordered by position. A head has *rank* r
 if r heads of other sessions come before it. It may take a permit r *graces* after the bucket has opened.
 So a dead session delays those behind it by one grace, once: a head that is passed over leaves the line
-until its session asks again. If a bucket opens earlier than its head was told, graces count from when
+until its session asks again. If a bucket opens earlier than its head expects, graces count from when
 the head has had time to ask.
 
 Invariants:
@@ -108,7 +108,7 @@ class _Step:
         self.store, self.request, self.now_us, self.wall_us = store, request, now_us, wall_us
         self.shift_us = now_us - request.sent_us  # from the process's clock to the ledger's
         self.lost = self.limit_result = 0
-        self.surplus = -1
+        self.uncounted = -1
         self.reset_denied = False
         self.rejections: list[Rejections] = []
         self.permits: list[Granted] = []
@@ -200,7 +200,7 @@ class _Step:
             int(self.now_us < account.differs_until_us),
             read,
             self.limit_result,
-            self.surplus,
+            self.uncounted,
             tuple(self.rejections),
             tuple(self.permits),
             tuple(self.waits),
@@ -273,7 +273,7 @@ class _Step:
         if (account.interval_us, account.margin_us) != (request.interval_us, request.margin_us):
             account.differs_until_us = now_us + DIFFERS_US
         window_us, account.window_us = account.window_us, account.interval_us + account.margin_us
-        if account.window_us < window_us:  # buckets open earlier than their heads were told
+        if account.window_us < window_us:  # buckets open earlier than the heads expect
             account.opened_us = now_us + self.rows.notice_us
         account.period_us = request.period_us
 
@@ -285,7 +285,7 @@ class _Step:
         for report in request.reports:
             self._report(report)
         if request.limit is not None:
-            self.limit_result, self.surplus = limits.change(self.rows, request.limit)
+            self.limit_result, self.uncounted = limits.change(self.rows, request.limit)
         if left <= request.reserve < self._left():
             self.rows.kept.opened_us = self.now_us + self.rows.notice_us
 

@@ -862,7 +862,9 @@ def test_closing_does_not_wait_for_a_server_that_is_out_of_reach(proxy, make, ou
 def test_a_queue_on_a_silent_server_is_made_within_seconds_and_waits_for_it(
     server, make, caplog, monkeypatch
 ):
-    monkeypatch.setattr(remote, "WARN_AFTER", 0.2)  # before the client's own timeout, which is 1 s, too
+    monkeypatch.setattr(
+        remote, "WARN_AFTER", 0.2
+    )  # before the client's own timeout, which is 1 s, too
     server.send(signal.SIGSTOP)
     begin = time.monotonic()
     queue = make(server.url, TEN, **QUICK)

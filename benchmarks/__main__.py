@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import (
     broker,
+    costs,
     fairness,
     fleet,
     free_path,
@@ -29,7 +30,7 @@ from benchmarks.figures import Result
 
 BENCHMARKS: dict[str, ModuleType] = {
     module.NAME: module
-    for module in (wake, free_path, lines, fleet, fairness, shared, broker, path)
+    for module in (wake, free_path, lines, fleet, fairness, shared, broker, path, costs)
 }
 
 

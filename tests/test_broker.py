@@ -1406,30 +1406,28 @@ def test_a_body_is_not_waited_for_if_its_request_is_refused(tmp_path):
             assert client("/ledger", "PUT", JSON, SECRET, "Content-Length: 9").read()[0] == 405
 
 
-def test_a_body_that_comes_in_crumbs_costs_little(tmp_path):
+def test_a_body_that_comes_in_pieces_is_not_searched_for_the_end_of_a_head(tmp_path, monkeypatch):
+    searched, search = [], connection.parser.end_of_head
+    monkeypatch.setattr(
+        connection.parser, "end_of_head", lambda data: searched.append(len(data)) or search(data)
+    )
     with SqliteQueue(tmp_path / "q") as queue, serve(queue, port=0) as broker:
         with clients_of(broker.port) as client:
-            one = client("/ledger", "POST", JSON, "Content-Length: 1000000").send(b"x" * 990_000)
-            until(lambda: any(len(one._received) == 990_000 for one in broker._service.connections))
-            (served,) = broker._service.connections
-            before = time.process_time()
-            for _ in range(5_000):
-                broker._loop.call_soon_threadsafe(served.data_received, b"x")
-            until(lambda: len(served._received) == 995_000)
-            assert time.process_time() - before < 0.2
-            one.send(b"x" * 5_000)
+            one = client("/ledger", "POST", JSON, "Content-Length: 1000")
+            until(lambda: searched)
+            before = len(searched)
+            for _ in range(1_000):
+                one.send(b"x")
             assert one.read()[0] == 400
+            assert len(searched) == before
 
 
-def test_waiting_costs_no_thread_and_no_processor_time(client, queue):
+def test_waiting_costs_no_thread(client, queue):
     assert client("/?shard=0").granted
     before = threading.active_count()
     for number in range(200):
         client(f"/?shard={number + 1}")
     wait_for_line(queue, 200)
-    started = time.process_time()
-    time.sleep(0.5)
-    assert time.process_time() - started < 0.1
     assert threading.active_count() <= before + 9  # the pool, and the futures' thread
 
 

@@ -415,6 +415,15 @@ class Scheduler:
         elif Report.UNUSED in (before, report) and before is not report:
             log.warning("%r was reported %s: that changes nothing now", permit, report.value)
 
+    def restart_window(self, permit: Permit) -> None:
+        """Start a permit's window now, unless there is a report on it: its IDENTIFY may come yet."""
+
+        def restart() -> None:
+            if permit.reported is None:
+                self._record_report(permit, Report.SENT)
+
+        self.complete(restart)
+
     # --- events -----------------------------------------------------------------------------------
 
     def emit(self, event: events.Event) -> None:

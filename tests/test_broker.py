@@ -388,6 +388,7 @@ def test_a_client_that_understands_is_told_that_it_was_replaced(client, queue):
 # --- permits that their clients confirm -----------------------------------------------------------
 
 CONFIRMED = "/?shard=1&ticket=a&confirm=1"
+ledgers = pytest.mark.accounts("memory", "sqlite", "redis")
 
 
 def report(client, state, ticket="a"):
@@ -401,10 +402,57 @@ def test_the_window_starts_when_the_client_reports_that_it_has_identified(client
     until(lambda: queue.snapshot().buckets[0].ready_in == WINDOW, "the report")
 
 
-def test_a_permit_that_is_not_confirmed_counts_from_its_grant(client, queue, clock):
+@pytest.fixture
+def confirming(account, clock, monkeypatch):
+    """What asks a broker that looks often at permits without a report, and its queue."""
+    monkeypatch.setattr(waiting, "TICK", 0.01)
+    with account.large(limit(), clock=clock) as queue, serve(queue, port=0) as broker:
+        with clients_of(broker.port) as client:
+            yield client, queue
+
+
+def begins_anew(queue):
+    until(lambda: queue.snapshot().buckets[0].ready_in == WINDOW, "a new window")
+
+
+def seconds_until_granted(client, clock):
+    passed = 0
+    while client.is_silent():
+        clock.advance(1)
+        passed += 1
+    assert client.granted
+    return passed
+
+
+@ledgers
+def test_a_bucket_is_closed_until_its_client_reports_but_for_10_s_only(confirming, clock):
+    client, queue = confirming
     assert client(CONFIRMED).granted
-    clock.advance(WINDOW)
-    assert client("/?shard=2").granted
+    for _ in range(2):
+        clock.advance(WINDOW - 0.25)
+        begins_anew(queue)
+    assert WINDOW <= seconds_until_granted(client("/?shard=2"), clock) <= 2 * WINDOW
+
+
+@ledgers
+def test_a_client_that_takes_its_time_gives_back_an_unused_permit(confirming, clock):
+    client, queue = confirming
+    assert client(CONFIRMED).granted
+    clock.advance(WINDOW - 1)
+    begins_anew(queue)
+    assert report(client, "unused") == 200
+    until(lambda: queue.snapshot().limit.remaining == 1000, "the report")
+    assert queue.snapshot().buckets[0].ready_in == 0
+
+
+@ledgers
+def test_a_client_that_takes_its_time_identifies_at_last(confirming, clock):
+    client, queue = confirming
+    assert client(CONFIRMED).granted
+    clock.advance(WINDOW - 1)
+    begins_anew(queue)
+    assert report(client, "sent") == 200
+    assert seconds_until_granted(client("/?shard=2"), clock) <= WINDOW + 2
 
 
 def test_an_unused_permit_is_given_back(client, queue, clock):

@@ -23,7 +23,10 @@ from gateway_queue_sync.worker import enqueue
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
-TICK = 1.0  # s between two checks of the session start limit
+TICK = (
+    1.0  # s between two checks of the session start limit and of permits without a report, at most
+)
+HOLD_US = 10 * US_PER_SECOND  # how long a bucket stays closed for a client that has yet to report
 HELD_US = 60 * US_PER_SECOND  # how long a client may report on its permit
 MAX_HELD = 100_000
 MAX_REST = 60.0  # s until a used-up limit is checked again for a client that gets no status
@@ -57,12 +60,18 @@ class WaitingRoom:
         self._held: OrderedDict[str, tuple[int, Permit]] = OrderedDict()  # since when, by ticket
         self._leaving: set[Future[Permit]] = set()  # until they have left the queue
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="gateway-queue-broker-leave")
-        loop.call_later(TICK, self._tick)
+        self._tick()
 
     def _tick(self) -> None:
-        self.loop.call_later(TICK, self._tick)
+        window = self.scheduler.ledger.window_us / US_PER_SECOND
+        self.loop.call_later(min(TICK, window / 4 or TICK), self._tick)
         now_us = self.scheduler.now_us()
         self.positions.expire(now_us)
+        for since_us, permit in reversed(self._held.values()):
+            if since_us < now_us - HOLD_US:
+                break
+            if permit.reported is None:
+                self.executor.submit(self.scheduler.restart_window, permit)
         while self._held and next(iter(self._held.values()))[0] < now_us - HELD_US:
             self._held.popitem(last=False)
         left = self.scheduler.ledger.budget()

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from gateway_queue_sync import errors, events, forecast, process
-from gateway_queue_sync.clock import FOREVER_US, OwnedLock
+from gateway_queue_sync.clock import FOREVER_US, OwnedLock, start
+from gateway_queue_sync.future import PermitFuture
 from gateway_queue_sync.ledgers.remote import Ledger
 from gateway_queue_sync.limit_reader import LimitReader
 from gateway_queue_sync.lines import Lines, Waiter, waiter_numbers
@@ -35,7 +36,7 @@ from gateway_queue_sync.models import (
 from gateway_queue_sync.observers import Observers, left_event
 from gateway_queue_sync.settings import Settings
 from gateway_queue_sync.token_bucket import MANY_REJECTIONS, Denial, Reason
-from gateway_queue_sync.worker import Worker
+from gateway_queue_sync.worker import Worker, close_futures
 
 log = logging.getLogger("gateway_queue_sync")
 
@@ -475,17 +476,21 @@ class Scheduler:
         margin_us = self.ledger.margin_us
         return not margin_us or self.now_us() - permit.stamp_us <= margin_us
 
-    def leave(self, waiter: Waiter, error: BaseException | None, *, caller: int = 0) -> None:
+    def leave(
+        self, waiter: Waiter, error: BaseException | None, *, caller: int = 0
+    ) -> PermitFuture | None:
         """Leave without a permit: because of an error, or (``None``) because a future was cancelled.
 
         A permit that was granted is given back, and the new head is woken. The future is taken from
-        the waiter, so that the worker does not complete it.
+        the waiter and returned, so that only the calling thread completes it.
         """
         latest: type[events.Event] | None = None
+        future: PermitFuture | None = None
 
         def change() -> None:
-            nonlocal latest
-            latest, waiter.future = latest or self.observers.forget(waiter.number), None
+            nonlocal latest, future
+            latest = latest or self.observers.forget(waiter.number)
+            future, waiter.future = future or waiter.future, None
             if waiter.entry is not None and self.remote is not None:
                 self.remote.changed(waiter)
                 self.worker.wake(self)
@@ -497,8 +502,10 @@ class Scheduler:
 
         self.complete(change)
         if latest is not None:
-            emit = self.emit if error is not None else partial(self.worker.emit_later, self)
+            here = caller or (error is not None and self.worker.is_current())
+            emit = self.emit if here else partial(self.worker.emit_later, self)
             emit(left_event(waiter, error, self.now_us()))
+        return future
 
     # --- the queue as a whole ----------------------------------------------------------------------
 
@@ -542,7 +549,10 @@ class Scheduler:
         self.emit(events.LimitUpdated(limit))
 
     def close(self) -> None:
-        """Grant no more permits. All who wait get ``QueueClosed``."""
+        """Grant no more permits. All who wait get ``QueueClosed``.
+
+        A thread of its own completes the futures: the worker may be in a call to the ledger for long.
+        """
         if self.forks and self.remote is None:
             self.closed = True
             return
@@ -550,12 +560,24 @@ class Scheduler:
             threading.Thread(target=self.close, name="gateway-queue-close").start()
             return
 
+        args, no_thread = (self, self.forks), False
+
         def change() -> None:
+            nonlocal no_thread
             self.closed = True
             for waiter in self.lines.waiters():
                 if waiter.condition is not None:
                     waiter.condition.notify()
-            if self.worker.futures or self.remote is not None:
+            if self.remote is not None:
                 self.worker.wake(self)
+            if self.worker.futures:
+                name = "gateway-queue-close"
+                thread = threading.Thread(target=close_futures, args=args, name=name, daemon=True)
+                try:
+                    start(thread)
+                except RuntimeError:  # no thread can be started now
+                    no_thread = True
 
         self.complete(change)
+        if no_thread:
+            close_futures(*args)

@@ -127,14 +127,12 @@ class Worker:
         if not self.is_current():
             return
         forks = scheduler.forks
-        heads, closing, events = scheduler.locked(self._to_do, scheduler)
+        heads, events = scheduler.locked(self._to_do, scheduler)
         for event in events:
             if (
                 scheduler.forks == forks
             ):  # else an observer has forked, and this is the child process
                 scheduler.emit(event)
-        for waiter in closing:
-            _fail(scheduler, waiter, QueueClosed(), forks)
         sent = (
             scheduler.remote is not None
             and scheduler.forks == forks
@@ -143,11 +141,11 @@ class Worker:
         for waiter in heads:
             if waiter.future is not None:
                 _serve_future(scheduler, waiter, forks)
-        if heads or closing or events or sent:
+        if heads or events or sent:
             self._idle_since_us = scheduler.now_us()
 
-    def _to_do(self, scheduler: Scheduler) -> tuple[list[Waiter], list[Waiter], list[Event]]:
-        """Return the heads to ask for, the futures to fail after ``close``, and the events to emit."""
+    def _to_do(self, scheduler: Scheduler) -> tuple[list[Waiter], list[Event]]:
+        """Return the heads to ask for, and the events to emit."""
         now_us, due = scheduler.now_us(), self._due
         heads: dict[Waiter, int] = {}  # with their buckets; they ask in the order of these
         while due and due[0][0] <= now_us:
@@ -155,8 +153,7 @@ class Worker:
             if _is_due(scheduler, waiter, at_us):
                 heads[waiter] = bucket
         events, self.events = self.events, []
-        closing = list(self.futures) if scheduler.closed else []
-        return sorted(heads, key=heads.__getitem__), closing, events
+        return sorted(heads, key=heads.__getitem__), events
 
     def ask_again(self, scheduler: Scheduler) -> None:
         """Plan to ask for all heads in a second, because a turn was interrupted before it asked."""
@@ -172,7 +169,7 @@ class Worker:
         """Return how long the thread may sleep; ``None``: it should end."""
         if not self.is_current():
             return None
-        if self.events or (scheduler.closed and self.futures):
+        if self.events:
             return 0
         now_us, due = scheduler.now_us(), self._due
         while due and not _is_due(scheduler, due[0][3], due[0][0]):
@@ -304,13 +301,19 @@ def _serve_future(scheduler: Scheduler, waiter: Waiter, forks: int) -> None:
         log.exception("a callback of shard %d's future raised; the queue goes on", waiter.shard_id)
 
 
+def close_futures(scheduler: Scheduler, forks: int) -> None:
+    """Complete all futures with ``QueueClosed``, after ``close``."""
+    for waiter in scheduler.locked(lambda: list(scheduler.worker.futures)):
+        _fail(scheduler, waiter, QueueClosed(), forks)
+
+
 def _fail(scheduler: Scheduler, waiter: Waiter, error: BaseException, forks: int) -> None:
     """Complete a future with an error, unless this is a child process and the future its parent's."""
     if scheduler.forks != forks:
         return
-    future, waiter.error = waiter.future, None
+    waiter.error = None
     try:
-        scheduler.leave(waiter, error)
+        future = scheduler.leave(waiter, error)
         error.__traceback__ = None  # its frames hold the future
         if future is not None:
             future.on_cancel = None

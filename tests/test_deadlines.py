@@ -14,17 +14,20 @@ import time
 
 import pytest
 import redis_servers
+from accounts import backend_of
 from memory_backend import MemoryBackend, queue_on
 from test_sqlite_faults import Holder
 
 from gateway_queue_sync import (
     HttpQueue,
     LedgerError,
+    QueueClosed,
     RedisQueue,
     SessionStartLimit,
     SqliteQueue,
     serve,
 )
+from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.ledgers import remote
 
 QUICK = {"interval": 0.05, "margin": 0.05}
@@ -251,6 +254,29 @@ def test_closing_takes_no_time_and_ends_every_wait(faulty, crew):
     assert took < 0.5
     assert call.exception(PATIENCE) is not None
     assert future.exception(PATIENCE) is not None
+
+
+@pytest.mark.accounts("sqlite", "redis", "http")
+def test_closing_completes_futures_while_the_worker_is_in_a_call(account, crew, monkeypatch):
+    """Even if that never returns, such as one of a client without a timeout."""
+    queue = account.local(clock=SYSTEM_CLOCK, **QUICK)
+    backend, asks, goes_on = backend_of(queue), threading.Event(), threading.Event()
+    ask = backend.ask
+
+    def ask_late(request):
+        asks.set()
+        goes_on.wait()
+        return ask(request)
+
+    monkeypatch.setattr(backend, "ask", ask_late)
+    try:
+        futures, call = [queue.enqueue(shard_id) for shard_id in range(3)], crew(queue.acquire, 3)
+        assert asks.wait(PATIENCE)
+        queue.close()
+        for one in (*futures, call):
+            assert isinstance(one.exception(PATIENCE), QueueClosed)
+    finally:
+        goes_on.set()
 
 
 def test_nothing_that_an_event_loop_calls_does_io(faulty):

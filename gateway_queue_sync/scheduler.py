@@ -281,23 +281,26 @@ class Scheduler:
         if self.lines.is_head(waiter):
             self.notify_head(waiter)
 
-    def _remove(self, waiter: Waiter) -> None:
-        """Remove a waiter from its line and wake the new head. Idempotent; the only way to leave."""
+    def _remove(self, waiter: Waiter, opens_at_us: int = 0) -> None:
+        """Remove a waiter from its line and wake the new head. Idempotent; the only way to leave.
+
+        The new head asks at once, or when its bucket opens, if that is known.
+        """
         if waiter in self.worker.futures:
             self.worker.discard(waiter)
         head = self.lines.leave(waiter)
         if head is None:
             return
         if self.remote is None:
-            self._ask_again((head,))
+            self._ask_again((head,), opens_at_us)
         else:
             self.notify_head(head)  # if it was the head before, it keeps its answer
 
-    def _ask_again(self, heads: Iterable[Waiter]) -> None:
-        """Let heads ask the ledger again now, because its last answer may be outdated."""
+    def _ask_again(self, heads: Iterable[Waiter], at_us: int = 0) -> None:
+        """Let heads ask the ledger again, now or later, because its last answer may be outdated."""
         for head in heads:
             if head.permit is None:
-                head.ask_at_us = 0
+                head.ask_at_us = at_us
                 self.notify_head(head)
 
     def notify_head(self, waiter: Waiter) -> None:
@@ -371,8 +374,12 @@ class Scheduler:
             raise errors.QueueClosed
         if waiter.entry is None:
             return False
-        self._remove(waiter)
-        return self.local is None or self.local.restamp(self.local.account, permit, self.now_us())
+        opens_at_us: int | None = 0
+        if self.local is not None:
+            opens_at_us = self.local.restamp(self.local.account, permit, self.now_us())
+        is_used_up = permit.remaining is not None and permit.remaining <= self.reserve
+        self._remove(waiter, 0 if is_used_up or opens_at_us is None else opens_at_us)
+        return opens_at_us is not None
 
     def return_permit(self, permit: Permit) -> None:
         """Give a permit back, and wake the heads that may get one now. Idempotent."""

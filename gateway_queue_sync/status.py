@@ -9,13 +9,19 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
 
-from gateway_queue_sync.environment import public_url, read_secret, warn_if_open
+from gateway_queue_sync.environment import public_url, read_secret
 from gateway_queue_sync.errors import LedgerError
-from gateway_queue_sync.format import format_duration, format_ranges, format_time, sentence
+from gateway_queue_sync.format import (
+    format_count,
+    format_duration,
+    format_ranges,
+    format_time,
+    sentence,
+)
 from gateway_queue_sync.ledgers.remote import peek
 from gateway_queue_sync.ledgers.shared.backend import Backend
 from gateway_queue_sync.models import BucketSnapshot, QueueSnapshot, seconds
@@ -23,6 +29,8 @@ from gateway_queue_sync.policies import http_backend, redis_backend, sqlite_back
 from gateway_queue_sync.settings import Settings
 
 FIRST_SHOWN = 5  # waiters of each bucket
+HEADINGS = ("bucket", "opens", "shard", "waits", "since", "due")
+NEVER = "never: the reserve is the whole limit"
 CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -62,14 +70,9 @@ def ledger_of(arguments: argparse.Namespace) -> Backend:
     if arguments.redis is not None:
         return redis_backend(public_url(arguments.redis), settings)
     if arguments.redis_file is not None:
-        backend = redis_backend(read_secret(arguments.redis_file, "--redis-file"), settings)
-        warn_if_open(arguments.redis_file, "--redis-file")
-        return backend
+        return redis_backend(read_secret(arguments.redis_file, "--redis-file"), settings)
     secret = arguments.secret_file and read_secret(arguments.secret_file, "--secret-file")
-    backend = http_backend(arguments.url, secret, settings)
-    if secret:
-        warn_if_open(arguments.secret_file, "--secret-file")
-    return backend
+    return http_backend(arguments.url, secret, settings)
 
 
 def _show(backend: Backend, arguments: argparse.Namespace) -> bool:
@@ -100,34 +103,43 @@ def describe(seen: QueueSnapshot, title: str, now: datetime) -> Iterator[str]:
         yield f"left today  {left.remaining} of {left.total}, {resets}"
     yield f"granted     {seen.granted}"
     lines = sum(bool(bucket.shards) for bucket in seen.buckets)
-    yield f"waiting     {seen.waiting}, in {lines} of {len(seen.buckets)} bucket(s)"
+    buckets = format_count(len(seen.buckets), "bucket")
+    yield f"waiting     {seen.waiting}, in {lines} of {buckets}"
     yield ""
-    never = "never: the budget is all reserve" if left is not None else "when the limit is known"
-    idle = []
-    for bucket in seen.buckets:
-        if bucket.shards or bucket.ready_in:
-            yield from _describe_bucket(bucket, never, now)
-        else:
-            idle.append(bucket.bucket)
-    if idle:
-        yield f"ready: bucket {format_ranges(idle)}"
-
-
-def _describe_bucket(bucket: BucketSnapshot, never: str, now: datetime) -> Iterator[str]:
-    ready = f"ready in {format_duration(bucket.ready_in)}" if bucket.ready_in else "ready"
-    yield f"bucket {bucket.bucket}: {ready}"
-    for shard in bucket.shards[:FIRST_SHOWN]:
-        since = (now - timedelta(seconds=shard.waited)).astimezone()
-        due = never if shard.eta is None else format_time(now, shard.eta)
-        yield (
-            f"  shard {shard.shard_id:<6} waits {format_duration(shard.waited):>9}, "
-            f"since {since:%H:%M:%S}; due {due}"
-        )
-    more = bucket.shards[FIRST_SHOWN:]
+    never = NEVER if left is not None else "when the limit is known"
+    idle = [bucket.bucket for bucket in seen.buckets if not (bucket.shards or bucket.ready_in)]
+    if len(idle) < len(seen.buckets):
+        yield from _table(seen.buckets, never, now)
+    more = seen.waiting - sum(len(bucket.shards) for bucket in seen.buckets)
     if more:
-        last = more[-1].eta
-        due = "" if last is None else f", the last due {format_time(now, last)}"
-        yield f"  and {len(more)} more{due}"
+        yield f"and {more} more: of each process, the first two in each line are known"
+    if idle:
+        yield f"empty, and open: bucket {format_ranges(idle)}"
+
+
+def _table(buckets: Sequence[BucketSnapshot], never: str, now: datetime) -> Iterator[str]:
+    """Yield a row for each of the first shards of each bucket, and for each bucket that is closed."""
+    rows = [HEADINGS]
+    for bucket in buckets:
+        opens = f"in {format_duration(bucket.ready_in)}" if bucket.ready_in else "now"
+        first = (str(bucket.bucket), opens)  # shown once
+        if bucket.ready_in and not bucket.shards:
+            rows.append((*first, "none", "", "", ""))
+        for shard in bucket.shards[:FIRST_SHOWN]:
+            since = (now - timedelta(seconds=shard.waited)).astimezone()
+            due = never if shard.eta is None else format_time(now, shard.eta)
+            waits = format_duration(shard.waited)
+            rows.append((*first, str(shard.shard_id), waits, f"{since:%H:%M:%S}", due))
+            first = ("", "")
+        more = bucket.shards[FIRST_SHOWN:]
+        if more:
+            last = more[-1].eta
+            due = never if last is None else f"the last {format_time(now, last)}"
+            rows.append((*first, f"{len(more)} more", "", "", due))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for *cells, due in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=False)]
+        yield "  ".join([*padded, due]).rstrip()
 
 
 def add_ledger(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,32 +65,38 @@ def test_it_tells_what_is_left_and_who_waits():
         "",
         "left today  927 of 1000, resets in 13 h 53 min (2026-11-25 01:53:20)",
         "granted     3",
-        "waiting     2, in 1 of 5 bucket(s)",
+        "waiting     2, in 1 of 5 buckets",
         "",
-        "bucket 0: ready in 3.2 s",
-        "  shard 16     waits 1 min 15 s, since 11:58:45; due in 3.2 s (12:00:03)",
-        "  shard 32     waits     7.0 s, since 11:59:53; due in 2 h 13 min (14:13:20)",
-        "bucket 2: ready in 1.0 s",
-        "ready: bucket 1, 3-4",
+        "bucket     opens  shard       waits     since  due",
+        "     0  in 3.2 s     16  1 min 15 s  11:58:45  in 3.2 s (12:00:03)",
+        "                     32       7.0 s  11:59:53  in 2 h 13 min (14:13:20)",
+        "     2  in 1.0 s   none",
+        "empty, and open: bucket 1, 3-4",
     ]
 
 
-def test_a_long_line_is_told_in_short():
+def test_without_anybody_who_waits_and_any_closed_bucket_there_is_no_table():
+    seen = QueueSnapshot(0, 0, (BucketSnapshot(0, 0.0, ()),), LimitSnapshot(9, 9, 0.0))
+    assert lines(seen)[-3:] == ["waiting     0, in 0 of 1 bucket", "", "empty, and open: bucket 0"]
+
+
+def test_of_a_long_line_the_first_are_shown_and_the_others_counted():
     shards = tuple(WaitingShard(n, 1.0, float(n)) for n in range(40))
     seen = QueueSnapshot(40, 0, (BucketSnapshot(0, 0.0, shards),), LimitSnapshot(9, 9, 0.0))
     assert "left today  9 of 9, not begun" in lines(seen)
-    assert lines(seen)[-1] == "  and 35 more, the last due in 39.0 s (12:00:39)"
+    assert lines(seen)[-1].endswith("  the last in 39.0 s (12:00:39)")
+    assert "35 more" in lines(seen)[-1]
     assert len(lines(seen)) == 13
 
 
-def test_what_is_never_due_or_in_a_thousand_years_is_told_too():
+def test_what_is_never_due_or_in_a_thousand_years_is_shown_too():
     shards = (WaitingShard(1, 1.0, None), WaitingShard(2, 1.0, 1e12))
     seen = QueueSnapshot(2, 0, (BucketSnapshot(0, 0.0, shards),), None)
-    assert lines(seen)[-2].endswith("due when the limit is known")
-    assert lines(seen)[-1].endswith("due in 11574074 d 1 h")
+    assert lines(seen)[-2].endswith("  when the limit is known")
+    assert lines(seen)[-1].endswith("  in 11574074 d 1 h")
     assert "left today  not known yet" in lines(seen)
     seen = replace(seen, limit=LimitSnapshot(9, 9, 0.0))
-    assert lines(seen)[-2].endswith("due never: the budget is all reserve")
+    assert lines(seen)[-2].endswith("  never: the reserve is the whole limit")
 
 
 @pytest.mark.parametrize("make", [SqliteQueue, lambda _, **given: LargeBotQueue(None, **given)])
@@ -115,8 +122,19 @@ def test_a_file_is_shown_with_those_who_wait_in_it(file, capsys):
         printed = capsys.readouterr().out
         assert printed.startswith(f"SQLite file {file!r}, ")
         assert "left today  930 of 1000, resets in 2 h 0 min" in printed
-        assert "  shard 5 " in printed
-        assert "waiting     2, in 1 of 4 bucket(s)" in printed
+        assert re.search(r"^ +1 +in [\d.]+ s +5 ", printed, re.MULTILINE)
+        assert "waiting     2, in 1 of 4 buckets" in printed
+
+
+def test_those_whom_the_ledger_only_counts_are_counted(file, capsys):
+    with SqliteQueue(file, LIMIT) as queue:
+        for shard_id in range(0, 40, 4):
+            queue.enqueue(shard_id)
+        queue.snapshot()
+        assert cli.main(["status", "--sqlite", file]) == 0
+    printed = capsys.readouterr().out
+    assert "waiting     10, in 1 of 4 buckets" in printed
+    assert "\nand 8 more: " in printed
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])
@@ -170,7 +188,7 @@ def test_a_server_is_shown_and_its_password_is_not(tmp_path, capsys):
         server.stop()
     printed = capsys.readouterr()
     assert printed.out.startswith(f"Redis server 127.0.0.1:{server.port}/0 (mine), ")
-    assert "waiting     1, in 1 of 4 bucket(s)" in printed.out
+    assert "waiting     1, in 1 of 4 buckets" in printed.out
     assert "hunter" not in printed.out + printed.err
 
 
@@ -185,7 +203,7 @@ def test_a_broker_is_shown_and_its_secret_is_not(file, tmp_path, capsys):
         assert cli.main(["status", *url]) == 1
     printed = capsys.readouterr()
     assert printed.out.startswith(f"broker {broker.url}, ")
-    assert "waiting     1, in 1 of 4 bucket(s)" in printed.out
+    assert "waiting     1, in 1 of 4 buckets" in printed.out
     assert "401" in printed.err
     assert "hunter2" not in printed.out + printed.err
 

@@ -1,13 +1,14 @@
 """The command line, ``python -m gateway_queue_sync``: its commands and their exit codes.
 
 A command is a module whose ``add_parser`` adds a subparser and sets its ``func``, which takes the parsed
-arguments and returns the exit code.
+arguments and returns the exit code. It may also set ``log_level``, if that is not WARNING.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from gateway_queue_sync import (
     status,
 )
 
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COMMANDS = (demo, planner, serve_command, status, limit_command, recipe_command)
 
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             arguments = make_parser().parse_args(argv)
+            level = getattr(arguments, "log_level", logging.WARNING)
+            logging.basicConfig(format=LOG_FORMAT, level=level)  # to standard error
             return int(arguments.func(arguments))
         finally:
             print(end="", flush=True)

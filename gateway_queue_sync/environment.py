@@ -16,27 +16,23 @@ REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
 def read_secret(file: str, option: str) -> str:
-    """Return the text of the file that an option names, and which holds a secret.
+    """Return the secret in the file that an option names. Warn if every user may read the file.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is empty or not text.
     """
     try:
-        secret = Path(file).read_text("utf-8").strip()
+        mode, secret = Path(file).stat().st_mode, Path(file).read_text("utf-8").strip()
     except OSError as error:
         raise OSError(f"{option} {file!r}: {error.strerror}") from error
     except UnicodeError:
         raise ValueError(f"{option} {file!r} is not text") from None
     if not secret:
         raise ValueError(f"{option} {file!r} is empty")
-    return secret
-
-
-def warn_if_open(file: str, option: str) -> None:
-    """Warn if every user of this machine may read the file that an option names."""
-    if os.name == "posix" and Path(file).stat().st_mode & stat.S_IROTH:
+    if os.name == "posix" and mode & stat.S_IROTH:
         log.warning("%s %r can be read by every user of this machine (chmod o-r)", option, file)
+    return secret
 
 
 def public_url(url: str) -> str:

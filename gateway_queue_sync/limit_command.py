@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import partial
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK
-from gateway_queue_sync.environment import read_secret, warn_if_open
+from gateway_queue_sync.environment import read_secret
 from gateway_queue_sync.errors import GatewayBotError, LedgerError
 from gateway_queue_sync.format import format_time, sentence
 from gateway_queue_sync.gateway_bot import GatewayBot
@@ -68,9 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _bot(arguments: argparse.Namespace) -> GatewayBot:
-    bot = GatewayBot(read_secret(arguments.token_file, "--token-file"), base_url=arguments.base_url)
-    warn_if_open(arguments.token_file, "--token-file")
-    return bot
+    token = read_secret(arguments.token_file, "--token-file")
+    return GatewayBot(token, base_url=arguments.base_url)
 
 
 def _run(backend: Backend, arguments: argparse.Namespace, bot: GatewayBot | None) -> int:
@@ -105,7 +104,7 @@ def _with_remaining(now: Reply, arguments: argparse.Namespace) -> SessionStartLi
     if now.total < 0:
         raise LedgerError("how many there are in all is not known yet: use --read")
     if arguments.set > now.total:
-        arguments.error(f"--set must be at most {now.total}, which is all there are in a day")
+        arguments.error(f"--set must be at most {now.total}, the total of the limit")
     resets_in = now.resets_in_us / US_PER_SECOND
     if not resets_in and arguments.set < now.total:
         resets_in = SESSION_PERIOD  # no period has begun: it does now

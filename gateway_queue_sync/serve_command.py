@@ -23,7 +23,7 @@ from gateway_queue_sync.broker.server import (
     Broker,
 )
 from gateway_queue_sync.broker.settings import BrokerSettings
-from gateway_queue_sync.environment import public_url, read_secret, state_folder, warn_if_open
+from gateway_queue_sync.environment import public_url, read_secret, state_folder
 from gateway_queue_sync.errors import GatewayBotError, LedgerError
 from gateway_queue_sync.format import sentence
 from gateway_queue_sync.gateway_bot import GatewayBot
@@ -60,19 +60,10 @@ MAX_END = 0.9  # s after a signal, for the last requests to a ledger
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal comes. Return 0, or 1 if it could not begin."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
     shards.setLevel(logging.WARNING)  # a line for each of thousands: the page tells that
     stop = _Stop()
     try:
         settings = _Settings.gathered(arguments, os.environ)
-        for file, option in (
-            (arguments.secret_file, "--secret-file"),
-            (arguments.redis_file, "--redis-file"),
-        ):
-            if file is not None:
-                warn_if_open(file, option)
         settings.log()
         queue = settings.queue()
     except (TypeError, ValueError, ImportError) as error:
@@ -387,4 +378,4 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="clients that may be connected at one time; others are refused (default: "
         f"{MAX_CONNECTIONS}, or what the limit of open files leaves)",
     )
-    parser.set_defaults(func=run, error=parser.error)
+    parser.set_defaults(func=run, error=parser.error, log_level=logging.INFO)

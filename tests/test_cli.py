@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ ROOT = Path(gateway_queue_sync.__file__).parents[1]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A command ``try``, whose outcome is set on what is returned."""
+    """A command ``try``, whose result is set on what is returned."""
 
     stand_in = SimpleNamespace(func=None)
 
@@ -145,3 +146,27 @@ def test_it_runs_as_a_module_from_anywhere(tmp_path: Path) -> None:
         check=True,
     )
     assert run.stdout.startswith("usage: python -m gateway_queue_sync ")
+
+
+def test_a_command_that_waits_for_discord_says_so_after_a_second(tmp_path: Path) -> None:
+    """As it says all that the library warns of, although the library itself prints nothing."""
+    token = tmp_path / "token"
+    token.write_text("a.b.c")
+    token.chmod(0o604)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        options = ["plan", "--shards", "4", "--token-file", str(token), "--base-url", url]
+        run = subprocess.Popen(
+            [sys.executable, "-m", "gateway_queue_sync", *options],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert run.stderr is not None
+            assert f"WARNING --token-file {str(token)!r} can be read" in run.stderr.readline()
+            assert "WARNING waiting for 127.0.0.1:" in run.stderr.readline()
+        finally:
+            run.kill()
+            run.communicate()

@@ -578,6 +578,36 @@ def test_a_limit_that_is_forgotten_is_read_by_a_process_that_can(ledger):
     assert Talker(ledger, "c").introduce(bot="222").status == OK
 
 
+def test_a_limit_that_is_forgotten_is_discords_default_if_those_who_could_read_it_are_gone(ledger):
+    reader, command = Talker(ledger, "a", {"can_read": 1}), Talker(ledger, "b")
+    late = Talker(ledger, "c")
+    reader.introduce(limit=None, bot="111")
+    reader.say(limit=limit(READ, remaining=10, at_us=ledger.now_us))
+    ledger.later(3_600 * S)
+    command.introduce(limit=None)
+    assert command.say(limit=limit(FORGET)).total == -1
+    ledger.later(60 * S - 1)
+    late.introduce(limit=None)
+    assert late.ask().waits[0].reason == messages.RESET
+    ledger.later(1)
+    assert late.ask().permits
+    assert late.say().total == 1000
+
+
+def test_a_process_that_can_read_a_limit_that_was_forgotten_waits_for_its_own_read(ledger):
+    reader, command = Talker(ledger, "a", {"can_read": 1}), Talker(ledger, "b")
+    reader.introduce(limit=None)
+    reader.say(limit=limit(READ, remaining=10, at_us=ledger.now_us))
+    command.introduce(limit=None)
+    command.say(limit=limit(FORGET))
+    ledger.later(3_600 * S)
+    new = Talker(ledger, "c", {"can_read": 1})
+    assert new.introduce(limit=None).read == 1
+    assert new.ask().waits[0].reason == messages.RESET
+    new.say(limit=limit(READ, remaining=7, reset_after=50 * S, at_us=ledger.now_us))
+    assert new.say().remaining == 7
+
+
 def test_a_limit_that_is_forgotten_and_that_nobody_can_read_is_discords_default(ledger):
     talker = Talker(ledger, "a")
     talker.introduce(limit=limit(OPEN, remaining=3, buckets=4))

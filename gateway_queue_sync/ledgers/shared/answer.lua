@@ -322,7 +322,8 @@ end
 local function forget_limit()
   adopt_default()
   account.bot, limit_result = '', 1
-  if account.read_us > NEVER then account.total, account.remaining, account.refresh_owed = false, 0, 1 end
+  if account.read_us <= NEVER then return end
+  account.total, account.remaining, account.refresh_owed, account.resets_at_us = false, 0, 1, wall + SILENT
 end
 
 local function change()
@@ -533,6 +534,10 @@ local function take(bucket, not_before_us, can_refresh) -- what is left; or nil,
 end
 
 local function ask(number, head, others) -- a permit, or a wait
+  if not account.total and account.resets_at_us and wall >= account.resets_at_us and request.can_read == 0 then
+    adopt_default() -- nobody has read a limit that was forgotten
+    account.opened_us = now + notice_us
+  end
   local bucket, resets_at_us, ahead = get_bucket(number), account.resets_at_us, {}
   for _, row in ipairs(others) do
     local later_us = row.waiters[1][POSITION] - head[POSITION]

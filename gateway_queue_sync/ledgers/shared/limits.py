@@ -14,6 +14,7 @@ from gateway_queue_sync.models import US_PER_SECOND, SessionStartLimit
 from gateway_queue_sync.token_bucket import NEVER, UNSEEN_US, TokenBucket, unseen_us
 
 FRESH_READ_US = 60 * US_PER_SECOND  # a process that starts uses a read of this age
+FORGOTTEN_US = 60 * US_PER_SECOND  # in which a process that can read a forgotten limit has to do so
 FOREVER_US = 1 << 60
 DISCORDS_DEFAULT = SessionStartLimit(total=1000, remaining=1000, reset_after=0.0, max_concurrency=1)
 
@@ -81,12 +82,29 @@ def change(rows: Rows, limit: Limit) -> tuple[int, int]:
 
 
 def _forget(account: SharedAccount, wall_us: int) -> None:
-    """Delete the limit and the bot. A process that can read the limit does; else the default counts."""
-    default = replace(DISCORDS_DEFAULT, max_concurrency=account.max_concurrency)
-    session_limits.adopt(account, default, wall_us)
+    """Delete the limit and the bot. If it was read before, processes have a minute to read it."""
+    _adopt_default(account, wall_us)
     account.bot = ""
     if account.read_us > NEVER:
         account.total, account.remaining, account.refresh_owed = None, 0, True
+        account.resets_at_us = wall_us + FORGOTTEN_US
+
+
+def replace_forgotten(rows: Rows) -> None:
+    """Let Discord's default count if nobody has read a limit that was forgotten.
+
+    A process that can read it waits for its own read.
+    """
+    account, until_us = rows.kept, rows.kept.resets_at_us
+    is_forgotten = account.total is None and until_us is not None and rows.wall_us >= until_us
+    if is_forgotten and not rows.request.can_read:
+        _adopt_default(account, rows.wall_us)
+        account.opened_us = rows.now_us + rows.notice_us
+
+
+def _adopt_default(account: SharedAccount, wall_us: int) -> None:
+    default = replace(DISCORDS_DEFAULT, max_concurrency=account.max_concurrency)
+    session_limits.adopt(account, default, wall_us)
 
 
 def open_with(rows: Rows, limit: Limit) -> None:

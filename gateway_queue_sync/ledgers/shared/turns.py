@@ -384,6 +384,7 @@ class _Step:
 
     def _ask(self, number: int, head: Waiter, others: list[LineRow]) -> Granted | Wait:
         """Grant a permit to the head of a line if it is its turn, or say how long to wait."""
+        limits.replace_forgotten(self.rows)
         account, request, now_us, wall_us = self.rows.kept, self.request, self.now_us, self.wall_us
         bucket, resets_at_us = self.rows.bucket(number), account.resets_at_us
         position = head.position_us, request.session

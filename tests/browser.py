@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
+
+Broker = TypeVar("Broker")
 
 PATIENCE = 20.0  # s
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -63,6 +67,13 @@ class Browser:
     def do(self, command: str, **settings: object) -> Any:
         """Give a command of the DevTools protocol."""
         return self.driver.execute_cdp_cmd(command, settings)
+
+    @contextlib.contextmanager
+    def on(self, broker: AbstractContextManager[Broker]) -> Iterator[Broker]:
+        """Leave the broker's page before the broker closes, so that no request finds nobody."""
+        with broker as opened:
+            yield opened
+            self.driver.get("about:blank")
 
     def size(self, width: int, height: int = 900) -> None:
         self.do(

@@ -38,16 +38,13 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def browser(chromium: Browser) -> Iterator[Browser]:
-    """The one browser, on a desktop, and with nothing kept; its console must have no errors at the end.
-
-    The broker closes before the page does, so that a request of the page may find nobody then.
-    """
+    """The one browser, on a desktop, and with nothing kept; at the end its console must be empty."""
     chromium.driver.get("about:blank")
     chromium.size(1100)
     chromium.scheme("light")
     chromium.console()
     yield chromium
-    assert [line for line in chromium.console() if "net::ERR_" not in line] == []
+    assert chromium.console() == []
 
 
 def a_queue(
@@ -128,7 +125,7 @@ def test_the_policy_allows_this_script_and_this_style_alone() -> None:
 
 
 def test_the_numbers_equal_the_snapshot(browser: Browser, clock: FakeClock) -> None:
-    with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(serve(queue, HOST, 0)) as broker:
         wait_in_line(queue, 30)
         advance(queue, clock, 1.3, waiting=28)
         seen = queue.snapshot()
@@ -158,7 +155,7 @@ def test_the_numbers_equal_the_snapshot(browser: Browser, clock: FakeClock) -> N
 def test_times_of_day_are_those_of_the_computer_that_shows_them(
     browser: Browser, clock: FakeClock
 ) -> None:
-    with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(serve(queue, HOST, 0)) as broker:
         wait_in_line(queue, 4)
         browser.do("Emulation.setTimezoneOverride", timezoneId="Asia/Kathmandu")
         watch(browser, broker.url)
@@ -175,7 +172,7 @@ def test_times_of_day_are_those_of_the_computer_that_shows_them(
 
 
 def test_it_changes_as_shards_are_granted(browser: Browser, clock: FakeClock) -> None:
-    with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(serve(queue, HOST, 0)) as broker:
         wait_in_line(queue, 2)
         watch(browser, broker.url)
         wait_in_line(queue, 8)
@@ -200,7 +197,7 @@ def test_it_changes_as_shards_are_granted(browser: Browser, clock: FakeClock) ->
 def test_opened_in_the_midst_of_a_start_it_counts_what_was_granted(
     browser: Browser, clock: FakeClock
 ) -> None:
-    with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(serve(queue, HOST, 0)) as broker:
         for shard_id in range(2):
             assert b"free to connect" in urlopen(f"{broker.url}/?shard={shard_id}").read()
         wait = [queue.enqueue(shard_id) for shard_id in range(2, 8)]
@@ -216,7 +213,10 @@ def test_opened_in_the_midst_of_a_start_it_counts_what_was_granted(
 
 
 def test_nobody_waits(browser: Browser, clock: FakeClock) -> None:
-    with a_queue(clock, max_concurrency=5) as queue, serve(queue, HOST, 0) as broker:
+    with (
+        a_queue(clock, max_concurrency=5) as queue,
+        browser.on(serve(queue, HOST, 0)) as broker,
+    ):
         queue.enqueue(3)
         watch(browser, broker.url)
         assert browser.text("#nobody") == "Nobody waits."
@@ -233,7 +233,10 @@ def test_nobody_waits(browser: Browser, clock: FakeClock) -> None:
 def test_a_limit_that_is_not_kept_or_not_begun_or_all_reserve(
     browser: Browser, clock: FakeClock
 ) -> None:
-    with LocalQueue(clock=clock) as queue, stub(queue, HOST, 0) as broker:
+    with (
+        LocalQueue(clock=clock) as queue,
+        browser.on(stub(queue, HOST, 0)) as broker,
+    ):
         watch(browser, broker.url)
         assert browser.text("#limit-text") == "This queue keeps no session start limit"
         assert browser.texts("#limit-bar") == []
@@ -273,7 +276,7 @@ def test_the_reserve_is_not_shown_as_left(
     limit, usable = SessionStartLimit(1000, remaining, 7200.0, 2), remaining - reserve
     with (
         LargeBotQueue(limit, clock=clock, reserve=reserve) as queue,
-        serve(queue, HOST, 0) as broker,
+        browser.on(serve(queue, HOST, 0)) as broker,
     ):
         queue.enqueue(0), queue.enqueue(2)
         watch(browser, broker.url)
@@ -289,7 +292,7 @@ def test_the_reserve_is_not_shown_as_left(
 
 
 def test_two_days_and_more_are_shown_as_days(browser: Browser, clock: FakeClock) -> None:
-    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(stub(queue, HOST, 0)) as broker:
         shards = [{"shard_id": 1, "waited": 172_700.0, "eta": 3 * 86_400.0 + 7_300}]
         line = {"bucket": 0, "ready_in": 0.0, "shards": shards}
         broker.instead["/status.json"] = 200, json.dumps(FINE_STATUS | {"buckets": [line]})
@@ -299,7 +302,10 @@ def test_two_days_and_more_are_shown_as_days(browser: Browser, clock: FakeClock)
 
 def test_the_banner_stays_in_sight(browser: Browser, clock: FakeClock) -> None:
     browser.size(360, 740)
-    with a_queue(clock, max_concurrency=16) as queue, stub(queue, HOST, 0) as broker:
+    with (
+        a_queue(clock, max_concurrency=16) as queue,
+        browser.on(stub(queue, HOST, 0)) as broker,
+    ):
         wait_in_line(queue, 200)
         watch(browser, broker.url)
         broker.instead["/status.json"] = 500, ""
@@ -317,7 +323,7 @@ def test_the_banner_stays_in_sight(browser: Browser, clock: FakeClock) -> None:
 @pytest.mark.parametrize("width", [360, 800, 1100])
 def test_no_heading_breaks_inside_a_word(browser: Browser, clock: FakeClock, width: int) -> None:
     browser.size(width, 740)
-    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(stub(queue, HOST, 0)) as broker:
         broker.instead["/status.json"] = 200, json.dumps(WIDE_STATUS)
         watch(browser, broker.url)
         lines = """return [...document.querySelectorAll("th")].map((e) => {
@@ -354,7 +360,7 @@ def test_a_broker_that_is_gone_and_comes_back(browser: Browser, clock: FakeClock
 
 
 def test_an_error_is_no_news(browser: Browser, clock: FakeClock) -> None:
-    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(stub(queue, HOST, 0)) as broker:
         broker.instead["/status.json"] = 503, "{}"
         watch(browser, broker.url, until="gone")
         assert "it answers with status 503" in browser.text("#trouble")
@@ -391,7 +397,7 @@ NONSENSE: dict[str, list[object]] = {
 
 
 def test_nonsense_is_told_from_a_snapshot(browser: Browser, clock: FakeClock) -> None:
-    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(stub(queue, HOST, 0)) as broker:
         for path, answers in NONSENSE.items():
             texts = ["", "<html>", *map(json.dumps, answers)]
             for text in texts:
@@ -406,7 +412,7 @@ def test_nonsense_is_told_from_a_snapshot(browser: Browser, clock: FakeClock) ->
 def test_numbers_beyond_all_reason_are_shown(browser: Browser, clock: FakeClock) -> None:
     huge = {"shard_id": 2**53, "waited": 1e300, "eta": 1e300}
     limit = {"total": 0, "remaining": 10**15, "resets_in": 1e300}
-    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(stub(queue, HOST, 0)) as broker:
         broker.instead["/status.json"] = 200, json.dumps(a_line(huge) | {"limit": limit})
         watch(browser, broker.url)
         assert browser.text("tbody td") == str(2**53)
@@ -418,7 +424,10 @@ def test_a_secret_is_asked_for_and_kept_in_the_tab_alone(
     def give(secret: str) -> None:
         browser.find("#secret").send_keys(secret + "\n")
 
-    with a_queue(clock) as queue, serve(queue, HOST, 0, secret="opensesame") as broker:
+    with (
+        a_queue(clock) as queue,
+        browser.on(serve(queue, HOST, 0, secret="opensesame")) as broker,
+    ):
         wait_in_line(queue, 6)
         watch(browser, broker.url, until="locked")
         assert browser.texts("main") == []
@@ -461,7 +470,10 @@ def test_nothing_is_wider_than_a_small_telephone(
 ) -> None:
     browser.size(360, 740)
     secret = "s" if state == "locked" else None
-    with a_queue(clock) as queue, stub(queue, HOST, 0, secret=secret) as broker:
+    with (
+        a_queue(clock) as queue,
+        browser.on(stub(queue, HOST, 0, secret=secret)) as broker,
+    ):
         if state in ("live", "gone"):
             broker.instead["/status.json"] = 200, json.dumps(WIDE_STATUS)
         watch(browser, broker.url, until="locked" if secret else "live")
@@ -481,7 +493,10 @@ def test_all_text_stands_out_in_light_and_dark(
     browser: Browser, clock: FakeClock, scheme: str
 ) -> None:
     browser.scheme(scheme)
-    with a_queue(clock, remaining=50) as queue, stub(queue, HOST, 0, secret="s") as broker:
+    with (
+        a_queue(clock, remaining=50) as queue,
+        browser.on(stub(queue, HOST, 0, secret="s")) as broker,
+    ):
         wait_in_line(queue, 30)
 
         def check() -> None:
@@ -505,7 +520,10 @@ def test_all_text_stands_out_in_light_and_dark(
 
 
 def test_ten_thousand_in_a_line_are_summed_up(browser: Browser, clock: FakeClock) -> None:
-    with a_queue(clock, max_concurrency=1) as queue, serve(queue, HOST, 0) as broker:
+    with (
+        a_queue(clock, max_concurrency=1) as queue,
+        browser.on(serve(queue, HOST, 0)) as broker,
+    ):
         wait_in_line(queue, 10_001)
         watch(browser, broker.url)
         assert browser.text("#waiting") == "10,000"
@@ -517,7 +535,10 @@ def test_ten_thousand_in_a_line_are_summed_up(browser: Browser, clock: FakeClock
 def test_of_many_buckets_the_first_are_shown_until_one_asks_for_all_by_keyboard(
     browser: Browser, clock: FakeClock
 ) -> None:
-    with a_queue(clock, max_concurrency=256) as queue, serve(queue, HOST, 0) as broker:
+    with (
+        a_queue(clock, max_concurrency=256) as queue,
+        browser.on(serve(queue, HOST, 0)) as broker,
+    ):
         wait_in_line(queue, 256 * 3 - 6)
         watch(browser, broker.url)
         assert len(browser.texts("#cards article")) == 12
@@ -533,7 +554,7 @@ def test_of_many_buckets_the_first_are_shown_until_one_asks_for_all_by_keyboard(
 
 
 def test_what_is_drawn_is_said_in_words_too(browser: Browser, clock: FakeClock) -> None:
-    with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(serve(queue, HOST, 0)) as broker:
         wait_in_line(queue, 10)
         watch(browser, broker.url)
         nodes = browser.do("Accessibility.getFullAXTree")["nodes"]
@@ -554,7 +575,7 @@ def test_what_is_drawn_is_said_in_words_too(browser: Browser, clock: FakeClock) 
 def test_it_asks_its_own_broker_alone_and_for_no_more_than_it_needs(
     browser: Browser, clock: FakeClock
 ) -> None:
-    with a_queue(clock) as queue, stub(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(stub(queue, HOST, 0)) as broker:
         watch(browser, broker.url)
         script = "return performance.getEntriesByType('resource').map((entry) => entry.name)"
         assert {*browser.run(script)} <= {
@@ -566,7 +587,7 @@ def test_it_asks_its_own_broker_alone_and_for_no_more_than_it_needs(
 def test_it_asks_each_second_but_seldom_while_nobody_looks(
     browser: Browser, clock: FakeClock
 ) -> None:
-    with a_queue(clock) as queue, serve(queue, HOST, 0) as broker:
+    with a_queue(clock) as queue, browser.on(serve(queue, HOST, 0)) as broker:
         watch(browser, broker.url)
         browser.run(
             """const real = setTimeout;

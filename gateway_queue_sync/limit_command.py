@@ -1,31 +1,30 @@
 """The ``limit`` command: shows and changes the session start limit of a shared account.
 
-For a change it has a session with the ledger, as any process. The others get the new limit with their
-next request.
+For a change it has a session with the ledger, as any process has. The others get the new limit with
+their next request.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import secrets
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.environment import read_secret
-from gateway_queue_sync.errors import GatewayBotError, LedgerError
+from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.format import format_time, sentence
 from gateway_queue_sync.gateway_bot import GatewayBot
-from gateway_queue_sync.ledgers.remote import look
+from gateway_queue_sync.ledgers.remote import converse, look
 from gateway_queue_sync.ledgers.shared import messages
-from gateway_queue_sync.ledgers.shared.backend import Backend, Busy, Unreachable
-from gateway_queue_sync.ledgers.shared.messages import Introduction, Limit, Reply, Request
-from gateway_queue_sync.limits import SAME_RESET_US, less_starts
+from gateway_queue_sync.ledgers.shared.answers import Answers, SessionSettings
+from gateway_queue_sync.ledgers.shared.backend import Backend
+from gateway_queue_sync.ledgers.shared.messages import Reply
+from gateway_queue_sync.ledgers.shared.session import Session, budget_of
+from gateway_queue_sync.limits import SAME_RESET_US, Budget, less_starts
 from gateway_queue_sync.models import (
     SESSION_PERIOD,
     US_PER_SECOND,
@@ -33,41 +32,28 @@ from gateway_queue_sync.models import (
     to_us,
 )
 from gateway_queue_sync.settings import DEFAULT_LEASE, Settings
-from gateway_queue_sync.status import add_ledger, ledger_of
+from gateway_queue_sync.status import add_ledger, use_ledger
 
-PATIENCE = 5.0  # s for a request to the ledger
-PAUSE = 0.05  # s before it is sent again
 MAX_AGE_US = 30 * US_PER_SECOND  # of what Discord said, when it is confirmed
 FORGET = (
-    "forget what is left, and which bot the account is of: a process with the token reads what is left, "
-    "or if there is none, Discord's default counts"
+    "forget what is left, and which bot the account is of: a process with the token reads what is left; "
+    "if none does within a minute, Discord's default counts"
 )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return 0, or 1 if the account cannot be shown or was not changed."""
-    try:
-        if arguments.read != (arguments.token_file is not None):
-            raise ValueError("--read and --token-file go together")
-        if arguments.set is not None and arguments.set < 0:
-            raise ValueError(f"--set must be at least 0, not {arguments.set}")
-        bot = _bot(arguments) if arguments.read else None
-        backend = ledger_of(arguments)
-    except (TypeError, ValueError, ImportError) as error:
-        arguments.error(str(error))  # exits with 2
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 1
-    try:
-        return _run(backend, arguments, bot)
-    except (LedgerError, GatewayBotError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    finally:
-        backend.close()
+    return use_ledger(arguments, _check, _run)
 
 
-def _bot(arguments: argparse.Namespace) -> GatewayBot:
+def _check(arguments: argparse.Namespace) -> GatewayBot | None:
+    """Check the options. Return the bot whose limit is to be read, if any."""
+    if arguments.read != (arguments.token_file is not None):
+        raise ValueError("--read and --token-file go together")
+    if arguments.set is not None and arguments.set < 0:
+        raise ValueError(f"--set must be at least 0, not {arguments.set}")
+    if not arguments.read:
+        return None
     token = read_secret(arguments.token_file, "--token-file")
     return GatewayBot(token, base_url=arguments.base_url)
 
@@ -76,26 +62,29 @@ def _run(backend: Backend, arguments: argparse.Namespace, bot: GatewayBot | None
     at_us = SYSTEM_CLOCK.now_us()  # figures are as they were then, whenever they are confirmed
     now = look(backend, Settings(name=arguments.name))
     print("\n".join(_describe(backend, now)))
-    account = _Account(backend, now, "" if bot is None else bot.bot_id)
+    session = _session(now, "" if bot is None else bot.bot_id)
+    change = partial(_change, backend, session)
+    apply: Callable[[], object]
     if arguments.set is not None:
         limit = _with_remaining(now, arguments)
         what = f"set what is left to {_written(limit)}"
-        change = partial(account.change, messages.UPDATE, limit, at_us)
+        apply = partial(change, limit, at_us)
     elif bot is not None:
         limit, read_us = bot.session_start_limit(), SYSTEM_CLOCK.now_us()
         what = f"take what Discord says: {_written(limit)}"
-        change = partial(account.take_what_was_read, limit, at_us, read_us)
+        apply = partial(_take_what_was_read, change, session, limit, read_us, at_us)
     elif arguments.forget:
         what = FORGET
         limit = SessionStartLimit(1, 1, 0.0, now.max_concurrency)  # these figures do not count
-        change = partial(account.change, messages.FORGET, limit, at_us)
+        apply = partial(change, limit, at_us, messages.FORGET)
     else:
         return 0
     print(f"will {what}")
     if not arguments.yes and not _is_confirmed():
         print("nothing was changed (--yes asks nothing)", file=sys.stderr)
         return 1
-    print(f"done: {_left(change())}")
+    apply()
+    print(f"done: {_left(session.budget)}")
     return 0
 
 
@@ -119,97 +108,67 @@ def _is_confirmed() -> bool:
         return False
 
 
-class _Account:
-    """The account, and this process's session with it.
-
-    Args:
-        backend: where the account is.
-        now: its state.
-        bot_id: the id of the bot whose limit was read; empty if none was.
-
-    Raises:
-        LedgerError: in its methods; the ledger cannot be reached, or refuses.
-    """
-
-    def __init__(self, backend: Backend, now: Reply, bot_id: str) -> None:
-        self._backend, self._bot_id = backend, bot_id
-        self._attempts, self._numbers = itertools.count(1), itertools.count(1)
-        period_us = to_us(SESSION_PERIOD) if now.look is None else now.look.period_us
-        self._request = Request(
-            attempt=0,
-            sent_us=0,
-            session=secrets.token_hex(8),
-            number=0,
+def _session(now: Reply, bot_id: str) -> Session:
+    """Return a session with the account, by the settings of the processes that use it."""
+    return Session(
+        SessionSettings(
             interval_us=now.interval_us,
             margin_us=now.margin_us,
-            period_us=period_us,
+            period_us=to_us(SESSION_PERIOD) if now.look is None else now.look.period_us,
             lease_us=to_us(DEFAULT_LEASE),
-            reserve=0,
-            reread_us=0,
-            can_read=0,
-            look=0,
-            layout=now.layout,
+            bot=bot_id,
         )
+    )
 
-    def change(
-        self, kind: int, limit: SessionStartLimit, at_us: int, asked_us: int | None = None
-    ) -> Reply:
-        """Send a limit as it was at ``at_us``, and return the state of the account after it."""
-        if not self._request.number:
-            new = Introduction("", self._bot_id, 0, None, 0, 0, 0, None)
-            self._ask(introduction=new)
-        figures = limit.total, limit.remaining, to_us(limit.reset_after), limit.max_concurrency
-        asked_us = at_us if asked_us is None else asked_us
-        return self._ask(limit=Limit(kind, *figures, asked_us, at_us))
 
-    def take_what_was_read(self, limit: SessionStartLimit, asked_us: int, at_us: int) -> Reply:
-        """Send a limit that was read, minus the permits that Discord may not have seen."""
-        if SYSTEM_CLOCK.now_us() - asked_us > MAX_AGE_US:
-            raise LedgerError("what Discord said is old by now, so nothing was changed: try again")
-        now = self.change(messages.READ, limit, at_us, asked_us)
-        left = max(now.remaining, now.uncounted)
-        differs = abs(now.resets_in_us - to_us(limit.reset_after)) > SAME_RESET_US
-        if now.total == limit.total and now.remaining == left and not differs:
-            return now
+def _change(
+    backend: Backend,
+    session: Session,
+    limit: SessionStartLimit,
+    at_us: int,
+    kind: int = messages.UPDATE,
+    asked_us: int | None = None,
+) -> Answers:
+    """Send a limit as it was at ``at_us``, and return what the reply means."""
+    change = session.change_limit(limit, at_us, kind, asked_us)
+    answers = converse(backend, session)
+    if change.error is not None:
+        raise LedgerError(f"{backend!r}: {change.error}")
+    return answers
+
+
+def _take_what_was_read(
+    change: Callable[..., Answers],
+    session: Session,
+    limit: SessionStartLimit,
+    at_us: int,
+    asked_us: int,
+) -> None:
+    """Send a limit that was read, minus the permits that Discord may not have seen."""
+    if SYSTEM_CLOCK.now_us() - asked_us > MAX_AGE_US:
+        raise LedgerError("what Discord said is old by now, so nothing was changed: try again")
+    answers = change(limit, at_us, messages.READ, asked_us)
+    now = session.budget
+    assert now is not None
+    left = max(now.remaining, answers.uncounted or 0)
+    differs = abs(now.resets_in_us - to_us(limit.reset_after)) > SAME_RESET_US
+    if now.total != limit.total or now.remaining != left or differs:
         given = less_starts(limit, max(0, limit.remaining - left))
-        given = replace(given, remaining=min(left, limit.remaining))
-        return self.change(messages.UPDATE, given, at_us)
-
-    def _ask(
-        self, *, limit: Limit | None = None, introduction: Introduction | None = None
-    ) -> Reply:
-        """Send the next request until there is a reply. It is applied once."""
-        self._request = self._request._replace(
-            number=next(self._numbers), limit=limit, introduction=introduction
-        )
-        give_up = time.monotonic() + PATIENCE
-        while True:
-            now_us = SYSTEM_CLOCK.now_us()
-            request = self._request._replace(attempt=next(self._attempts), sent_us=now_us)
-            try:
-                reply = self._backend.ask(request)
-                break
-            except (Busy, Unreachable):
-                if time.monotonic() >= give_up:
-                    raise
-            time.sleep(PAUSE)
-        if reply.status == messages.OK:
-            return reply
-        raise LedgerError(f"{self._backend!r}: {reply.error or 'it was lost meanwhile: try again'}")
+        change(replace(given, remaining=min(left, limit.remaining)), at_us)
 
 
 def _describe(backend: Backend, now: Reply) -> Iterator[str]:
     yield repr(backend)
-    yield f"left     {_left(now)}"
+    yield f"left     {_left(budget_of(now))}"
     yield f"buckets  {now.max_concurrency}"
     yield f"granted  {now.granted}"
 
 
-def _left(now: Reply) -> str:
-    if now.total < 0:
+def _left(left: Budget | None) -> str:
+    if left is None:
         return "not known yet: it is to be read"
-    resets_in = now.resets_in_us / US_PER_SECOND
-    return _written(SessionStartLimit(now.total, now.remaining, resets_in, now.max_concurrency))
+    resets_in = left.resets_in_us / US_PER_SECOND
+    return _written(SessionStartLimit(left.total, left.remaining, resets_in, 1))
 
 
 def _written(limit: SessionStartLimit) -> str:

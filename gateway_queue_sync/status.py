@@ -9,12 +9,13 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 from gateway_queue_sync.environment import public_url, read_secret
-from gateway_queue_sync.errors import LedgerError
+from gateway_queue_sync.errors import GatewayBotError, LedgerError
 from gateway_queue_sync.format import (
     format_count,
     format_duration,
@@ -31,31 +32,55 @@ from gateway_queue_sync.settings import Settings
 FIRST_SHOWN = 5  # waiters of each bucket
 HEADINGS = ("bucket", "opens", "shard", "waits", "since", "due")
 NEVER = "never: the reserve is the whole limit"
+T = TypeVar("T")
 CLEAR = "\x1b[H\x1b[2J"
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return 0, or 1 if there is no account to show."""
+    return use_ledger(arguments, _check, _show_all)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.watch is not None:
+        seconds("--watch", arguments.watch, above=0)
+
+
+def _show_all(backend: Backend, arguments: argparse.Namespace, _: None) -> int:
+    while True:
+        shown = _show(backend, arguments)
+        if arguments.watch is None:
+            return 0 if shown else 1
+        time.sleep(arguments.watch)
+
+
+def use_ledger(
+    arguments: argparse.Namespace,
+    check: Callable[[argparse.Namespace], T],
+    use: Callable[[Backend, argparse.Namespace, T], int],
+) -> int:
+    """Check the options and use the account that they name. Return the exit code.
+
+    ``check`` raises ``ValueError`` or ``OSError``; what it returns is passed to ``use``.
+    """
     try:
-        if arguments.watch is not None:
-            seconds("--watch", arguments.watch, above=0)
-        backend = ledger_of(arguments)
+        checked = check(arguments)
+        backend = _ledger_of(arguments)
     except (TypeError, ValueError, ImportError) as error:
         arguments.error(str(error))  # exits with 2
     except OSError as error:
         print(error, file=sys.stderr)
         return 1
     try:
-        while True:
-            shown = _show(backend, arguments)
-            if arguments.watch is None:
-                return 0 if shown else 1
-            time.sleep(arguments.watch)
+        return use(backend, arguments, checked)
+    except (LedgerError, GatewayBotError) as error:
+        print(error, file=sys.stderr)
+        return 1
     finally:
         backend.close()
 
 
-def ledger_of(arguments: argparse.Namespace) -> Backend:
+def _ledger_of(arguments: argparse.Namespace) -> Backend:
     """Return the backend of the account that the options name.
 
     Raises:

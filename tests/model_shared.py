@@ -610,7 +610,7 @@ class World:
                 if self.quiet or self.random.random() < 0.7:
                     process.can_read = True
                     answer = self.discord_answer(at_us + took_us)
-                    process.session.limit_read(answer, asked_us, process.now_us())
+                    process.session.change_limit(answer, process.now_us(), messages.READ, asked_us)
                 else:
                     process.can_read = False
                     self.after(3 * SECOND, rested)

@@ -235,13 +235,13 @@ def test_a_queue_is_made_within_five_seconds_whatever_its_client_does(
 
 
 def test_a_queue_that_was_just_made_has_no_thread_when_its_process_forks(monkeypatch):
-    ask = remote._ask
+    answer = remote._answer
 
     def lingers(*args):
-        ask(*args)
+        answer(*args)
         time.sleep(0.05)
 
-    monkeypatch.setattr(remote, "_ask", lingers)
+    monkeypatch.setattr(remote, "_answer", lingers)
     with queue_on(MemoryBackend(), **SETTINGS):
         assert "gateway-queue-open" not in {one.name for one in threading.enumerate()}
 

@@ -1098,7 +1098,7 @@ def test_a_limit_that_was_read_and_not_sent_yet_is_not_read_again(alone):
     ledger, session, lines = alone
     session.look()
     request = session.compose(lines, ledger.now_us, can_read=True)
-    session.limit_read(LIMIT, ledger.now_us, ledger.now_us)  # while the request is on its way
+    session.change_limit(LIMIT, ledger.now_us, READ)  # while the request is on its way
     reply = ledger.answer(request)._replace(read=1)
     assert not session.answered(request, reply, ledger.now_us).read
     request = session.compose(lines, ledger.now_us, can_read=True)

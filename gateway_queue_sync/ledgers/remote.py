@@ -24,7 +24,7 @@ from gateway_queue_sync.ledgers.shared import messages
 from gateway_queue_sync.ledgers.shared.answers import Answers, LimitChange, SessionSettings
 from gateway_queue_sync.ledgers.shared.backend import Backend, Busy, Unreachable
 from gateway_queue_sync.ledgers.shared.messages import MAX_COUNTER, Reply, Request
-from gateway_queue_sync.ledgers.shared.session import Session
+from gateway_queue_sync.ledgers.shared.session import Session, budget_of
 from gateway_queue_sync.limits import Budget
 from gateway_queue_sync.lines import Lines, Waiter
 from gateway_queue_sync.models import (
@@ -169,8 +169,8 @@ class RemoteLedger:
         """Have a request answered, in a thread of its own: a client may have no timeout."""
         since_us = SYSTEM_CLOCK.now_us()
         answered: Future[Reply] = Future()
-        args = self.backend, request, answered, since_us
-        thread = threading.Thread(target=_ask, args=args, name="gateway-queue-open", daemon=True)
+        args = self.backend, request, answered
+        thread = threading.Thread(target=_answer, args=args, name="gateway-queue-open", daemon=True)
         start(thread)
         try:
             if wait([answered], min(WARN_AFTER, MAX_OPEN_US / US_PER_SECOND)).not_done:
@@ -269,7 +269,7 @@ class RemoteLedger:
     def read(self, scheduler: Scheduler, limit: SessionStartLimit | None, asked_us: int) -> None:
         """Send a limit that was read with the next request; ``None``: it could not be read."""
         if limit is not None:
-            self._session.limit_read(limit, asked_us, self._now_us())
+            self._session.change_limit(limit, self._now_us(), messages.READ, asked_us)
         scheduler.worker.wake(scheduler)
 
     def update(self, scheduler: Scheduler, limit: SessionStartLimit) -> None:
@@ -569,21 +569,57 @@ class RemoteLedger:
         return error
 
 
-def _ask(backend: Backend, request: Request, answered: Future[Reply], since_us: int) -> None:
-    """Have a request answered; a ledger that is busy has not applied it, and is asked again."""
-    while not answered.cancelled():
+def _answer(backend: Backend, request: Request, answered: Future[Reply]) -> None:
+    """Have a request answered, and complete the future of the reply unless it was cancelled."""
+    try:
+        reply = _ask_patiently(backend, request, answered.cancelled)
+    except BaseException as error:  # noqa: BLE001 - who waits for the answer raises it
+        if answered.set_running_or_notify_cancel():
+            answered.set_exception(error)
+    else:
+        if answered.set_running_or_notify_cancel():
+            answered.set_result(reply)
+
+
+def _ask_patiently(
+    backend: Backend, request: Request, stops: Callable[[], bool] = lambda: False
+) -> Reply:
+    """Have a request answered. A busy ledger has not applied it, and is asked again."""
+    give_up_us = SYSTEM_CLOCK.now_us() + MAX_OPEN_US
+    while True:
+        try:
+            return backend.ask(request)
+        except Busy:
+            if SYSTEM_CLOCK.now_us() >= give_up_us or stops():
+                raise
+        time.sleep(OPEN_PAUSE)
+
+
+def converse(backend: Backend, session: Session) -> Answers:
+    """Send all that a session without waiters has to send. Return what the last reply means.
+
+    Raises:
+        LedgerError: the ledger refuses it, or could not be reached for 5 seconds.
+    """
+    answers, now_us = Answers(), SYSTEM_CLOCK.now_us
+    give_up_us = now_us() + MAX_REQUEST_US
+    while (wake_us := session.wake_us(now_us())) < FOREVER_US:
+        time.sleep(max(0, wake_us - now_us()) / US_PER_SECOND)
+        lines = _OwnLines(Lines(session.max_concurrency), {})
+        request = session.compose(lines, now_us(), can_read=False)
+        if request is None:
+            continue
         try:
             reply = backend.ask(request)
-        except BaseException as error:  # noqa: BLE001 - who waits for the answer raises it
-            if isinstance(error, Busy) and SYSTEM_CLOCK.now_us() - since_us < MAX_OPEN_US:
-                time.sleep(OPEN_PAUSE)
-            elif answered.set_running_or_notify_cancel():
-                answered.set_exception(error)
-                return
-        else:
-            if answered.set_running_or_notify_cancel():
-                answered.set_result(reply)
-            return
+        except (Busy, Unreachable) as error:
+            if now_us() >= give_up_us:
+                raise
+            session.failed(request, error, now_us())
+            continue
+        answers = session.answered(request, reply, now_us())
+        if answers.error is not None:
+            raise LedgerError(f"{backend!r}: {answers.error}")
+    return answers
 
 
 def seen_in(
@@ -594,10 +630,8 @@ def seen_in(
     Of other processes the ledger knows the first two waiters of each line, and how many more there are.
     Without a ``reserve``, that of the process that asked last for a permit counts.
     """
-    look, left = reply.look, None
+    look, left = reply.look, budget_of(reply)
     assert look is not None
-    if reply.total >= 0:
-        left = Budget(reply.total, reply.remaining, reply.resets_in_us)
     outlook = forecast.Outlook(
         now_us=reply.now_us,
         window_us=reply.interval_us + reply.margin_us,
@@ -676,7 +710,7 @@ def look(backend: Backend, settings: Settings) -> Reply:
     interval_us, margin_us, period_us = settings.timings_us
     now_us, lease_us = settings.clock.now_us(), to_us(settings.lease)
     wanted = interval_us, margin_us, period_us, lease_us, settings.reserve
-    reply = backend.ask(Request(1, now_us, "", 1, *wanted, 0, 0, look=1, layout=0))
+    reply = _ask_patiently(backend, Request(1, now_us, "", 1, *wanted, 0, 0, look=1, layout=0))
     if reply.status == messages.REFUSED:
         raise LedgerError(f"{backend!r}: the ledger refuses this process: {reply.error}")
     if reply.status != messages.OK:

@@ -145,18 +145,16 @@ class Session:
             )
         )
 
-    def change_limit(self, limit: SessionStartLimit, now_us: int) -> LimitChange:
-        """Add a new limit to the next request."""
-        return self._change(messages.UPDATE, limit, now_us, now_us)
-
-    def limit_read(self, limit: SessionStartLimit, asked_us: int, now_us: int) -> LimitChange:
-        """Add a limit to the next request that was just read; the read began at ``asked_us``."""
-        return self._change(messages.READ, limit, asked_us, now_us)
-
-    def _change(
-        self, kind: int, limit: SessionStartLimit, asked_us: int, now_us: int
+    def change_limit(
+        self,
+        limit: SessionStartLimit,
+        at_us: int,
+        kind: int = messages.UPDATE,
+        asked_us: int | None = None,
     ) -> LimitChange:
-        change = LimitChange(_limit(kind, limit, asked_us, now_us))
+        """Add a limit as it was at ``at_us`` to the next request; a read of it began at ``asked_us``."""
+        asked_us = at_us if asked_us is None else asked_us
+        change = LimitChange(_limit(kind, limit, asked_us, at_us))
         self._changes.append(change)
         return change
 
@@ -417,9 +415,7 @@ class Session:
         self._reports = deque(one for one in self._reports if one.kind != messages.UNUSED)
 
     def _note_account(self, request: Request, reply: Reply, answers: Answers) -> None:
-        left = None
-        if reply.total >= 0:
-            left = Budget(reply.total, reply.remaining, reply.resets_in_us)
+        left = budget_of(reply)
         answers.limit_changed = reply.limit_result == messages.APPLIED or bool(reply.lost)
         if reply.layout != self._layout or reply.max_concurrency != self.max_concurrency:
             self._relaid = bool(self._stored or request.lines)
@@ -563,6 +559,11 @@ class Session:
         )
         lines = max(1, len(self._waits))
         return forecast.eta_us(outlook, bucket, position, lines, (position + 1) * lines)
+
+
+def budget_of(reply: Reply) -> Budget | None:
+    """Return what is left by a reply; ``None`` if the ledger has no limit."""
+    return None if reply.total < 0 else Budget(reply.total, reply.remaining, reply.resets_in_us)
 
 
 def _waiter(one: Waits, now_us: int) -> Waiter:

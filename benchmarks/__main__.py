@@ -35,7 +35,7 @@ BENCHMARKS: dict[str, ModuleType] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure (or load) what is asked for, print it, and keep and draw it as told."""
+    """Measure (or load) what is asked for, print it, and store and draw it as the options say."""
     arguments = make_parser().parse_args(argv)
     if arguments.load:
         found = json.loads(arguments.load.read_text())

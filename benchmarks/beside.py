@@ -42,7 +42,7 @@ def cases(*, quick: bool) -> list[Case]:
         Case("1,000 futures", "ours", lines.futures_in_line, (1_000,)),
         Case(f"{many:,} futures", "ours", lines.futures_in_line, (many,)),
         Case(f"{some:,} threads", "ours", lines.threads_in_line, (some, 2.0)),
-        Case(f"{some:,} time out at once", "ours", lines.told_by_the_queue, (some,)),
+        Case(f"{some:,} time out at once", "ours", lines.timed_out_acquires, (some,)),
         *(
             Case(str(one), "ours", fleet.start, (OURS, *one[:3], one.stagger))
             for one in (Fleet(64, 16, 0.05), Fleet(1024, 64, 0.05), Fleet(64, 16, 0.05, 1, 0.1))

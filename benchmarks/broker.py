@@ -59,7 +59,7 @@ def run(size: Size, say: Say) -> Result:
     """Measure with more and more clients that stall."""
     if not HAS_PSUTIL:
         return Result(
-            NAME, TITLE, skipped="psutil, which tells what a process uses, is not installed"
+            NAME, TITLE, skipped="psutil, which measures what a process uses, is not installed"
         )
     if not _can_serve():
         return Result(NAME, TITLE, skipped="this version has no `serve` command")
@@ -140,8 +140,8 @@ def _until_all_are_in_line(port: int, count: int) -> None:
     )
     give_up = time.monotonic() + PATIENCE
     while True:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as told:
-            came = sum(int(number) for number in counted.findall(told.read()))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
+            came = sum(int(number) for number in counted.findall(answer.read()))
         if came >= count:
             return
         if time.monotonic() > give_up:
@@ -227,7 +227,7 @@ def _clients(port: int, count: int) -> Iterator[Any]:
 
 
 def be_clients(orders: Any, port: int, count: int) -> None:
-    """Open connections that ask for a permit and wait for it; then tell when answers come."""
+    """Open connections that ask for a permit and wait for it; then report when answers come."""
     asyncio.run(_be_clients(orders, port, count))
 
 

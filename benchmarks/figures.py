@@ -14,7 +14,7 @@ Kind = Literal["ours", "floor", "peer", "naive"]
 
 OURS = "gateway_queue_sync"
 LEAST_TAIL = 200
-"""Of fewer values than that no tail is told: it would be next to the most of them."""
+"""Fewer values have no p99: it would be almost their maximum."""
 
 
 class Tail(NamedTuple):

@@ -25,7 +25,11 @@ TITLE = "Lines"
 SEED = 20261124
 NEVER = 86_400.0  # s: a window that does not end meanwhile
 JOIN, BYTES, CANCEL, GRANT = "join (µs)", "each (KiB)", "cancel (µs)", "grant (µs)"
-TRACED, IDLE, TOLD = "of Python's (KiB)", "CPU while idle (ms)", "the last is told after (ms)"
+TRACED, IDLE, LAST_RETURN = (
+    "of Python's (KiB)",
+    "CPU while idle (ms)",
+    "the last returns after (ms)",
+)
 TASKS = "aiolimiter"
 BARE_FUTURE, BARE_THREADS = "a bare Future in a deque", "bare threads on a lock"
 
@@ -55,9 +59,9 @@ def run(size: Size, say: Say) -> Result:
     futures = _futures(size, say)
     threads = _threads(size, say)
     idle = _idle(size, say)
-    told = _told(size, say)
+    returned = _timeouts(size, say)
     return Result(
-        NAME, TITLE, [futures, threads, idle, told], _targets(size, futures, threads, told)
+        NAME, TITLE, [futures, threads, idle, returned], _targets(size, futures, threads, returned)
     )
 
 
@@ -110,17 +114,17 @@ def _idle(size: Size, say: Say) -> Table:
     return Table(title, at_one_time(cases, size.peers_rounds, say), compared=IDLE)
 
 
-def _told(size: Size, say: Say) -> Table:
+def _timeouts(size: Size, say: Say) -> Table:
     say(f"{size.timing_out} time out at one instant")
     cases = [
-        Case("bare lock.acquire(timeout)", "floor", told_by_a_lock, (size.timing_out,)),
-        Case(OURS, "ours", told_by_the_queue, (size.timing_out,)),
+        Case("bare lock.acquire(timeout)", "floor", timed_out_locks, (size.timing_out,)),
+        Case(OURS, "ours", timed_out_acquires, (size.timing_out,)),
     ]
     title = f"{size.timing_out:,} threads time out at one instant"
-    return Table(title, interleaved(cases, size.rounds, say), compared=TOLD)
+    return Table(title, interleaved(cases, size.rounds, say), compared=LAST_RETURN)
 
 
-def _targets(size: Size, futures: Table, threads: Table, told: Table) -> list[Target]:
+def _targets(size: Size, futures: Table, threads: Table, returned: Table) -> list[Target]:
     few, many = (_many(OURS, count) for count in (size.futures[0], size.futures[-1]))
     bare = threads.value(_many(BARE_THREADS, size.threads[0]), TRACED)
     ours = _many(OURS, size.threads[0])
@@ -147,8 +151,9 @@ def _targets(size: Size, futures: Table, threads: Table, told: Table) -> list[Ta
             2.0 * size.idle / 10,
         ),
         Target(
-            "the last of those timing out is told / the floor's",
-            told.value(OURS, TOLD) / told.value("bare lock.acquire(timeout)", TOLD),
+            "the last of those timing out returns / the floor's",
+            returned.value(OURS, LAST_RETURN)
+            / returned.value("bare lock.acquire(timeout)", LAST_RETURN),
             1.5,
         ),
     ]
@@ -337,7 +342,7 @@ async def _idle_tasks(name: str, count: int, window: float, seconds: float) -> M
 # --- in a process of its own: timing out ----------------------------------------------------------
 
 
-def told_by_the_queue(count: int) -> Measured:
+def timed_out_acquires(count: int) -> Measured:
     """Have many time out of a queue at one instant."""
     queue = LocalQueue(interval=NEVER)
     queue.acquire(0)
@@ -349,10 +354,10 @@ def told_by_the_queue(count: int) -> Measured:
             return
         raise AssertionError("there was a permit")
 
-    return _told_after(wait, count)
+    return _times_out_after(wait, count)
 
 
-def told_by_a_lock(count: int) -> Measured:
+def timed_out_locks(count: int) -> Measured:
     """Have many time out at one instant, each of a lock of its own."""
 
     def wait(timeout: float) -> None:
@@ -360,21 +365,24 @@ def told_by_a_lock(count: int) -> Measured:
         lock.acquire()
         lock.acquire(timeout=timeout)
 
-    return _told_after(wait, count)
+    return _times_out_after(wait, count)
 
 
-def _told_after(wait: Callable[[float], None], count: int) -> Measured:
+def _times_out_after(wait: Callable[[float], None], count: int) -> Measured:
     deadline = time.monotonic() + 0.3 + count / 2_000
-    told: list[float] = []
+    returned: list[float] = []
 
     def time_out() -> None:
         wait(max(0.0, deadline - time.monotonic()))
-        told.append(time.monotonic())
+        returned.append(time.monotonic())
 
     threads = [threading.Thread(target=time_out) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    late = sorted(at - deadline for at in told)
-    return {TOLD: late[-1] * 1e3, "told after, median (ms)": statistics.median(late) * 1e3}
+    late = sorted(at - deadline for at in returned)
+    return {
+        LAST_RETURN: late[-1] * 1e3,
+        "returns after, median (ms)": statistics.median(late) * 1e3,
+    }

@@ -14,8 +14,8 @@ from typing import Any, Self
 HAS_PSUTIL = find_spec("psutil") is not None
 
 NOISE, GRAIN = 0.1, 0.05
-"""How much of a processor others may use before a round counts as noisy, beyond the seconds to which
-it can be told."""
+"""How much of a processor others may use before a round counts as noisy, and the least difference in
+seconds that can be measured."""
 
 
 def describe() -> dict[str, Any]:
@@ -58,7 +58,7 @@ def processor_seconds(pid: int) -> float:
 
 
 class Watch:
-    """Tells how much of a processor others used while it was entered; ``None`` if that is unknown."""
+    """Measures how much of a processor others used in its block; ``None`` if that is unknown."""
 
     others: float | None = None
 

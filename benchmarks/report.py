@@ -36,15 +36,15 @@ def number(value: float) -> str:
 
 def header(found: dict[str, Any]) -> str:
     """Return what was measured on, and whom."""
-    told = [f"{name}: {value}" for name, value in found["machine"].items() if value is not None]
+    text = [f"{name}: {value}" for name, value in found["machine"].items() if value is not None]
     versions = ", ".join(f"{name} {version}" for name, version in found["peers"].items())
-    told.append(f"peers: {versions or 'none are installed (the bench extra)'}")
-    told += [f"  {name}: {how}" for name, how in found["used as"].items()]
-    told.append(
+    text.append(f"peers: {versions or 'none are installed (the bench extra)'}")
+    text += [f"  {name}: {how}" for name, how in found["used as"].items()]
+    text.append(
         "A figure is the median of all rounds (the least–the most of them); p99 is that of all rounds' "
         f"values together, where they are {LEAST_TAIL} at least."
     )
-    return "\n".join(told)
+    return "\n".join(text)
 
 
 def as_text(result: Result) -> str:

@@ -16,7 +16,7 @@ Measured = dict[str, Any]
 """What one round came to: a number or a ``Tail`` by the figure's name, which ends in the unit."""
 
 Say = Callable[[str], None]
-"""Tells whoever waits how far things are."""
+"""Reports progress."""
 
 _PROCESSES = multiprocessing.get_context("spawn")
 

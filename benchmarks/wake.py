@@ -27,8 +27,8 @@ SHORT, SHORTEST = "short (of 100)", "too short by (ms)"
 CLOCK = 2e-6
 """Seconds by which two readings of a clock in microseconds may be off."""
 
-ELSEWHERE = (
-    "Known from elsewhere, on a machine of this type, and not measured here: twilight's InMemoryQueue "
+NOT_MEASURED = (
+    "From other measurements on a machine of this type: twilight's InMemoryQueue "
     "(Rust) wakes 1.3 ms late, its timer has steps of 1 ms; Go's x/time/rate wakes 0.27 ms late, with "
     "30 % of the spacings short."
 )
@@ -67,7 +67,7 @@ def run(size: Size, say: Say) -> Result:
             f"A permit each {size.window * 1e3:.0f} ms, {beside}",
             interleaved(cases, size.rounds, say),
             compared=LATE,
-            note="" if burners else ELSEWHERE,
+            note="" if burners else NOT_MEASURED,
         )
         result.tables.append(table)
         result.targets += _targets(table, beside, alone=not burners)

@@ -49,7 +49,7 @@ def workers() -> set[threading.Thread]:
 
 
 def wait_for_workers(clock: FakeClock | None = None) -> None:
-    """Wait until the workers of queues that were closed have told their ledgers, and ended.
+    """Wait until the workers of closed queues have sent their last requests, and ended.
 
     One whose ledger is out of reach tries again: the clock is moved on for it.
     """

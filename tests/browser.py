@@ -110,7 +110,7 @@ class Browser:
             time.sleep(0.02)
 
     def console(self) -> list[str]:
-        """What the console was told since it was last asked."""
+        """What was written to the console since the last call."""
         return [
             f"{entry['source']}: {entry['message']}" for entry in self.driver.get_log("browser")
         ]

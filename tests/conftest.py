@@ -21,23 +21,23 @@ PATIENCE = 20.0  # s a test waits for what must come; nothing takes that long un
 
 
 class Crew:
-    """Threads that each make one call, and whose outcomes are futures."""
+    """Threads that each make one call, and whose results are futures."""
 
     def __init__(self) -> None:
         self.threads: list[threading.Thread] = []
-        self.returned: list[Any] = []  # outcomes in the order in which the calls returned
+        self.returned: list[Any] = []  # results in the order in which the calls returned
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Call:
         call: Call = Call()
 
         def run() -> None:
             try:
-                outcome = function(*args, **kwargs)
+                result = function(*args, **kwargs)
             except BaseException as error:  # noqa: BLE001
                 call.set_exception(error)
             else:
-                self.returned.append(outcome)
-                call.set_result(outcome)
+                self.returned.append(result)
+                call.set_result(result)
 
         thread = threading.Thread(target=run, daemon=True)
         self.threads.append(thread)
@@ -63,7 +63,7 @@ class Crew:
 
 class Call(Future[Any]):
     def now(self) -> Any:
-        """The outcome of a call that must return without more ado."""
+        """The result of a call that must return without more ado."""
         return self.result(PATIENCE)
 
 

@@ -243,8 +243,8 @@ class Gateway:
         }
         route = routes.get(re.sub(r"^(/api)?(/v\d+)?", "", urlsplit(request.path).path))
         status, body = HTTPStatus.OK, {}
-        told = request.headers.get("Authorization")
-        if (route != routes["/gateway"] and told != f"Bot {TOKEN}") or self.referee.token_reset:
+        sent = request.headers.get("Authorization")
+        if (route != routes["/gateway"] and sent != f"Bot {TOKEN}") or self.referee.token_reset:
             status, body = HTTPStatus.UNAUTHORIZED, {"message": "401: Unauthorized", "code": 0}
         elif route is None:
             status, body = HTTPStatus.NOT_FOUND, {"message": "404: Not Found", "code": 0}

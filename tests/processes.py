@@ -1,4 +1,4 @@
-"""Real processes on one account: told what to do, stopped, killed and restarted by a test.
+"""Real processes on one account: a test gives them commands, and stops, kills and restarts them.
 
 Each notes what it was granted in a file that no ledger knows of: one line, written with one call,
 right after ``acquire`` returned. The clock is the monotonic one that all processes of a machine share.
@@ -146,7 +146,7 @@ def gaps(grants: list[Entry]) -> list[float]:
 
 
 class Worker:
-    """A process with a queue, which does what it is told."""
+    """A process with a queue, which calls what a test asks for."""
 
     def __init__(self, number: int, broker: Broker, audit: Audit) -> None:
         self.number = number
@@ -280,7 +280,7 @@ class Worker:
         self._note_now("ended")
 
     def look_all_the_time(self) -> None:
-        """Look at the account without a pause, as a stranger."""
+        """Look at the account without a pause, as a process without a session."""
         self._begin(self._look_all_the_time)
 
     def _look_all_the_time(self) -> None:
@@ -298,17 +298,17 @@ class Worker:
         self.queue.close()
 
 
-def obey(number: int, broker: Broker, audit: Audit, orders: Any) -> None:
+def run_commands(number: int, broker: Broker, audit: Audit, orders: Any) -> None:
     """Do what the test says, until it says no more."""
     worker = Worker(number, broker, audit)
     with contextlib.suppress(EOFError):
         while (order := orders.recv()) is not None:
             name, args, kwargs = order
             try:
-                outcome = getattr(worker, name)(*args, **kwargs)
+                result = getattr(worker, name)(*args, **kwargs)
             except Exception as error:  # noqa: BLE001 - it is raised in the test
-                outcome = error
-            orders.send(outcome)
+                result = error
+            orders.send(result)
 
 
 def want_ever_more(
@@ -346,7 +346,7 @@ class Process:
     def __init__(self, number: int, broker: Broker, audit: Audit) -> None:
         self.number = number
         self._orders, theirs = FORKED.Pipe()
-        self._process = FORKED.Process(target=obey, args=(number, broker, audit, theirs))
+        self._process = FORKED.Process(target=run_commands, args=(number, broker, audit, theirs))
         self._process.start()
         theirs.close()
 
@@ -356,10 +356,10 @@ class Process:
     def _order(self, name: str, *args: Any, **kwargs: Any) -> Any:
         self._orders.send((name, args, kwargs))
         assert self._orders.poll(PATIENCE), f"process {self.number} does not answer"
-        outcome = self._orders.recv()
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        result = self._orders.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def stop(self) -> None:
         os.kill(self._process.pid, signal.SIGSTOP)

@@ -22,9 +22,9 @@ def test_waiting_greenlets_do_not_block_each_other():
             try:
                 gateway.wait_for(set(range(8)))
                 gateway.revoke()
-                told = json.loads(process.communicate(timeout=PATIENCE)[0])
+                printed = json.loads(process.communicate(timeout=PATIENCE)[0])
             finally:
                 process.kill()
         assert gateway.referee.refusals == []
-    assert told["longest"] < INTERVAL + MARGIN
-    assert told["granted"] == 8 + 1
+    assert printed["longest"] < INTERVAL + MARGIN
+    assert printed["granted"] == 8 + 1

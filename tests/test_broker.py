@@ -1097,18 +1097,18 @@ def test_the_snapshot_is_told_as_it_is_in_python(client, queue, clock):
     client("/?shard=3")
     wait_for_line(queue, 1)
     clock.advance(1.0)
-    told = json.loads(client("/status.json").read()[2])
-    assert told == json.loads(json.dumps(asdict(queue.snapshot())))
-    assert told["buckets"][0]["shards"] == [{"shard_id": 3, "waited": 1.0, "eta": 4.25}]
-    assert told["limit"]["remaining"] == 999
+    shown = json.loads(client("/status.json").read()[2])
+    assert shown == json.loads(json.dumps(asdict(queue.snapshot())))
+    assert shown["buckets"][0]["shards"] == [{"shard_id": 3, "waited": 1.0, "eta": 4.25}]
+    assert shown["limit"]["remaining"] == 999
 
 
 def test_the_latest_grants_are_told(client, clock):
     assert client("/?shard=7").granted
     clock.advance(2.0)
-    told = json.loads(client("/recent.json").read()[2])
-    assert told.pop("grants") == [{"shard_id": 7, "bucket": 0, "ago": 2.0}]
-    assert told == {"window": WINDOW, "reserve": 0}
+    shown = json.loads(client("/recent.json").read()[2])
+    assert shown.pop("grants") == [{"shard_id": 7, "bucket": 0, "ago": 2.0}]
+    assert shown == {"window": WINDOW, "reserve": 0}
 
 
 def test_the_metrics_are_prometheus(client, queue, clock, short_tarpit):
@@ -1260,9 +1260,9 @@ def test_a_ledger_out_of_reach_is_not_healthy_and_the_log_alone_says_why(
             time.sleep(0.15)
         assert status == 503
         assert json.loads(body) == {"error": "the state is unreachable"}
-    told = [text for text in caplog.messages if "the state is unreachable" in text]
-    assert len(told) == 1
-    assert "state.sqlite3" in told[0]
+    logged = [text for text in caplog.messages if "the state is unreachable" in text]
+    assert len(logged) == 1
+    assert "state.sqlite3" in logged[0]
 
 
 def test_what_a_client_says_cannot_forge_log_lines(client, caplog):

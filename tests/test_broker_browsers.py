@@ -91,7 +91,7 @@ await fetch(`${CONTROL}/done`, { mode: "no-cors" });
 
 
 class Attacker:
-    """A server of pages; once it is told to, it passes all further connections on to a broker."""
+    """A server of pages. A test can make it pass all further connections on to a broker."""
 
     def __init__(self, page: str = "", broker: int | None = None) -> None:
         self.page = page.encode()

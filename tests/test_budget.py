@@ -690,7 +690,7 @@ def test_an_interrupt_at_any_point_of_a_call_that_reads_the_limit_ends_no_reads(
         with contextlib.suppress(ZeroDivisionError):
             queue.acquire(0)
 
-    def check(outcome, injector):
+    def check(result, injector):
         clock.advance(600)
         started.clear()
         call()
@@ -922,7 +922,7 @@ def test_an_update_that_is_interrupted_anywhere_wakes_those_who_wait_or_did_noth
         queue = spent(account, clock)
         (call,) = in_line(queue, crew, clock, [0])
 
-    def check(outcome, injector):
+    def check(result, injector):
         if queue.snapshot().limit.total == 10:
             queue.update(limit(1000, 1000, DAY))  # the interrupt came before anything was done
         assert call.now().remaining == 999, injector.where
@@ -934,7 +934,7 @@ def test_an_update_that_is_interrupted_anywhere_wakes_those_who_wait_or_did_noth
     assert points > 4
 
 
-# --- what observers are told ----------------------------------------------------------------------
+# --- what observers get ---------------------------------------------------------------------------
 
 
 def test_observers_hear_of_the_end_and_of_new_limits(account, clock):

@@ -26,7 +26,7 @@ import gateway_queue_sync
 from gateway_queue_sync import demo
 from gateway_queue_sync.cli import main
 from gateway_queue_sync.demo import display, fleet, gateway
-from gateway_queue_sync.demo.fleet import Outcome
+from gateway_queue_sync.demo.fleet import Result
 from gateway_queue_sync.demo.summary import summary
 from gateway_queue_sync.testing import FakeClock, Referee, Refusal
 
@@ -250,7 +250,7 @@ def test_ctrl_c_ends_it_at_once() -> None:
 def test_ctrl_c_leaves_no_shard_behind(
     options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def show(display: object, outcomes: object) -> None:
+    def show(display: object, results: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(display.LineDisplay, "show", show)
@@ -373,8 +373,8 @@ def test_summary_of_a_run_by_the_rules() -> None:
     referee.identify(1)
     clock.advance(0.526)
     referee.identify(2)
-    outcomes = [Outcome(0, 0.01), Outcome(1, 0.01), Outcome(2, 0.536)]
-    assert summary(outcomes, referee, 0.5) == (
+    results = [Result(0, 0.01), Result(1, 0.01), Result(2, 0.536)]
+    assert summary(results, referee, 0.5) == (
         "\n"
         "All shards started, and no rule was broken.\n"
         "  shards started  3 of 3\n"
@@ -385,8 +385,8 @@ def test_summary_of_a_run_by_the_rules() -> None:
 
 
 def test_summary_counts_the_reasons_of_failures() -> None:
-    outcomes = [Outcome(shard, 0.1, failure="it rained") for shard in range(2)]
-    text = summary([*outcomes, Outcome(2, 0.2)], Referee(3), 5)
+    results = [Result(shard, 0.1, failure="it rained") for shard in range(2)]
+    text = summary([*results, Result(2, 0.2)], Referee(3), 5)
     assert "Not all shards started." in text
     assert "shortest gap    - in a bucket" in text
     assert text.endswith("\n  failed          2: it rained")

@@ -131,21 +131,21 @@ def find_redis(request):
 
 def at_once(count, call):
     """Return what a call returns or raises, in so many threads at once."""
-    barrier, outcomes = threading.Barrier(count), []
+    barrier, results = threading.Barrier(count), []
 
     def run():
         barrier.wait()
         try:
-            outcomes.append(call())
+            results.append(call())
         except Exception as error:  # noqa: BLE001
-            outcomes.append(error)
+            results.append(error)
 
     threads = [threading.Thread(target=run) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return outcomes
+    return results
 
 
 # --- many at once ---------------------------------------------------------------------------------
@@ -191,8 +191,8 @@ def test_fault_15_processes_of_a_fleet_read_once(kind, request, discord, tmp_pat
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(16)
     ]
-    outcomes = [process.communicate(timeout=60) for process in fleet]
-    assert outcomes == [("900\n", "")] * 16
+    results = [process.communicate(timeout=60) for process in fleet]
+    assert results == [("900\n", "")] * 16
     assert (len(discord.times), discord.refused) == (1, 0)
 
 

@@ -89,11 +89,11 @@ def test_futures_and_threads_stand_in_one_line(account, clock, crew):
     (third,) = in_line(queue, crew, clock, [3])
     ahead = queue.enqueue(4, priority=60.0)
     assert order(queue.snapshot()) == [4, 1, 2, 3]
-    for outcome, parked in ((ahead, 2), (first, 2), (second, 1), (third, 1)):
+    for future, parked in ((ahead, 2), (first, 2), (second, 1), (third, 1)):
         clock.settle(parked)
-        assert not outcome.done()
+        assert not future.done()
         clock.advance(WINDOW)
-        outcome.result(10)
+        future.result(10)
 
 
 def test_one_thread_serves_all_and_is_gone_when_nobody_waits(account, clock):

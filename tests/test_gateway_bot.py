@@ -39,7 +39,7 @@ LIMIT = {"total": 1000, "remaining": 998, "reset_after": 3_600_000, "max_concurr
 BODY = {"url": "wss://gateway.discord.gg", "shards": 9, "session_start_limit": LIMIT}
 
 
-# --- a server that answers as it is told ----------------------------------------------------------
+# --- a server whose answers a test sets -----------------------------------------------------------
 
 
 def answer(body, status=200, *, reason=None, length=None, **headers):
@@ -126,7 +126,7 @@ class Server(ThreadingHTTPServer):
         self.answers = deque()
 
     def handle_error(self, request, client_address):
-        pass  # the client hung up; what that means is told by the client's error
+        pass  # the client hung up; its error says what that means
 
     @property
     def url(self):

@@ -204,7 +204,7 @@ def far(proxy):
 
 
 def test_a_permit_that_nobody_hears_of_is_given_back(broker, proxy, far):
-    """Its caller gave up before; the ledger is told with the next call."""
+    """Its caller gave up before; the next call says so to the ledger."""
     proxy.always = Fault.LOST
     with pytest.raises(LedgerError):
         far.acquire(1, timeout=0.3)

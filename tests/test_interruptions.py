@@ -87,12 +87,12 @@ def run_interrupted_everywhere(call, check, prepare=lambda: None):
         sys._getframe().f_trace_opcodes = True  # from 3.12 on, no frame reports any otherwise
         sys.settrace(injector)
         try:
-            outcome = call()
+            result = call()
         except Interrupt:
-            outcome = None
+            result = None
         finally:
             sys.settrace(tracer)
-        check(outcome, injector)
+        check(result, injector)
         hit += bool(injector.where)
         missed = 0 if injector.where else missed + 1
         if missed == 5:  # some interpreters report nothing now and then
@@ -104,10 +104,10 @@ def tracks_what_is_lost(queue, clock=None):
     lost = []
     total = queue.snapshot().limit.total
 
-    def check(outcome, injector):
+    def check(result, injector):
         assert is_whole(queue), injector.where
-        if outcome is not None:
-            outcome.unused()
+        if result is not None:
+            result.unused()
         if clock is not None:
             clock.advance(60)
         missing = total - queue.snapshot().limit.remaining
@@ -140,7 +140,7 @@ def test_an_interrupt_at_any_point_of_a_try(clock):
         with pytest.raises(AcquireTimeout):
             queue.acquire(0, timeout=0)
 
-    def check(outcome, injector):
+    def check(result, injector):
         assert is_whole(queue), injector.where
         clock.advance(60)
 
@@ -158,8 +158,8 @@ def test_an_interrupt_at_any_point_of_a_try_after_a_change_of_buckets_opens_none
         queue.acquire(0)
         queue.update(limit(10**6, 10**6, max_concurrency=buckets[0]))
 
-    def check(outcome, injector):
-        assert outcome is None
+    def check(result, injector):
+        assert result is None
         assert queue.try_acquire(0) is None, injector.where
         assert is_whole(queue), injector.where
 
@@ -181,7 +181,7 @@ def test_an_interrupt_at_any_point_of_a_wait():
         threads.append(threading.Thread(target=behind))
         threads[-1].start()
 
-    def check(outcome, injector):
+    def check(result, injector):
         threads[-1].join(20)
         assert not threads[-1].is_alive(), f"whoever was behind is stuck: {injector.where}"
         assert is_whole(queue), injector.where
@@ -204,7 +204,7 @@ def test_an_interrupt_at_any_point_of_a_report_leaves_it_whole(clock, report):
         clock.advance(2000)
         permits.append(queue.acquire(0))
 
-    def check(outcome, injector):
+    def check(result, injector):
         permit = permits.pop()
         getattr(permit, report)()  # what a user does who does not know
         assert permit.reported.value == report, injector.where
@@ -238,7 +238,7 @@ def test_an_interrupt_at_any_point_of_giving_back_wakes_who_waits_for_it(clock, 
         held.append(queue.acquire(0))
         held.append(in_line(queue, crew, clock, [1])[0])
 
-    def check(outcome, injector):
+    def check(result, injector):
         waiter, permit = held.pop(), held.pop()
         permit.unused()
         assert wait([waiter], 5).done, injector.where
@@ -262,7 +262,7 @@ def test_an_interrupt_at_any_point_of_an_update_wakes_who_waits_for_it(clock, cr
         clock.advance(120)
         waiters.extend(in_line(queue, crew, clock, [0, 1]))
 
-    def check(outcome, injector):
+    def check(result, injector):
         if queue.snapshot().limit.remaining == 0 and queue.snapshot().waiting == 2:
             queue.update(
                 limit(10, 10, 1e5, max_concurrency=2)
@@ -301,7 +301,7 @@ def test_an_interrupt_at_any_point_of_a_call_of_a_future_leaves_no_lock_behind(c
         with contextlib.suppress(TimeoutError):
             getattr(futures[-1], method)(*arguments)
 
-    def check(outcome, injector):
+    def check(result, injector):
         future = futures.pop()
         assert queue.snapshot().waiting == (not future.cancelled()), injector.where
         others = [threading.Thread(target=future.cancel, daemon=True) for _ in range(2)]

@@ -33,8 +33,8 @@ def log(caplog):
     return caplog
 
 
-def told(log, logger=SHARDS):
-    """What the log was told, but for the time of day."""
+def logged(log, logger=SHARDS):
+    """What was logged, but for the time of day."""
     return [
         re.sub(r" \((\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d\)", "", record.getMessage())
         for record in log.records
@@ -53,12 +53,12 @@ def test_a_long_wait_is_told_when_it_begins_and_when_it_ends(account, clock, cre
     queue = account.local(clock=clock)
     queue.acquire(0)
     in_line(queue, crew, clock, range(1, 7))
-    assert told(log) == ["shard 6 waits in bucket 0: 5 before it, its permit is due in 31.5 s"]
+    assert logged(log) == ["shard 6 waits in bucket 0: 5 before it, its permit is due in 31.5 s"]
     for left in range(5, -1, -1):
         clock.advance(WINDOW)
         clock.settle(left)
     crew.join()
-    (line,) = told(log)[1:]
+    (line,) = logged(log)[1:]
     assert line.startswith("shard 6 has its permit, after 31.5 s")
     assert levels(log) == {"INFO"}
 
@@ -70,7 +70,7 @@ def test_each_shard_is_told_of_once(account, clock, crew, log):
     clock.settle(1)
     clock.advance(WINDOW)
     crew.join()
-    assert told(log) == [
+    assert logged(log) == [
         "shard 0 waits in bucket 0: 0 before it, its permit is due in 50.0 s",
         "shard 1 waits in bucket 0: 1 before it, its permit is due in 55.2 s",
         "shard 0 has its permit, after 50.0 s; 999 session starts are left",
@@ -95,7 +95,7 @@ def test_a_wait_that_nobody_foresaw_to_be_long_is_told_at_its_end(account, clock
     clock.settle(1)
     clock.advance(100)
     call.now()
-    assert told(log) == ["shard 1 has its permit, after 1 min 40 s; 999 session starts are left"]
+    assert logged(log) == ["shard 1 has its permit, after 1 min 40 s; 999 session starts are left"]
 
 
 def test_a_wait_that_ends_sooner_than_foretold_is_told_at_its_end(account, clock, crew, log):
@@ -103,7 +103,7 @@ def test_a_wait_that_ends_sooner_than_foretold_is_told_at_its_end(account, clock
     (call,) = in_line(queue, crew, clock, [1])
     queue.update(limit())
     call.now()
-    assert told(log)[1:] == ["shard 1 has its permit, after 0.0 s; 999 session starts are left"]
+    assert logged(log)[1:] == ["shard 1 has its permit, after 0.0 s; 999 session starts are left"]
 
 
 def test_who_leaves_without_a_permit_is_told_of_too(account, clock, crew, log):
@@ -119,7 +119,7 @@ def test_who_leaves_without_a_permit_is_told_of_too(account, clock, crew, log):
     clock.settle(1)
     clock.advance(5)
     assert isinstance(call.exception(10), AcquireTimeout)
-    assert told(log)[3:] == [
+    assert logged(log)[3:] == [
         "shard 3 has left its line without a permit, after 35.0 s (cancelled)",
         "shard 1 has left its line without a permit, after 40.0 s (timeout)",
     ]
@@ -131,7 +131,7 @@ def test_who_does_not_stay_for_long_is_not_told_of(account, clock, crew, log):
     clock.advance(30)
     assert isinstance(call.exception(10), AcquireTimeout)
     assert queue.try_acquire(2) is None
-    assert told(log) == []
+    assert logged(log) == []
 
 
 def test_those_who_are_let_go_by_close_are_not_told_of_each(account, clock, log):
@@ -141,7 +141,7 @@ def test_those_who_are_let_go_by_close_are_not_told_of_each(account, clock, log)
     clock.advance(40)
     queue.close()
     clock.settle(0)
-    assert len(told(log)) == 1
+    assert len(logged(log)) == 1
 
 
 @memory
@@ -149,8 +149,8 @@ def test_a_mass_start_is_told_in_a_screen_of_lines(account, clock, log):
     """The first five of a minute, then each that doubles their number."""
     queue = account.large(limit(5000, 0, 100.0, max_concurrency=2000), clock=clock)
     futures = [queue.enqueue(shard_id) for shard_id in range(2000)]
-    assert len(told(log)) == 5 + len(["8", "16", "32", "64", "128", "256", "512", "1024"])
-    assert told(log)[-1] == (
+    assert len(logged(log)) == 5 + len(["8", "16", "32", "64", "128", "256", "512", "1024"])
+    assert logged(log)[-1] == (
         "shard 1023 waits in bucket 1023: 0 before it, its permit is due in 1 min 40 s; "
         "511 similar lines skipped"
     )
@@ -158,8 +158,8 @@ def test_a_mass_start_is_told_in_a_screen_of_lines(account, clock, log):
     clock.advance(100)
     for future in futures:
         future.result(10)
-    (*_, last) = told(log)[13:]
-    assert len(told(log)) == 2 * 13
+    (*_, last) = logged(log)[13:]
+    assert len(logged(log)) == 2 * 13
     assert last.startswith("shard 1023 has its permit, after 1 min 40 s; ")
     assert last.endswith("left; 511 similar lines skipped")
 
@@ -170,7 +170,7 @@ def test_futures_are_told_of_as_threads_are(account, clock, log):
     clock.settle(0)
     clock.advance(100)
     future.result(10)
-    assert [line.split(",")[0] for line in told(log)] == [
+    assert [line.split(",")[0] for line in logged(log)] == [
         "shard 6 waits in bucket 2: 0 before it",
         "shard 6 has its permit",
     ]
@@ -182,13 +182,13 @@ def test_an_observer_hears_all_and_the_log_only_what_is_long(account, clock, cre
     queue.acquire(0)
     in_line(queue, crew, clock, range(1, 7))
     assert len([event for event in events if isinstance(event, ShardWaiting)]) == 6
-    assert len(told(log)) == 1
+    assert len(logged(log)) == 1
     for left in range(5, -1, -1):
         clock.advance(WINDOW)
         clock.settle(left)
     crew.join()
     assert len([event for event in events if isinstance(event, ShardGranted)]) == 7
-    assert len(told(log)) == 2
+    assert len(logged(log)) == 2
 
 
 def test_whoever_does_not_listen_pays_nothing(account, clock, crew, caplog, monkeypatch):
@@ -203,7 +203,7 @@ def test_whoever_does_not_listen_pays_nothing(account, clock, crew, caplog, monk
     clock.settle(1)
     clock.advance(100 - WINDOW)
     calls[1].now()
-    assert not told(caplog)
+    assert not logged(caplog)
 
 
 @memory
@@ -303,7 +303,7 @@ def test_a_permit_is_told_of_once_even_if_the_buckets_are_laid_out_anew_meanwhil
         if clock.next_in is not None:
             clock.advance(clock.next_in)
     assert heard.count(ShardGranted) == 1
-    assert len([line for line in told(log) if "has its permit" in line]) == 1
+    assert len([line for line in logged(log) if "has its permit" in line]) == 1
 
 
 @shared
@@ -315,9 +315,9 @@ def test_the_position_counts_those_of_all_processes(account, clock, crew, log):
     first.now()  # with this request the ledger has heard of those behind it
     clock.settle(4)
     in_line(other, crew, clock, [7])
-    assert told(log) == []
+    assert logged(log) == []
     in_line(other, crew, clock, [8])
-    assert told(log) == ["shard 8 waits in bucket 0: 5 before it, its permit is due in 31.5 s"]
+    assert logged(log) == ["shard 8 waits in bucket 0: 5 before it, its permit is due in 31.5 s"]
     one.close()
     other.close()
 
@@ -336,9 +336,9 @@ def test_many_who_come_at_once_do_not_ask_the_ledger_for_the_log_each(
         queue.enqueue(shard_id)
         clock.settle(0)
     assert len(requests) <= 2
-    positions = [int(re.search(r"(\d+) before", line)[1]) for line in told(log)]
+    positions = [int(re.search(r"(\d+) before", line)[1]) for line in logged(log)]
     assert positions == [5, 6, 7, 8, 9, 12, 20, 36]
-    assert told(log)[-1].endswith("its permit is due in 3 min 14 s; 15 similar lines skipped")
+    assert logged(log)[-1].endswith("its permit is due in 3 min 14 s; 15 similar lines skipped")
     queue.close()
 
 
@@ -350,11 +350,11 @@ def test_a_budget_that_runs_low_is_warned_of_once_where_nobody_waits(account, cl
     for shard_id in range(17):
         with queue.acquire(shard_id):
             pass
-    assert told(log, BUDGET) == []
+    assert logged(log, BUDGET) == []
     for shard_id in range(17, 20):
         with queue.acquire(shard_id):
             pass
-    assert told(log, BUDGET) == [
+    assert logged(log, BUDGET) == [
         "the session start limit runs low: 12 of 30 left, reserve 10; it resets in 10 min 0 s"
     ]
     assert levels(log) == {"WARNING"}
@@ -371,7 +371,7 @@ def test_a_budget_that_runs_low_is_warned_of_where_buckets_are_free(
         if way == "enqueue":
             permit = permit.result(10)
         assert permit.shard_id == shard_id
-    assert told(log, BUDGET) == [
+    assert logged(log, BUDGET) == [
         "the session start limit runs low: 10 of 100 left, reserve 0; it resets in 10 min 0 s"
     ]
 
@@ -384,12 +384,12 @@ def test_a_budget_that_stays_low_is_warned_of_once_whatever_is_updated_or_given_
         queue.acquire(shard_id)
         queue.acquire(8 + shard_id).unused()
         queue.update(limit(100, 11, 600.0, max_concurrency=64))
-    assert len(told(log, BUDGET)) == 1
+    assert len(logged(log, BUDGET)) == 1
     queue.update(limit(100, 100, 600.0, max_concurrency=64))
     queue.acquire(20)
     queue.update(limit(100, 10, 600.0, max_concurrency=64))
     queue.acquire(21)
-    assert len(told(log, BUDGET)) == 2
+    assert len(logged(log, BUDGET)) == 2
 
 
 def test_a_budget_that_stays_used_up_is_warned_of_when_its_reset_moves(account, clock, log):
@@ -398,11 +398,11 @@ def test_a_budget_that_stays_used_up_is_warned_of_when_its_reset_moves(account, 
         queue.update(limit(1000, 0, reset_after))
         assert queue.try_acquire(0) is None
     clock.settle(0)
-    assert len(told(log, BUDGET)) == 1
+    assert len(logged(log, BUDGET)) == 1
     queue.update(limit(1000, 0, 661.0))
     assert queue.try_acquire(0) is None
     clock.settle(0)
-    assert len(told(log, BUDGET)) == 2
+    assert len(logged(log, BUDGET)) == 2
 
 
 def test_a_budget_that_is_used_up_is_warned_of_once_where_it_raises(account, clock, log):
@@ -411,7 +411,7 @@ def test_a_budget_that_is_used_up_is_warned_of_once_where_it_raises(account, clo
         with pytest.raises(SessionLimitExhausted):
             queue.acquire(0)
     clock.settle(0)
-    (line,) = told(log, BUDGET)
+    (line,) = logged(log, BUDGET)
     assert line.startswith("the session start limit is used up (0 left, reserve 0)")
 
 
@@ -421,7 +421,7 @@ def test_a_budget_that_runs_low_is_warned_of_where_nobody_reports(account, clock
     in_line(queue, crew, clock, [1, 2])
     clock.advance(WINDOW)
     clock.settle(1)
-    assert told(log, BUDGET) == [
+    assert logged(log, BUDGET) == [
         "the session start limit runs low: 100 of 1000 left, reserve 0; it resets in 10 min 0 s"
     ]
     queue.close()
@@ -434,7 +434,7 @@ def test_each_period_has_a_warning_of_its_own(account, clock, log):
     clock.advance(100)
     for shard_id in range(2, 11):
         queue.acquire(shard_id).sent()
-    assert [line.split(";")[0] for line in told(log, BUDGET)] == [
+    assert [line.split(";")[0] for line in logged(log, BUDGET)] == [
         "the session start limit runs low: 1 of 10 left, reserve 0"
     ] * 2
 
@@ -442,7 +442,7 @@ def test_each_period_has_a_warning_of_its_own(account, clock, log):
 def test_a_budget_that_is_used_up_is_no_longer_low(account, clock, crew, log):
     queue = account.large(limit(1000, 0, 600.0), clock=clock)
     in_line(queue, crew, clock, [0])
-    (line,) = told(log, BUDGET)
+    (line,) = logged(log, BUDGET)
     assert line.startswith("the session start limit is used up (0 left, reserve 0)")
     queue.close()
 

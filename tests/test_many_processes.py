@@ -337,7 +337,7 @@ def test_each_period_has_exactly_its_budget(fleet, reserve, periods):
 
 
 def test_a_crash_loop_gets_no_more_than_what_was_left(fleet):
-    """Each start is told what Discord said before the first one."""
+    """Each start gets the limit that Discord sent before the first one."""
     left = limit(10, 7, 600.0, buckets=16)
     fleet.begin(0, left, **TINY)
     how = {"when_exhausted": "raise", **TINY}
@@ -402,8 +402,8 @@ def test_a_queue_that_is_closed_leaves_other_processes_alone(fleet):
     fleet.line_up((closed.acquire, 0), (closed.acquire, 1), (other.acquire, 2))
     closed.close()
     fleet.await_granted(1)
-    outcomes = Counter((entry.process, entry.what) for entry in fleet.audit.read())
-    assert outcomes == {(closed.number, "QueueClosed"): 2, (other.number, "granted"): 1}
+    results = Counter((entry.process, entry.what) for entry in fleet.audit.read())
+    assert results == {(closed.number, "QueueClosed"): 2, (other.number, "granted"): 1}
 
 
 def test_who_waited_in_a_closed_queue_is_gone_for_others_at_once(fleet):
@@ -425,7 +425,7 @@ def test_who_gives_up_while_the_one_before_is_granted_waits_no_longer(fleet):
     one.delay_take(start=fleet.opens - 0.01, delay=0.2)
     fleet.line_up((one.acquire, 0))
     fleet.line_up((one.acquire, 1), timeout=fleet.opens + 0.1 - time.monotonic())
-    until(lambda: fleet.audit.read("granted", "AcquireTimeout")[1:], "both outcomes")
+    until(lambda: fleet.audit.read("granted", "AcquireTimeout")[1:], "both results")
     until(lambda: one.snapshot().waiting == 0, "an empty line", within=LOADED)
 
 

@@ -28,7 +28,7 @@ class Waiter:
     shard_id: int
     position: tuple[int, int]
     deadline: int | None
-    outcome: Future
+    future: Future
     threaded: bool
 
 
@@ -115,23 +115,23 @@ class Machine(RuleBasedStateMachine):
         granted, late = self.model.move()
         self.clock.settle(sum(waiter.threaded for waiter in self.model.waiters))
         for waiter, bucket, before in granted:
-            permit = waiter.outcome.result(20)
+            permit = waiter.future.result(20)
             assert (permit.shard_id, permit.bucket) == (waiter.shard_id, bucket)
             self.hold(permit, bucket, before)
         for waiter in late:
-            assert isinstance(waiter.outcome.exception(20), AcquireTimeout)
-        assert not any(waiter.outcome.done() for waiter in self.model.waiters)
+            assert isinstance(waiter.future.exception(20), AcquireTimeout)
+        assert not any(waiter.future.done() for waiter in self.model.waiters)
 
     def hold(self, permit, bucket, before):
         model = self.model
         self.held.append(Held(permit, bucket, model.now, before, model.period, model.layout))
 
-    def join(self, shard_id, priority, timeout, outcome, threaded):
+    def join(self, shard_id, priority, timeout, future, threaded):
         self.serial += 1
         now = self.model.now
         deadline = None if timeout is None else now + round(timeout * 1e6)
         position = (now - round(priority * 1e6), self.serial)
-        self.model.waiters.append(Waiter(shard_id, position, deadline, outcome, threaded))
+        self.model.waiters.append(Waiter(shard_id, position, deadline, future, threaded))
         self.settle()
 
     @rule(
@@ -140,16 +140,16 @@ class Machine(RuleBasedStateMachine):
         timeout=st.sampled_from([None, None, 0, 2.0, 5.25, 11.0]),
     )
     def acquire(self, shard_id, priority, timeout):
-        outcome = Future()
+        future = Future()
 
         def run():
             try:
-                outcome.set_result(self.queue.acquire(shard_id, timeout, priority=priority))
+                future.set_result(self.queue.acquire(shard_id, timeout, priority=priority))
             except BaseException as error:  # noqa: BLE001
-                outcome.set_exception(error)
+                future.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
-        self.join(shard_id, priority, timeout, outcome, threaded=True)
+        self.join(shard_id, priority, timeout, future, threaded=True)
 
     @rule(shard_id=st.integers(0, 8), priority=st.sampled_from([0.0, 0.0, 3.0, 20.0, -4.0]))
     def enqueue(self, shard_id, priority):
@@ -177,7 +177,7 @@ class Machine(RuleBasedStateMachine):
     def cancel(self, data):
         futures = [waiter for waiter in self.model.waiters if not waiter.threaded]
         waiter = data.draw(st.sampled_from(futures))
-        assert waiter.outcome.cancel()
+        assert waiter.future.cancel()
         self.model.waiters.remove(waiter)
         self.settle()
 
@@ -245,7 +245,7 @@ class Machine(RuleBasedStateMachine):
             return
         self.queue.close()
         for waiter in self.model.waiters:
-            assert isinstance(waiter.outcome.exception(20), QueueClosed)
+            assert isinstance(waiter.future.exception(20), QueueClosed)
         self.clock.settle(0)
         assert self.queue.snapshot().waiting == 0
 

@@ -85,9 +85,9 @@ def reach(browser: Browser, state: str) -> None:
 def drop_failed_requests(browser: Browser) -> int:
     """Leave the page, and return how many of its requests failed, which the console tells of anyhow."""
     browser.driver.get("about:blank")
-    told = browser.console()
-    assert all(line.startswith("network: ") and "Failed to load" in line for line in told), told
-    return len(told)
+    lines = browser.console()
+    assert all(line.startswith("network: ") and "Failed to load" in line for line in lines), lines
+    return len(lines)
 
 
 def lasting(seconds: float) -> str:
@@ -344,8 +344,8 @@ def test_a_broker_that_is_gone_and_comes_back(browser: Browser, clock: FakeClock
         look_again(browser, "gone")
         assert browser.text("#trouble strong") == "Broker unavailable"
         assert "it does not answer" in browser.text("#trouble")
-        told = browser.run("return Date.parse(document.querySelector('#trouble-since').dateTime)")
-        assert since <= told <= browser.run("return Date.now()")
+        shown = browser.run("return Date.parse(document.querySelector('#trouble-since').dateTime)")
+        assert since <= shown <= browser.run("return Date.now()")
         assert browser.text("#trouble-since") in browser.text("#trouble")
         assert browser.text("#waiting") == "8"
         assert browser.find("#waiting").value_of_css_property("color") != colour
@@ -355,7 +355,7 @@ def test_a_broker_that_is_gone_and_comes_back(browser: Browser, clock: FakeClock
             assert browser.find("#waiting").value_of_css_property("color") == colour
         look_again(browser, "gone")
         again = browser.run("return Date.parse(document.querySelector('#trouble-since').dateTime)")
-        assert again > told
+        assert again > shown
     assert drop_failed_requests(browser)
 
 

@@ -303,7 +303,7 @@ def test_a_report_that_is_interrupted_anywhere_is_booked_or_can_be_repeated(
         (call,) = in_line(queue, crew, clock, [0])
         clock.advance(1)
 
-    def check(outcome, injector):
+    def check(result, injector):
         if permit.reported is None:
             getattr(permit, report.value)()
         if report is Report.UNUSED:
@@ -512,10 +512,10 @@ def test_a_slow_observer_costs_nobody_spacing(account, clock):
 
 
 def test_a_free_bucket_makes_a_finished_future_where_somebody_observes_too(account, clock):
-    told = []
-    queue = account.local(clock=clock, observer=told.append)
+    events = []
+    queue = account.local(clock=clock, observer=events.append)
     assert queue.enqueue(3).result(10).shard_id == 3
-    assert [(event.shard_id, event.waited) for event in told] == [(3, 0.0)]
+    assert [(event.shard_id, event.waited) for event in events] == [(3, 0.0)]
     assert queue.snapshot().waiting == 0
 
 
@@ -540,11 +540,11 @@ def test_whose_permit_is_being_told_of_waits_no_more(account, clock, crew):
 
 @memory
 def test_a_waiter_whose_permit_was_voided_stands_in_its_line_once(account, clock, crew):
-    told = []
+    events = []
 
     def observer(event):
-        if isinstance(event, ShardGranted) and event.shard_id == 2 and not told:
-            told.append(event)
+        if isinstance(event, ShardGranted) and event.shard_id == 2 and not events:
+            events.append(event)
             in_line(queue, crew, clock, [4], priority=100.0)
             queue.update(limit(max_concurrency=2))
 
@@ -582,11 +582,11 @@ def test_settling_waits_for_those_who_tell_their_observer(account, clock, crew):
 def test_an_observer_slower_than_the_window_holds_up_its_line_and_nobody_for_ever(
     account, clock, crew
 ):
-    told = []
+    events = []
 
     def observer(event):
         if isinstance(event, ShardGranted):
-            told.append(event.shard_id)
+            events.append(event.shard_id)
             clock.advance(2 * WINDOW)
 
     queue = account.local(clock=clock, observer=observer)
@@ -596,18 +596,18 @@ def test_an_observer_slower_than_the_window_holds_up_its_line_and_nobody_for_eve
         clock.settle(left + 1)
         clock.advance(WINDOW)
         call.now()
-    assert told == [0, 1, 2, 3]
+    assert events == [0, 1, 2, 3]
     assert queue.snapshot().granted >= 4  # one that got too late is given back and granted again
 
 
 def test_new_buckets_laid_out_while_an_observer_is_told_void_the_permit(account, clock):
-    told = []
+    events = []
 
     def observer(event):
-        if isinstance(event, ShardGranted) and not told:
+        if isinstance(event, ShardGranted) and not events:
             other.update(limit(max_concurrency=4))
             clock.advance(WINDOW)
-        told.append(event)
+        events.append(event)
 
     queue = account.local(clock=clock, observer=observer)
     other = another_process(account, queue, clock)

@@ -1,4 +1,4 @@
-"""Plans: what is foretold is what a real queue does, to the microsecond."""
+"""Plans: a real queue does what they say, to the microsecond."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``plan`` command: a start that is foretold to people, to programs, and as a picture."""
+"""The ``plan`` command: as a text, as JSON, and as a picture."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_it_runs_in_a_narrow_terminal_of_any_encoding(encoding):
     assert max(map(len, printed.splitlines())) < 60
 
 
-# --- what it is told, and what it answers ---------------------------------------------------------
+# --- options, exit codes and JSON -----------------------------------------------------------------
 
 
 def test_it_exits_with_0_if_the_budget_lasts_and_with_1_if_not(capsys):
@@ -161,11 +161,11 @@ def test_programs_get_the_fields_of_the_plan(capsys):
     options = "--shards 6 --first-shard 4 --max-concurrency 2 --total 9 --remaining 3"
     more = "--reset-after 60 --reserve 1 --interval 2 --margin 0.5"
     assert cli.main(["plan", "--json", *options.split(), *more.split()]) == 1
-    told = json.loads(capsys.readouterr().out)
+    shown = json.loads(capsys.readouterr().out)
     limit = SessionStartLimit(9, 3, 60.0, 2)
     plan = plan_start(range(4, 10), limit, reserve=1, interval=2.0, margin=0.5)
-    assert told == json.loads(json.dumps(asdict(plan)))
-    assert told["lasts"] is False
+    assert shown == json.loads(json.dumps(asdict(plan)))
+    assert shown["lasts"] is False
 
 
 def test_some_used_up_and_no_word_of_the_reset_means_a_day(capsys):

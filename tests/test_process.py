@@ -185,7 +185,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system can
 @needs_fork
 def test_a_forked_child_is_refused_and_the_parent_goes_on():
     """Its copy of the account would grant what the parent grants, too."""
-    outcome = python(
+    result = python(
         """
         import os, threading, warnings
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -231,7 +231,7 @@ def test_a_forked_child_is_refused_and_the_parent_goes_on():
         print(os.waitstatus_to_exitcode(status), queue.snapshot().granted)
         """
     )
-    assert (outcome.stdout.strip(), outcome.stderr) == ("7 2", "")
+    assert (result.stdout.strip(), result.stderr) == ("7 2", "")
 
 
 FORKS = """
@@ -256,7 +256,7 @@ FORKS = """
         if not child:
             signal.alarm(10)  # kills a child that hangs
 
-    def outcome(call):
+    def result(call):
         # What came of the call in the parent and in the child; nothing for a child there is not.
         global child
         parent, child = os.getpid(), None
@@ -283,7 +283,7 @@ FORKS = """
 @pytest.mark.parametrize("waits", [False, True])
 def test_a_child_that_an_observer_forks_inside_a_call_gets_no_permit(waits):
     """It got the same one as its parent."""
-    outcome = python(
+    result = python(
         FORKS
         + f"""
     def observer(event):
@@ -295,16 +295,16 @@ def test_a_child_that_an_observer_forks_inside_a_call_gets_no_permit(waits):
     )
     if {waits}:
         queue.acquire(0)
-    print(*outcome(lambda: queue.acquire(1)), queue.snapshot().limit.remaining)
+    print(*result(lambda: queue.acquire(1)), queue.snapshot().limit.remaining)
         """
     )
-    assert (outcome.stdout, outcome.stderr) == (f"permit refused {9 - waits}\n", "")
+    assert (result.stdout, result.stderr) == (f"permit refused {9 - waits}\n", "")
 
 
 @needs_fork
 @pytest.mark.parametrize("by", ["observer", "callback"])
 def test_a_child_that_is_forked_in_the_worker_gets_no_permit_and_ends(by):
-    outcome = python(
+    result = python(
         FORKS
         + f"""
     def fork_in(place, shard_id):
@@ -333,8 +333,8 @@ def test_a_child_that_is_forked_in_the_worker_gets_no_permit_and_ends(by):
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), queue.snapshot().granted, flush=True)
         """
     )
-    printed = sorted(outcome.stdout.splitlines())
-    assert (printed, outcome.stderr) == (["0 3", "True 1", "True 2"], "")
+    printed = sorted(result.stdout.splitlines())
+    assert (printed, result.stderr) == (["0 3", "True 1", "True 2"], "")
 
 
 @needs_fork
@@ -344,10 +344,10 @@ def test_a_child_that_a_signal_handler_forks_inside_a_call_gets_no_permit(call, 
     """Here it comes whenever the clock is read."""
     if waits and call != "acquire":
         pytest.skip("only acquire waits")
-    outcome = python(
+    result = python(
         FORKS
         + f"""
-    outcomes = []
+    results = []
     for at in range(1, 12):
         clock = Clock()
         queue = LargeBotQueue(
@@ -356,23 +356,23 @@ def test_a_child_that_a_signal_handler_forks_inside_a_call_gets_no_permit(call, 
         if {waits}:
             queue.acquire(0)
         clock.left = at
-        came, child_came = outcome(lambda: queue.{call}(1))
+        came, child_came = result(lambda: queue.{call}(1))
         clock.left = 0
         assert came == "permit", came
         assert child_came in (None, "refused"), (at, child_came)
         assert queue.snapshot().limit.remaining == 9 - {waits}
-        outcomes.append(child_came)
-    print(outcomes.count("refused") > 0)
+        results.append(child_came)
+    print(results.count("refused") > 0)
         """
     )
-    assert (outcome.stdout, outcome.stderr) == ("True\n", "")
+    assert (result.stdout, result.stderr) == ("True\n", "")
 
 
 @needs_fork
 @pytest.mark.parametrize("is_head", [False, True])
 def test_a_child_that_a_signal_handler_forks_while_its_thread_sleeps_is_refused(is_head):
     """It slept for ever: whoever would have woken it is in the parent."""
-    outcome = python(
+    result = python(
         f"""
     import contextlib, os, signal, threading, warnings
     from gateway_queue_sync import LocalQueue, QueueClosed
@@ -403,14 +403,14 @@ def test_a_child_that_a_signal_handler_forks_while_its_thread_sleeps_is_refused(
         os._exit(7 if child == 0 and "before the process forked" in str(error) else 1)
         """
     )
-    assert (outcome.stdout, outcome.stderr) == ("7\nclosed\n", "")
+    assert (result.stdout, result.stderr) == ("7\nclosed\n", "")
 
 
 # --- the end of the interpreter -------------------------------------------------------------------
 
 
 def test_the_interpreter_ends_while_daemon_threads_and_futures_wait():
-    outcome = python(
+    result = python(
         """
         import threading, time
         from gateway_queue_sync import LocalQueue
@@ -424,11 +424,11 @@ def test_the_interpreter_ends_while_daemon_threads_and_futures_wait():
         print("bye")
         """
     )
-    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "bye\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "bye\n", "")
 
 
 def test_close_lets_the_interpreter_end():
-    outcome = python(
+    result = python(
         """
         import threading, time
         from gateway_queue_sync import LocalQueue, QueueClosed
@@ -445,7 +445,7 @@ def test_close_lets_the_interpreter_end():
         queue.close()
         """
     )
-    assert (outcome.returncode, outcome.stdout, outcome.stderr) == (0, "let go\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "let go\n", "")
 
 
 # --- frozen time ----------------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def real_us():
 
 
 def test_waiting_stays_real_when_the_package_is_imported_in_frozen_time():
-    outcome = python(
+    result = python(
         """
         import time
         from freezegun import freeze_time
@@ -501,4 +501,4 @@ def test_waiting_stays_real_when_the_package_is_imported_in_frozen_time():
         print("real")
         """
     )
-    assert (outcome.stdout, outcome.stderr) == ("real\n", "")
+    assert (result.stdout, result.stderr) == ("real\n", "")

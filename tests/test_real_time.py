@@ -89,20 +89,20 @@ def test_a_staggered_fleet_breaks_no_rule():
 def test_a_thousand_time_outs_at_one_instant_are_all_told():
     queue = LocalQueue(interval=600)
     queue.acquire(0)
-    told = []
+    etas = []
 
     def shard(shard_id):
         try:
             queue.acquire(shard_id, timeout=0.5)
         except TimeoutError as error:
-            told.append(error.eta)
+            etas.append(error.eta)
 
     threads = [threading.Thread(target=shard, args=(n,)) for n in range(1000)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert len(told) == 1000
+    assert len(etas) == 1000
     assert queue.snapshot().waiting == 0
 
 

@@ -725,7 +725,7 @@ def test_deadlines_are_kept_by_all_who_wait_when_it_begins(proxy, make, crew, ou
 
 
 def line_of(queue):
-    """Return how many wait of whom the ledger was told."""
+    """Return how many waiters the ledger has stored."""
     return queue.snapshot().waiting
 
 
@@ -1079,7 +1079,7 @@ def test_a_name_that_could_not_be_a_key_is_refused(server, make, name):
 
 
 def test_without_redis_py_it_says_what_to_install():
-    outcome = python(
+    result = python(
         """
         import sys
         sys.modules["redis"] = None  # an import finds nothing
@@ -1090,9 +1090,9 @@ def test_without_redis_py_it_says_what_to_install():
             print(error.name, error)
         """
     )
-    assert outcome.stderr == ""
-    assert outcome.stdout.startswith("redis ")
-    assert "pip install gateway-queue-sync[redis]" in outcome.stdout
+    assert result.stderr == ""
+    assert result.stdout.startswith("redis ")
+    assert "pip install gateway-queue-sync[redis]" in result.stdout
 
 
 # --- 9. a server that has gone back ---------------------------------------------------------------
@@ -1495,7 +1495,7 @@ def test_a_client_on_a_socket_is_handed_on_with_its_settings(with_a_socket, make
 
 @needs_fork
 def test_a_forked_child_works_on_and_so_does_its_parent(server):
-    outcome = python(
+    result = python(
         f"""
         import os, threading, warnings
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -1517,12 +1517,12 @@ def test_a_forked_child_works_on_and_so_does_its_parent(server):
         queue.close()
         """
     )
-    assert (outcome.stdout.strip(), outcome.stderr) == ("0 6", "")
+    assert (result.stdout.strip(), result.stderr) == ("0 6", "")
 
 
 @needs_fork
 def test_children_that_are_forked_in_the_midst_of_calls_work_on(server):
-    outcome = python(
+    result = python(
         f"""
         import os, signal, threading, warnings
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -1549,13 +1549,13 @@ def test_children_that_are_forked_in_the_midst_of_calls_work_on(server):
         print("done")
         """
     )
-    assert (outcome.stdout.strip(), outcome.stderr) == ("done", "")
+    assert (result.stdout.strip(), result.stderr) == ("done", "")
 
 
 @needs_fork
 def test_a_child_does_not_wait_for_what_the_parent_has_locked_in_a_clusters_client(cluster):
     cluster.client().close()  # the servers know each other
-    outcome = python(
+    result = python(
         f"""
         import os, redis, signal, threading, warnings
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -1584,4 +1584,4 @@ def test_a_child_does_not_wait_for_what_the_parent_has_locked_in_a_clusters_clie
         queue.close()
         """
     )
-    assert (outcome.stdout.strip(), outcome.stderr) == ("0", "")
+    assert (result.stdout.strip(), result.stderr) == ("0", "")

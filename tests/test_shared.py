@@ -159,10 +159,10 @@ def test_futures_and_threads_of_all_processes_stand_in_one_line(two, clock, crew
     clock.advance(0.01)
     third = one.enqueue(3)
     clock.settle(1)
-    for outcome, parked in ((first, 1), (second, 0), (third, 0)):
-        assert not outcome.done()
+    for future, parked in ((first, 1), (second, 0), (third, 0)):
+        assert not future.done()
         clock.advance(WINDOW)
-        assert outcome.result(10)
+        assert future.result(10)
         clock.settle(parked)
 
 
@@ -333,7 +333,7 @@ def test_closing_one_queue_leaves_the_others_alone(two, clock, crew):
         assert isinstance(call.exception(10), QueueClosed)
     crew.threads[0].join(10)
     crew.threads[1].join(10)
-    clock.settle(1)  # its worker has told the ledger who has left
+    clock.settle(1)  # its worker has sent who has left
     assert order(other.snapshot()) == [2]
     clock.advance(WINDOW + GRACE)
     assert stays.now().shard_id == 2

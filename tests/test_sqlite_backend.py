@@ -160,7 +160,7 @@ def sql(path, *statements):
         return [connection.execute(statement).fetchall() for statement in statements][-1]
 
 
-def told(caplog, words):
+def logged(caplog, words):
     return [one for one in map(logging.LogRecord.getMessage, caplog.records) if words in one]
 
 
@@ -614,7 +614,7 @@ def test_a_loss_is_told_once(path, talk, caplog):
     path.unlink()
     for _ in range(3):
         talker.ask()
-    (message,) = told(caplog, "deleted or replaced")
+    (message,) = logged(caplog, "deleted or replaced")
     assert str(path) in message
 
 
@@ -625,7 +625,7 @@ def test_an_older_copy_under_the_same_inode_is_noticed_by_its_generation(path, t
     written_over(path)
     clock.later(WINDOW)
     assert talker.backend.ask(talker.latest).lost == 1
-    assert len(told(caplog, "replaced by a copy, which may be older")) == 1
+    assert len(logged(caplog, "replaced by a copy, which may be older")) == 1
     clock.later(WINDOW - 1)
     assert talker.ask().permits == ()
 
@@ -643,7 +643,7 @@ def test_who_begins_on_an_older_copy_is_granted_nothing_for_a_window(
     assert new.ask().permits == ()
     clock.later(1)
     assert new.ask().permits
-    assert len(told(caplog, "replaced by a copy")) == 1
+    assert len(logged(caplog, "replaced by a copy")) == 1
 
 
 def test_the_numbers_of_a_file_that_is_its_own_successor_are_no_loss(talk, clock):
@@ -771,7 +771,7 @@ def test_a_file_that_others_can_read_is_closed_to_them_with_a_warning(path, make
     assert mode(path) == 0o644
     Talker(make(), "b").introduce()
     assert mode(path) == 0o600
-    assert len(told(caplog, "could be read by other users")) == 1
+    assert len(logged(caplog, "could be read by other users")) == 1
 
 
 @needs_root
@@ -925,7 +925,7 @@ def test_a_file_system_that_machines_share_is_warned_of_once(
     talker.introduce()
     talker.backend.close()
     talker.ask()
-    (message,) = told(caplog, f"is on a network or shared file system ({kind})")
+    (message,) = logged(caplog, f"is on a network or shared file system ({kind})")
     assert str(path) in message
 
 
@@ -942,7 +942,7 @@ def test_a_mount_point_may_have_a_space_and_the_later_mount_counts(tmp_path, mou
     escaped = str(share).replace(" ", r"\040")
     mounted((escaped, "ext4"), (escaped, "nfs4"))
     Talker(make(share / "bot")).introduce()
-    assert told(caplog, "shared file system (nfs4)")
+    assert logged(caplog, "shared file system (nfs4)")
 
 
 def test_a_file_that_is_said_to_be_mounted_alone_is_refused(path, mounted, make):
@@ -1021,7 +1021,7 @@ def test_after_a_reboot_no_bucket_grants_for_a_window_and_only_the_limit_is_left
     clock.later(1)
     assert new.ask().permits
     assert talker.say().status == INTRODUCE
-    assert len(told(caplog, "kept by another clock (a reboot?)")) == 1
+    assert len(logged(caplog, "kept by another clock (a reboot?)")) == 1
 
 
 @pytest.fixture
@@ -1041,7 +1041,7 @@ def test_a_file_that_another_machine_uses_is_refused_until_it_has_stopped(
         new.introduce()
     kept_by(path, touched=31)
     assert new.backend.ask(new.latest).lost == 1
-    assert told(caplog, "another clock")
+    assert logged(caplog, "another clock")
 
 
 @needs_boot_id

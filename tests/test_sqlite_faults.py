@@ -93,7 +93,7 @@ def is_sound(path):
     return sql(path, "PRAGMA integrity_check") == [("ok",)]
 
 
-def told(caplog, words):
+def logged(caplog, words):
     """The warnings with these words in them."""
     messages = [
         record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
@@ -278,7 +278,7 @@ def test_a_queue_waits_for_a_locked_file_to_open(path, queue, hold, caplog):
     with SqliteQueue(path, **QUICK) as late:
         assert repr(late).count("1000/1000")  # it was answered
     timer.join()
-    assert not told(caplog, "")
+    assert not logged(caplog, "")
 
 
 def test_a_queue_opens_on_a_file_that_stays_locked_and_says_so(
@@ -289,7 +289,7 @@ def test_a_queue_opens_on_a_file_that_stays_locked_and_says_so(
     began = time.monotonic()
     with SqliteQueue(path, **QUICK) as late:
         assert 0.2 <= time.monotonic() - began < 0.8
-        (message,) = told(caplog, "another process holds it locked")
+        (message,) = logged(caplog, "another process holds it locked")
         assert str(path) in message
         assert "no permit is granted until it can be asked" in message
         call = crew(late.acquire, 0)
@@ -297,8 +297,8 @@ def test_a_queue_opens_on_a_file_that_stays_locked_and_says_so(
             late.try_acquire(0)
         holder.kill()
         assert call.now().shard_id == 0
-    assert len(told(caplog, "no permit is granted")) == 1
-    (message,) = told(caplog, "answers again, after")
+    assert len(logged(caplog, "no permit is granted")) == 1
+    (message,) = logged(caplog, "answers again, after")
     assert 0.2 <= float(message.split()[-2]) < PATIENCE
 
 
@@ -424,14 +424,14 @@ def test_each_outage_is_warned_of_once(queue, hold, crew, caplog, monkeypatch):
     for outage in (1, 2):
         holder = hold()
         calls = [crew(queue.acquire, shard) for shard in range(4)]
-        soon(lambda count=outage: len(told(caplog, words)) == count)
+        soon(lambda count=outage: len(logged(caplog, words)) == count)
         failures.clear()
         soon(lambda: len(failures) > 3)
         holder.kill()
         for call in calls:
             call.now()
-        assert len(told(caplog, words)) == outage
-        assert len(told(caplog, "answers again")) == outage
+        assert len(logged(caplog, words)) == outage
+        assert len(logged(caplog, "answers again")) == outage
 
 
 # --- a file that is lost --------------------------------------------------------------------------
@@ -551,7 +551,7 @@ def test_a_file_that_is_lost_is_warned_of_once(path, make, caplog):
     path.unlink()
     for _ in range(3):
         queue.try_acquire(0)
-    (message,) = told(caplog, "deleted or replaced")
+    (message,) = logged(caplog, "deleted or replaced")
     assert str(path) in message
 
 
@@ -605,7 +605,7 @@ def test_who_begins_on_an_older_copy_is_granted_nothing_for_a_window(path, make,
     put_back(path)
     clock.advance(1)
     queue = make(refresh=lambda: limit(10, 4, 500.0))
-    assert len(told(caplog, "replaced by a copy")) == 1
+    assert len(logged(caplog, "replaced by a copy")) == 1
     clock.advance(WINDOW - 0.000_001)
     assert queue.try_acquire(0) is None
     soon(lambda: queue.snapshot().limit.remaining == 4)  # the copy may know of fewer grants
@@ -971,7 +971,7 @@ def transaction_in_a_thread(call=lambda: queue.acquire(1)):
     return thread
 
 def fork(in_child):
-    \"\"\"Run that in a child, which ends with its outcome.\"\"\"
+    \"\"\"Run that in a child, which ends with its result.\"\"\"
     child = os.fork()
     if child:
         return child
@@ -1307,7 +1307,7 @@ def test_after_a_reboot_no_bucket_grants_for_a_window(path, make, clock, caplog)
     assert [queue.try_acquire(shard) for shard in range(3)] == [None] * 3
     clock.advance(0.000_001)
     assert None not in [queue.try_acquire(shard) for shard in range(3)]
-    (message,) = told(caplog, "kept by another clock (a reboot?)")
+    (message,) = logged(caplog, "kept by another clock (a reboot?)")
     assert str(path) in message
 
 
@@ -1361,7 +1361,7 @@ def test_another_time_namespace_that_used_the_file_long_ago_costs_a_window(path,
     assert queue.try_acquire(0) is None
     queue.acquire(0, timeout=PATIENCE)
     assert time.monotonic() - began >= sum(QUICK.values())
-    assert told(caplog, "kept by another clock")
+    assert logged(caplog, "kept by another clock")
 
 
 @needs_time_namespaces
@@ -1423,7 +1423,7 @@ def test_without_a_boot_id_a_machine_is_known_by_when_it_began(path, without, st
     SqliteQueue(path, **QUICK).close()
     step_wall(30)  # as it may be set by NTP
     SqliteQueue(path, **QUICK).close()
-    assert not told(caplog, "kept by another clock")
+    assert not logged(caplog, "kept by another clock")
 
 
 def test_without_a_boot_id_a_set_clock_costs_a_window_once(path, without, step_wall, crew, caplog):
@@ -1435,7 +1435,7 @@ def test_without_a_boot_id_a_set_clock_costs_a_window_once(path, without, step_w
             calls = [crew(queue.acquire, 0, timeout=2) for queue in (before, after)]
             for call in calls:
                 call.now()
-    assert len(told(caplog, "kept by another clock")) == 1
+    assert len(logged(caplog, "kept by another clock")) == 1
 
 
 @needs_time_namespaces
@@ -1446,7 +1446,7 @@ def test_a_machine_without_time_namespaces_is_known_by_its_boot_id(
     SqliteQueue(path, **QUICK).close()
     step_wall(300)
     SqliteQueue(path, **QUICK).close()
-    assert not told(caplog, "kept by another clock")
+    assert not logged(caplog, "kept by another clock")
 
 
 # --- the budget, the wall clock, and starting again -----------------------------------------------
@@ -1492,7 +1492,7 @@ def test_the_window_outlives_the_process(make, clock):
 
 
 def test_a_crash_loop_cannot_refill_the_budget(make, clock):
-    """Fifty starts, each with the limit that its first one was told."""
+    """Fifty starts, each with the limit of the first one."""
     told_then = limit(1000, 1000, 0.0)
     for start in range(50):
         queue = make(told_then)
@@ -1566,7 +1566,7 @@ def test_the_file_of_a_closed_queue_can_be_removed(path, make, caplog):
     path.unlink()
     queue.close()
     wait_for_workers()
-    assert not told(caplog, "")
+    assert not logged(caplog, "")
     assert not path.exists()
 
 
@@ -1663,21 +1663,21 @@ def amid(monkeypatch):
     before = signal.getsignal(signal.SIGUSR1)
 
     def amid(queue, handler):
-        outcome, handled = [], []
+        result, handled = [], []
 
         def handle(signum, frame):
             if handled:
                 return
             handled.append(True)
             try:
-                outcome.append(handler())
+                result.append(handler())
             except Exception as error:  # noqa: BLE001
-                outcome.append(error)
+                result.append(error)
 
         def interrupted(*args, **kwargs):
             monkeypatch.setattr(sqlite, "answer", turns.answer)
             while (
-                not outcome
+                not result
             ):  # one that comes just before a lock is waited for is handled after that
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
                 time.sleep(0.01)
@@ -1685,7 +1685,7 @@ def amid(monkeypatch):
 
         signal.signal(signal.SIGUSR1, handle)
         monkeypatch.setattr(sqlite, "answer", interrupted)
-        return outcome
+        return result
 
     yield amid
     signal.signal(signal.SIGUSR1, before)
@@ -1704,9 +1704,9 @@ CALLS = {
 def test_a_handler_in_the_midst_of_a_transaction_is_refused(make, amid, name):
     queue = make(limit(max_concurrency=2))
     permit = queue.acquire(1)
-    outcome = amid(queue, lambda: CALLS[name](queue, permit))
+    result = amid(queue, lambda: CALLS[name](queue, permit))
     queue.acquire(0)
-    (error,) = outcome
+    (error,) = result
     assert isinstance(error, RuntimeError)
     assert "signal handler" in str(error)
     assert queue.snapshot().granted == 2
@@ -1716,9 +1716,9 @@ def test_a_handler_in_the_midst_of_a_transaction_is_refused(make, amid, name):
 def test_what_a_handler_reports_in_the_midst_of_a_transaction_is_told_after_it(make, amid):
     queue = make(limit(max_concurrency=2))
     permit = queue.acquire(1)
-    outcome = amid(queue, permit.unused)
+    result = amid(queue, permit.unused)
     queue.acquire(0)
-    assert outcome == [None]
+    assert result == [None]
     assert queue.snapshot().limit.remaining == 999
 
 
@@ -1737,10 +1737,10 @@ def test_what_a_handler_was_refused_harms_nobody(make, amid, clock):
 @pytest.mark.parametrize("call", ["snapshot", "acquire"])
 def test_a_handler_may_close_the_queue_in_the_midst_of_a_transaction(path, make, amid, call):
     queue = make()
-    outcome = amid(queue, queue.close)
+    result = amid(queue, queue.close)
     with contextlib.suppress(QueueClosed):
         queue.snapshot() if call == "snapshot" else queue.acquire(0)
-    assert outcome == [None]
+    assert result == [None]
     assert queue.closed
     soon(lambda: not open_files(path), "closing left the file open")
 
@@ -1836,7 +1836,7 @@ def test_an_interrupt_at_any_point_of_a_call_leaves_no_transaction_open(path, ma
         if name == "sent":
             permits.append(queue.acquire(0))
 
-    def check(outcome, injector):
+    def check(result, injector):
         wait_for_transaction(path)
         assert is_whole(queue), injector.where
 
@@ -1851,9 +1851,9 @@ def test_an_interrupt_at_any_point_of_an_acquire_loses_next_to_nothing(path, mak
     def prepare():
         clock.advance(10)
 
-    def check(outcome, injector):
-        if outcome is not None:
-            outcome.unused()
+    def check(result, injector):
+        if result is not None:
+            result.unused()
         missing = total - queue.snapshot().limit.remaining
         assert missing - len(lost) in (0, 1), injector.where
         if missing > len(lost):

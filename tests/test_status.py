@@ -154,8 +154,8 @@ def test_it_tells_of_turns_with_the_reserve_and_the_period_of_who_waits(
         queue.enqueue(5)
         seen = queue.snapshot()
         assert cli.main(["status", "--json", f"--{kind}", where, "--name", "reserved"]) == 0
-        told = json.loads(capsys.readouterr().out)
-    (shard,) = told["buckets"][0]["shards"]
+        shown = json.loads(capsys.readouterr().out)
+    (shard,) = shown["buckets"][0]["shards"]
     assert shard["eta"] == pytest.approx(seen.buckets[0].shards[0].eta, abs=10)
     assert shard["eta"] > 3000
 
@@ -165,10 +165,10 @@ def test_programs_get_the_fields_of_the_snapshot(file, capsys):
         queue.enqueue(5)
         seen = queue.snapshot()  # by then the file knows who waits
         assert cli.main(["status", "--json", "--sqlite", file]) == 0
-        told = json.loads(capsys.readouterr().out)
-    assert told.keys() == {"waiting", "granted", "buckets", "limit"}
-    assert told["buckets"][1]["shards"][0]["shard_id"] == 5
-    assert told["limit"]["remaining"] == seen.limit.remaining
+        shown = json.loads(capsys.readouterr().out)
+    assert shown.keys() == {"waiting", "granted", "buckets", "limit"}
+    assert shown["buckets"][1]["shards"][0]["shard_id"] == 5
+    assert shown["limit"]["remaining"] == seen.limit.remaining
 
 
 @redis_servers.needs_redis

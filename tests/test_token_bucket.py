@@ -359,17 +359,17 @@ def test_a_reset_that_is_due_waits_for_the_limit_for_as_long_as_its_patience(lat
     kept = with_budget(total=9, remaining=5, reset_after=100.0, patience_us=5 * S)
     granted(kept, 0)
     before = copy.deepcopy(kept)
-    told = Denial(left_us, Reason.RESET, period=1, granted=1)
-    assert take(kept, 100 * S + later) == told
-    assert take(kept, 100 * S + later, can_refresh=True) == told
+    denial = Denial(left_us, Reason.RESET, period=1, granted=1)
+    assert take(kept, 100 * S + later) == denial
+    assert take(kept, 100 * S + later, can_refresh=True) == denial
     assert kept == before
 
 
 @pytest.mark.parametrize("later", [5 * S, 5 * S + 1, DAY])
 def test_when_the_patience_is_over_the_last_known_total_counts(later):
     kept = with_budget(total=9, remaining=0, reset_after=100.0, patience_us=5 * S)
-    told = Denial(0, Reason.RESET, period=1)
-    assert take(copy.deepcopy(kept), 100 * S + later, can_refresh=True) == told
+    denial = Denial(0, Reason.RESET, period=1)
+    assert take(copy.deepcopy(kept), 100 * S + later, can_refresh=True) == denial
     assert granted(kept, 100 * S + later).remaining == 8
     assert limits.budget(kept, 100 * S + later).resets_in_us == DAY
 
@@ -1445,7 +1445,7 @@ def etas(ahead, number, lines):
     ]
 
 
-def foretold(ahead, number, lines):
+def expected(ahead, number, lines):
     """When each place of a line gets its permit."""
     return [in_us for in_us, bucket in forecast.starts(ahead, lines) if bucket == number]
 
@@ -1536,7 +1536,7 @@ def test_an_eta_leaves_the_reserve_alone():
 def test_an_eta_is_exact_where_lines_are_equally_long(total, remaining):
     ahead = outlook({0: 0, 1: 0}, Budget(total, remaining, resets_in_us=MINUTE))
     lines = {0: 25, 1: 25}
-    assert etas(ahead, 1, lines) == foretold(ahead, 1, lines)
+    assert etas(ahead, 1, lines) == expected(ahead, 1, lines)
 
 
 # --- whatever happens -----------------------------------------------------------------------------
@@ -1757,11 +1757,11 @@ def test_a_reset_is_told_of_instead_of_the_permit_that_would_come(life, shard_id
     kept = life.account
     due = kept.resets_at_us is not None and life.now_us >= kept.resets_at_us
     without = take(copy.deepcopy(kept), life.now_us, shard_id)
-    told = take(kept, life.now_us, shard_id, can_refresh=True)
+    answer = take(kept, life.now_us, shard_id, can_refresh=True)
     if isinstance(without, Permit) and kept.total is not None and (due or kept.refresh_owed):
-        assert told == Denial(0, Reason.RESET, period=kept.period, granted=kept.granted)
+        assert answer == Denial(0, Reason.RESET, period=kept.period, granted=kept.granted)
     else:
-        assert shown(told) == shown(without)
+        assert shown(answer) == shown(without)
 
 
 def shown(answer):
@@ -1813,7 +1813,7 @@ def test_the_eta_of_a_place_in_a_snapshot_is_when_its_permit_is_foretold(life, s
     lines = lines_of(life, sizes)
     ahead = life.outlook()
     for number, shown_etas in etas_in_snapshot(ahead, lines).items():
-        assert shown_etas == [in_us / S for in_us in foretold(ahead, number, lines)]
+        assert shown_etas == [in_us / S for in_us in expected(ahead, number, lines)]
 
 
 @given(LIVES, SIZES)
@@ -1824,7 +1824,7 @@ def test_an_eta_is_exact_where_the_budget_lasts_and_else_no_earlier_than_the_win
     lasts = ahead.budget is None or sum(lines.values()) <= ahead.budget.remaining - ahead.reserve
     for number, size in lines.items():
         if lasts:
-            assert etas(ahead, number, lines) == foretold(ahead, number, lines)
+            assert etas(ahead, number, lines) == expected(ahead, number, lines)
         for before, eta_us in zip(range(size), etas(ahead, number, lines), strict=True):
             assert eta_us >= ahead.ready(number) + before * ahead.window_us
 

@@ -109,5 +109,5 @@ def wait_for_line(queue, waiting: int) -> None:
 
 def timed(call):
     start = time.monotonic()
-    outcome = call()
-    return outcome, time.monotonic() - start
+    result = call()
+    return result, time.monotonic() - start

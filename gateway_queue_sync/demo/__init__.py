@@ -62,11 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         fleet.start()
         while not fleet.finished.wait(FRAME):
-            display.show(fleet.outcomes)
-        display.show(fleet.outcomes)
+            display.show(fleet.results)
+        display.show(fleet.results)
 
-    print(summary(fleet.outcomes, referee, interval), flush=True)
-    all_started = all(outcome.failure is None for outcome in fleet.outcomes)
+    print(summary(fleet.results, referee, interval), flush=True)
+    all_started = all(result.failure is None for result in fleet.results)
     return 0 if all_started and not referee.refused else 1
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gateway_queue_sync.demo.fleet import Outcome
+from gateway_queue_sync.demo.fleet import Result
 from gateway_queue_sync.testing import Referee
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ class LineDisplay:
         self._shown = 0
         print(" time (s)   shard  bucket  waited (s)", flush=True)
 
-    def show(self, outcomes: Sequence[Outcome]) -> None:
-        """Print the outcomes since the last call."""
-        for outcome in outcomes[self._shown :]:
-            how = outcome.failure or f"{outcome.waited:10.3f}"
-            if outcome.refused:
-                how += f"  refused before: {outcome.refused}"
-            bucket = outcome.shard_id % self._buckets
-            print(f"{outcome.at:9.3f}  {outcome.shard_id:6}  {bucket:6}  {how}", flush=True)
+    def show(self, results: Sequence[Result]) -> None:
+        """Print the results since the last call."""
+        for result in results[self._shown :]:
+            how = result.failure or f"{result.waited:10.3f}"
+            if result.refused:
+                how += f"  refused before: {result.refused}"
+            bucket = result.shard_id % self._buckets
+            print(f"{result.at:9.3f}  {result.shard_id:6}  {bucket:6}  {how}", flush=True)
             self._shown += 1
 
 
@@ -57,10 +57,10 @@ class LiveDisplay:
         self._shards = shards
         self._height = 0
 
-    def show(self, outcomes: Sequence[Outcome]) -> None:
+    def show(self, results: Sequence[Result]) -> None:
         """Draw the picture over the last one, in one write, so that an interrupt does not cut it."""
         columns, lines = shutil.get_terminal_size()
-        rows = self._rows(outcomes)
+        rows = self._rows(results)
         if len(rows) + OTHER_LINES > lines:
             rows = rows[-1:]
         up = f"\x1b[{self._height}F" if self._height else ""
@@ -68,10 +68,10 @@ class LiveDisplay:
         picture = "".join(f"{row[: columns - 1]}\x1b[K\n" for row in rows)
         print(f"{up}{picture}\x1b[J", end="", flush=True)
 
-    def _rows(self, outcomes: Sequence[Outcome]) -> list[str]:
+    def _rows(self, results: Sequence[Result]) -> list[str]:
         buckets = range(self._referee.max_concurrency)
         sizes = Counter(shard_id % len(buckets) for shard_id in range(self._shards))
-        started = Counter(o.shard_id % len(buckets) for o in outcomes if o.failure is None)
+        started = Counter(o.shard_id % len(buckets) for o in results if o.failure is None)
         refused = Counter(refusal.bucket for refusal in self._referee.refusals)
         etas = _etas(self._queue)
         rows = [_row(f"bucket {b}", started[b], sizes[b], etas.get(b), refused[b]) for b in buckets]

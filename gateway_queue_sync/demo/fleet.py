@@ -20,7 +20,7 @@ PATIENCE = 10.0  # s a shard waits for an answer of the gateway
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class Result:
     """How a shard ended: READY after so many seconds, or with a failure.
 
     ``waited`` is how long it waited for its permit, ``refused`` how often the gateway refused it.
@@ -39,7 +39,7 @@ class Fleet:
     def __init__(
         self, queue: GatewayQueue, address: tuple[str, int], shards: int, interval: float
     ) -> None:
-        self.outcomes: list[Outcome] = []  # in the order in which the shards ended
+        self.results: list[Result] = []  # in the order in which the shards ended
         self.finished = threading.Event()
         self._queue = queue
         self._address = address
@@ -62,12 +62,12 @@ class Fleet:
     def _run(self, shard_id: int) -> None:
         try:
             waited, refused = self._start_session(shard_id)
-            outcome = Outcome(shard_id, self._elapsed(), waited, refused)
+            result = Result(shard_id, self._elapsed(), waited, refused)
         except Exception as error:  # noqa: BLE001 - after any error, no thread must wait for this shard
             failure = f"{type(error).__name__}: {error}"
-            outcome = Outcome(shard_id, self._elapsed(), failure=failure)
-        self.outcomes.append(outcome)
-        if len(self.outcomes) == self._shards:
+            result = Result(shard_id, self._elapsed(), failure=failure)
+        self.results.append(result)
+        if len(self.results) == self._shards:
             self.finished.set()
 
     def _start_session(self, shard_id: int) -> tuple[float, int]:

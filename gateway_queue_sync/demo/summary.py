@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from gateway_queue_sync.demo.fleet import Outcome
+from gateway_queue_sync.demo.fleet import Result
 from gateway_queue_sync.testing import Referee
 
 
-def summary(outcomes: Sequence[Outcome], referee: Referee, interval: float) -> str:
+def summary(results: Sequence[Result], referee: Referee, interval: float) -> str:
     """Return the verdict and its figures."""
-    shards, identifies = len(outcomes), referee.accepted + referee.refused
-    failures = Counter(outcome.failure for outcome in outcomes if outcome.failure)
+    shards, identifies = len(results), referee.accepted + referee.refused
+    failures = Counter(result.failure for result in results if result.failure)
     least = referee.least_time(range(shards))
-    took = max(outcome.at for outcome in outcomes)
+    took = max(result.at for result in results)
     gap = "-" if referee.shortest_gap is None else f"{referee.shortest_gap:.3f} s"
     return "\n".join(
         [

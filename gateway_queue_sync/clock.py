@@ -105,17 +105,26 @@ class OwnedLock:
     def complete(self, change: Callable[[], object]) -> None:
         """Make a change, including its wake-ups, as one unit.
 
-        If an exception interrupts the change, the change is repeated until it is complete, and then
-        the exception is raised. So the change must be idempotent.
+        If an exception interrupts the change, the change is repeated until it is complete, with the
+        lock still held. Then the exception is raised. So the change must be idempotent.
         """
         interrupt: BaseException | None = None
         left = MAX_INTERRUPTS
+
+        def repeat() -> None:
+            nonlocal interrupt, left
+            while left:
+                try:
+                    change()
+                    left = 0
+                except BaseException as error:  # noqa: BLE001 - raised below
+                    interrupt, left = error, left - 1
+
         while left:
             try:
-                self.run(change)
-                left = 0
-            except BaseException as error:  # noqa: BLE001 - raised below
-                interrupt, left = error, left - 1
+                self.run(repeat)
+            except BaseException as error:  # noqa: BLE001 - it came before or after ``repeat``
+                interrupt, left = error, max(0, left - 1)
         if interrupt is not None:
             try:
                 raise interrupt

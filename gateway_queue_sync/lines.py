@@ -75,10 +75,8 @@ class Line:
             heapq.heappop(heap)
         return None
 
-    def join(self, waiter: Waiter) -> None:
-        """Add a waiter at its position."""
-        entry = waiter.position_us, waiter.number, waiter
-        waiter.entry = entry  # assigned first: an interrupt can come after the call
+    def add(self, entry: Entry) -> None:
+        """Add the entry of a waiter."""
         heapq.heappush(self._heap, entry)
         self._last = max(self._last, entry[:2])
 
@@ -130,19 +128,23 @@ class Lines:
 
     __slots__ = ("by_bucket", "max_concurrency")
 
-    def __init__(self, max_concurrency: int, waiters: Iterable[Waiter] = ()) -> None:
+    def __init__(self, max_concurrency: int, entries: Iterable[Entry] = ()) -> None:
         self.max_concurrency = max_concurrency
         self.by_bucket: dict[int, Line] = {}
-        for waiter in waiters:
-            self.join(waiter)
+        for entry in entries:
+            self._add(entry)
 
-    def join(self, waiter: Waiter) -> None:
-        """Add a waiter to the line of its bucket."""
-        number = waiter.shard_id % self.max_concurrency
+    def _add(self, entry: Entry) -> None:
+        number = entry[2].shard_id % self.max_concurrency
         line = self.by_bucket.get(number)
         if line is None:
             line = self.by_bucket[number] = Line()
-        line.join(waiter)
+        line.add(entry)
+
+    def join(self, waiter: Waiter) -> None:
+        """Add a waiter to the line of its bucket."""
+        waiter.entry = waiter.position_us, waiter.number, waiter
+        self._add(waiter.entry)  # last: an interrupt can come after a call
 
     def leave(self, waiter: Waiter) -> Waiter | None:
         """Remove a waiter. Return the new head if the waiter came before it, also when repeated."""
@@ -173,10 +175,13 @@ class Lines:
         heads = (line.head for line in self.by_bucket.values())
         return [head for head in heads if head is not None]
 
+    def entries(self) -> list[Entry]:
+        """Return the entries of all waiters, by position."""
+        return sorted(entry for line in self.by_bucket.values() for entry in line.entries())
+
     def waiters(self) -> list[Waiter]:
         """Return all waiters, by position."""
-        entries = (entry for line in self.by_bucket.values() for entry in line.entries())
-        return [entry[2] for entry in sorted(entries)]
+        return [entry[2] for entry in self.entries()]
 
     def copy(self) -> dict[int, list[Entry]]:
         """Return the entries of each bucket, unordered, without heads that have their permit."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
-import threading
 import weakref
 from typing import TYPE_CHECKING, Protocol
 
-from gateway_queue_sync.clock import SYSTEM_CLOCK
+from gateway_queue_sync.clock import SYSTEM_CLOCK, OwnedLock
 from gateway_queue_sync.models import US_PER_SECOND
 
 if TYPE_CHECKING:
@@ -27,21 +26,19 @@ class Server(Protocol):
 
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 _ledgers: weakref.WeakSet[RemoteLedger] = weakref.WeakSet()
-_forking = threading.RLock()  # held during a fork; also protects the sets
+_forking = OwnedLock()  # held during a fork; also protects the sets
 _held: list[list[RemoteLedger]] = []  # the ledgers that are held during a fork
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 def register(scheduler: Scheduler) -> None:
     """Register a queue."""
-    with _forking:
-        _schedulers.add(scheduler)
+    _forking.run(_schedulers.add, scheduler)
 
 
 def register_ledger(ledger: RemoteLedger) -> None:
     """Register a shared ledger, before its first request."""
-    with _forking:
-        _ledgers.add(ledger)
+    _forking.run(_ledgers.add, ledger)
 
 
 def _before_fork() -> None:
@@ -69,8 +66,7 @@ def register_server(server: Server) -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _forking  # noqa: PLW0603 - another thread of the parent may wait for it
-    _forking = threading.RLock()
+    _forking.reinit()
     _held.clear()
     for ledger in list(_ledgers):
         ledger.begin_in_child()
@@ -111,9 +107,7 @@ def _begin_in_child(scheduler: Scheduler) -> None:
 def _at_exit() -> None:
     """Send outstanding reports to shared ledgers, for 0.5 s at most and without a new thread."""
     deadline_us = SYSTEM_CLOCK.now_us() + MAX_EXIT_US
-    with _forking:
-        schedulers = list(_schedulers)
-    for scheduler in schedulers:
+    for scheduler in _forking.run(list, _schedulers):
         if scheduler.remote is None or scheduler.lock.is_held():
             continue
         if scheduler.worker.is_alive():

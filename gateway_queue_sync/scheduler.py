@@ -82,7 +82,6 @@ class Scheduler:
         self._get_ident = threading.get_ident  # looked up now: gevent may have patched it
         self._callers: set[int] = set()  # the threads in a call that may wait
         self.lines = Lines(self.ledger.max_concurrency)
-        self._moving: list[Waiter] | None = None  # to the lines of other buckets
         self.worker = Worker(self.clock, self.lock)
 
     # --- who may call -----------------------------------------------------------------------------
@@ -284,7 +283,7 @@ class Scheduler:
     def _remove(self, waiter: Waiter, opens_at_us: int = 0) -> None:
         """Remove a waiter from its line and wake the new head. Idempotent; the only way to leave.
 
-        The new head asks at once, or when its bucket opens, if that is known.
+        The new head asks at once, or when its bucket will open, if that is known.
         """
         if waiter in self.worker.futures:
             self.worker.discard(waiter)
@@ -316,10 +315,7 @@ class Scheduler:
     def limit_changed(self) -> None:
         """Let all heads ask again. If the number of buckets has changed, make new lines first."""
         if self.ledger.max_concurrency != self.lines.max_concurrency:
-            if self._moving is None:
-                self._moving = self.lines.waiters()
-            self.lines = Lines(self.ledger.max_concurrency, self._moving)
-            self._moving = None
+            self.lines = Lines(self.ledger.max_concurrency, self.lines.entries())
         self.observers.log.limit_changed()
         self._ask_again(self.lines.heads())
 
@@ -374,12 +370,9 @@ class Scheduler:
             raise errors.QueueClosed
         if waiter.entry is None:
             return False
-        opens_at_us: int | None = 0
-        if self.local is not None:
-            opens_at_us = self.local.restamp(self.local.account, permit, self.now_us())
-        is_used_up = permit.remaining is not None and permit.remaining <= self.reserve
-        self._remove(waiter, 0 if is_used_up or opens_at_us is None else opens_at_us)
-        return opens_at_us is not None
+        was_last = permit.remaining is not None and permit.remaining <= self.reserve
+        self._remove(waiter, 0 if was_last else self.now_us() + self.ledger.window_us)
+        return self.local is None or self.local.restamp(self.local.account, permit, self.now_us())
 
     def return_permit(self, permit: Permit) -> None:
         """Give a permit back, and wake the heads that may get one now. Idempotent."""

@@ -396,9 +396,13 @@ def _serve_or_sleep(
 
 def _wake(condition: threading.Condition, _: weakref.ref[Scheduler]) -> None:
     """Wake a worker whose scheduler is being deleted, so that it ends."""
-    if condition.acquire(blocking=False):
-        try:
-            with contextlib.suppress(RuntimeError):  # in a forked child the lock is another one
-                condition.notify()
-        finally:
+    try:
+        if condition.acquire(blocking=False):
+            condition.notify()
+    except RuntimeError:
+        pass  # in a forked child the lock is another one
+    finally:
+        try:  # noqa: SIM105 - there must be no call before the release
             condition.release()
+        except RuntimeError:
+            pass  # another thread holds it, so the worker is awake

@@ -16,6 +16,7 @@ import pytest
 from test_waiting import in_line, limit
 
 from gateway_queue_sync import AcquireTimeout, LargeBotQueue, LocalQueue, Report
+from gateway_queue_sync.queue import scheduler_of
 
 SEED = 20261123
 
@@ -274,6 +275,71 @@ def test_an_interrupt_at_any_point_of_an_update_wakes_who_waits_for_it(clock, cr
         lambda: queue.update(limit(10, 10, 1e5, max_concurrency=2)), check, prepare
     )
     assert points > 4
+
+
+def test_waiters_may_leave_and_join_before_an_interrupted_update_is_repeated(clock):
+    """The lock is free in between, and then the waiters are no longer those that were to be moved."""
+    queue = LargeBotQueue(limit(10**6, 10**6), clock=clock, interval=1e6, period=1e9)
+    queue.acquire(0)
+    queue.enqueue(0)
+    buckets, waiting, updating, lock = [1], [], [], scheduler_of(queue).lock
+    release = lock.release
+
+    def meddle():
+        release()
+        if updating and sys.gettrace() is None:  # interrupted just now
+            updating.clear()
+            waiting.pop().cancel()
+            waiting.append(queue.enqueue(2))
+
+    def prepare():
+        buckets[0] = 3 - buckets[0]
+        waiting.append(queue.enqueue(1))
+
+    def update():
+        updating.append(True)
+        queue.update(limit(10**6, 10**6, max_concurrency=buckets[0]))
+
+    def check(outcome, injector):
+        expected = [0, 1 if updating else 2]
+        updating.clear()
+        seen = [shard.shard_id for bucket in queue.snapshot().buckets for shard in bucket.shards]
+        assert sorted(seen) == expected, injector.where
+        waiting.pop().cancel()
+        assert queue.snapshot().waiting == 1, injector.where
+
+    lock.release = meddle
+    assert run_interrupted_everywhere(update, check, prepare) > 15
+
+
+def test_an_interrupted_update_is_complete_before_another_thread_may_take_a_permit(clock):
+    """Else its repetition would give back a session start that was used meanwhile."""
+    queue = LargeBotQueue(limit(10, 0, 1e5), clock=clock, period=1e9)
+    permits, updating, lock = [], [], scheduler_of(queue).lock
+    release = lock.release
+
+    def take():
+        release()
+        if updating and sys.gettrace() is None:  # interrupted just now
+            updating.clear()
+            permits.append(queue.try_acquire(0))
+
+    def prepare():
+        clock.advance(60)
+        queue.update(limit(10, 0, 1e5, max_concurrency=2))
+
+    def update():
+        updating.append(True)
+        queue.update(limit(10, 1, 1e5, max_concurrency=2))
+
+    def check(outcome, injector):
+        updating.clear()
+        permits.append(queue.try_acquire(1))
+        assert len([permit for permit in permits if permit is not None]) <= 1, injector.where
+        permits.clear()
+
+    lock.release = take
+    assert run_interrupted_everywhere(update, check, prepare) > 5
 
 
 def test_an_interrupt_at_any_point_of_an_enqueue_loses_nothing(clock):

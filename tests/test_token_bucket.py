@@ -1051,7 +1051,7 @@ def test_a_later_permit_that_is_given_back_leaves_the_window_of_a_late_report():
 def test_a_permit_is_stamped_anew_as_it_is_handed_over():
     kept = account()
     permit = granted(kept, 0)
-    assert token_bucket.restamp(kept, permit, S) == S + W
+    assert token_bucket.restamp(kept, permit, S) is True
     assert permit.stamp_us == S
     assert wait(kept, S) == W
 
@@ -1059,7 +1059,7 @@ def test_a_permit_is_stamped_anew_as_it_is_handed_over():
 def test_no_stamp_moves_back():
     kept = account()
     permit = granted(kept, 10 * S)
-    assert token_bucket.restamp(kept, permit, 9 * S) == 10 * S + W
+    assert token_bucket.restamp(kept, permit, 9 * S) is True
     assert permit.stamp_us == 10 * S
     assert wait(kept, 10 * S) == W
 
@@ -1068,7 +1068,7 @@ def test_a_permit_is_not_stamped_anew_once_its_bucket_went_on():
     kept = account()
     late = granted(kept, 0)
     granted(kept, W)
-    assert token_bucket.restamp(kept, late, W + S) is None
+    assert token_bucket.restamp(kept, late, W + S) is False
     assert late.stamp_us == 0
     assert wait(kept, W) == W
 
@@ -1077,7 +1077,7 @@ def test_a_permit_is_not_stamped_anew_once_it_was_given_back():
     kept = account()
     permit = granted(kept, 0)
     token_bucket.unused(kept, permit)
-    assert token_bucket.restamp(kept, permit, S) is None
+    assert token_bucket.restamp(kept, permit, S) is False
     assert wait(kept, S) == 0
 
 
@@ -1087,7 +1087,7 @@ def test_a_permit_is_not_stamped_anew_once_the_buckets_are_others(shard_id):
     permit = granted(kept, 0, shard_id)
     limits.adopt(kept, limit(max_concurrency=2), S)
     take(kept, S, shard_id)
-    assert token_bucket.restamp(kept, permit, 2 * S) is None
+    assert token_bucket.restamp(kept, permit, 2 * S) is False
 
 
 def test_a_stamp_that_was_moved_is_undone_with_its_permit():

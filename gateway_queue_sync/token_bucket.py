@@ -282,16 +282,13 @@ def bucket_of(account: Account, shard_id: int) -> TokenBucket:
 # --- reports --------------------------------------------------------------------------------------
 
 
-def restamp(account: Account, permit: Permit, now_us: int) -> int | None:
-    """Start the window of a permit at its handing over, now. Return when the window ends.
-
-    Return ``None`` if the permit is invalid, because its bucket was replaced or has granted again.
-    """
+def restamp(account: Account, permit: Permit, now_us: int) -> bool:
+    """Start the window of a permit at its handing over, now. False if its bucket has granted again."""
     bucket = account.buckets.get(permit.bucket)
     if bucket is None or bucket.serial != permit.serial:
-        return None
+        return False
     bucket.last_us = permit.stamp_us = max(bucket.last_us, now_us)
-    return bucket.last_us + account.window_us
+    return True
 
 
 def sent(account: Account, permit: Permit, now_us: int) -> None:

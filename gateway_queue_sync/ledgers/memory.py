@@ -27,7 +27,7 @@ class MemoryLedger:
 
     remote: Literal[False] = False
     take: Callable[[Account, int, int], Permit | Denial] = staticmethod(token_bucket.take)
-    restamp: Callable[[Account, Permit, int], int | None] = staticmethod(token_bucket.restamp)
+    restamp: Callable[[Account, Permit, int], bool] = staticmethod(token_bucket.restamp)
 
     def __init__(self, settings: Settings) -> None:
         interval_us, self.margin_us, period_us = settings.timings_us
@@ -87,7 +87,8 @@ class NoLedger(MemoryLedger):
     """Grants each permit at once."""
 
     take = staticmethod(token_bucket.grant)
-    restamp = staticmethod(lambda *_: 0)  # there is no window
+    restamp = staticmethod(lambda *_: True)  # there is no window
+    window_us = 0
 
     def report(self, permit: Permit, report: Report) -> int:  # noqa: ARG002 - the signature of the base class
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ from freezegun import freeze_time
 from gateway_queue_sync.testing import FakeClock
 
 PATIENCE = 20.0  # s a test waits for what must come; nothing takes that long unless it is broken
+
+# Whoever started the tests may ignore it, such as a shell that runs them in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Crew:

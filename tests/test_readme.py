@@ -110,7 +110,10 @@ def test_the_shared_queue_grants_and_can_be_looked_at(monkeypatch, tmp_path, cap
 def test_the_remote_queue_asks_its_broker(tmp_path, capsys):
     with SqliteQueue(tmp_path / "q", interval=0.01, margin=0.02) as queue:
         with serve(queue, port=0) as broker:
-            changes = {"http://127.0.0.1:8787": broker.url, '")\nwith': '", margin=0.02)\nwith'}
+            changes = {
+                "http://127.0.0.1:8787": broker.url,
+                '")\nwith': '", interval=0.01, margin=0.02)\nwith',
+            }
             run("HttpQueue(", changes=changes)["queue"].close()
     assert capsys.readouterr().out.startswith("<Permit shard_id=7 bucket=0 ")
 

@@ -106,15 +106,15 @@ def test_a_thousand_time_outs_at_one_instant_are_all_told():
     assert queue.snapshot().waiting == 0
 
 
-def test_a_hundred_thousand_futures_wait_and_go():
+def test_thousands_of_futures_wait_and_go():
     queue = LocalQueue(interval=0.02, margin=0)
     queue.acquire(0)
-    futures = [queue.enqueue(shard) for shard in range(100_000)]
+    futures = [queue.enqueue(shard) for shard in range(10_000)]
     assert futures[0].result(30).shard_id == 0
-    middle = futures[50_000]
+    middle = futures[5_000]
     assert middle.cancel()
     assert futures[1].result(30).shard_id == 1
-    assert queue.snapshot().waiting >= 99_000
+    assert queue.snapshot().waiting >= 9_000
     queue.close()
     wait(futures, 60)  # the worker completes them
-    assert sum(future.done() for future in futures) == 100_000
+    assert sum(future.done() for future in futures) == 10_000

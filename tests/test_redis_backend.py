@@ -190,7 +190,7 @@ def test_a_right_that_is_taken_away_meanwhile_changes_nothing(server, command):
     user(server, f"-{command}")
     before = state(server)
     number = one.number
-    report = (Report(messages.UNUSED, serial, 0, 1, now_us, 0),)
+    report = (Report(messages.UNUSED, serial, 0, 1, now_us),)
     line = (Line(0, 0, (Waiter(2, 0, now_us, now_us),)),)
     if command == "time":  # which is taken along here
         return

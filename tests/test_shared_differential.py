@@ -153,9 +153,7 @@ class World:
                 serial, shard_id, period = dice.randint(1, 50), dice.randint(0, 9), 1
             at_us = now_us - dice.choice((0, 0, 1000, S, 20 * S, -S))
             kind = self.rudely(dice.choice((0, 0, 1, 2)))
-            made.append(
-                Report(kind, self.rudely(serial), shard_id, period, at_us, int(dice.random() < 0.5))
-            )
+            made.append(Report(kind, self.rudely(serial), shard_id, period, at_us))
         return tuple(made)
 
     def introduction(self, speaker: Speaker, now_us: int) -> Introduction:

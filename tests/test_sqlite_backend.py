@@ -276,7 +276,6 @@ class Walk:
             dice.randrange(6),
             self.period,
             at_us,
-            dice.randint(0, 1),
         )
 
     def request(self) -> Request:

@@ -458,13 +458,13 @@ local function settings()
   if account.window_us < window_us then account.opened_us = now + notice_us end
 end
 
-local function report(kind, serial, shard_id, period, at_us, ends_hold)
+local function report(kind, serial, shard_id, period, at_us)
   local bucket = get_bucket(math.fmod(shard_id, account.max_concurrency))
   local due, last = due_us(bucket), bucket.rejected_serial
   at_us = min(now, at_us + shift_us)
   local back = account.period - period
   local since_lost = back >= 0 and back < MAX_PERIODS_BACK
-  if ends_hold ~= 0 and bucket.serial == serial and since_lost then bucket.held_until_us = NEVER end
+  if bucket.serial == serial and since_lost then bucket.held_until_us = NEVER end
   if kind == SENT then
     bucket.last_us = max(bucket.last_us, at_us)
     if bucket.serial ~= serial then bucket.previous_us = bucket.last_us end

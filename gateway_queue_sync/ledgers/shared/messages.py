@@ -48,14 +48,13 @@ class Line(NamedTuple):
 
 
 class Report(NamedTuple):
-    """A report on a permit, made at ``at_us``. The first report on a held permit ends its hold."""
+    """A report on a permit, made at ``at_us``. It ends the hold of the permit, if that is held."""
 
     kind: int
     serial: int
     shard_id: int
     period: int
     at_us: int
-    ends_hold: int = 0
 
 
 class Limit(NamedTuple):

@@ -105,7 +105,6 @@ class Session:
         self._paused = False
         self._reports: deque[Report] = deque()
         self._changes: deque[LimitChange] = deque()
-        self._held: dict[int, int] = {}  # until when, by serial; the first report ends a hold
         self._looks = False
         self._start_anew()
 
@@ -138,11 +137,8 @@ class Session:
 
     def report(self, permit: Permit, report: models.Report, now_us: int) -> None:
         """Add a report to the next request."""
-        ends_hold = self._held.pop(permit.serial, None) is not None
         self._reports.append(
-            Report(
-                KINDS[report], permit.serial, permit.shard_id, permit.period, now_us, int(ends_hold)
-            )
+            Report(KINDS[report], permit.serial, permit.shard_id, permit.period, now_us)
         )
 
     def change_limit(
@@ -472,8 +468,6 @@ class Session:
             permit.stamp_us = request.sent_us - one.age_us
             if holds_us[one.waiter]:
                 until_us = now_us + holds_us[one.waiter]
-                self._held = {key: us for key, us in self._held.items() if us > now_us}
-                self._held[one.serial] = until_us
                 self._closed_until_us = max(self._closed_until_us, until_us + self.window_us)
             if request.margin_us and now_us - permit.stamp_us > request.margin_us:
                 self.report(permit, models.Report.UNUSED, now_us)

@@ -304,7 +304,7 @@ class _Step:
         permit.serial, permit.period = report.serial, report.period
         at_us = min(self.now_us, report.at_us + self.shift_us)
         since_lost = 0 <= account.period - report.period < MAX_PERIODS_BACK
-        if report.ends_hold and bucket.serial == report.serial and since_lost:
+        if bucket.serial == report.serial and since_lost:
             bucket.held_until_us = NEVER
         if report.kind == messages.SENT:
             token_bucket.sent(account, permit, at_us)

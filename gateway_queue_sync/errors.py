@@ -123,6 +123,6 @@ def worker_blocked() -> RuntimeError:
 def forked(owner: str) -> RuntimeError:
     """Return the error for a call in a child process to a queue that its parent made."""
     return RuntimeError(
-        f"this {owner} was made before the process forked, or the process was forked inside this call: "
-        "the permit belongs to the parent; to share a queue over processes use SqliteQueue"
+        f"this {owner} was made, or this call began, before the process forked: its permits belong to "
+        "the parent; to share a queue between processes use SqliteQueue"
     )

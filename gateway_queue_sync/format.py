@@ -36,9 +36,11 @@ def format_exact(duration: float) -> str:
 
 
 def format_clock(duration: float) -> str:
-    """Return a duration in seconds as ``24:00:05``."""
+    """Return a duration with its seconds, as ``24:00:05`` or, from 48 hours on, ``2 d 0:00:05``."""
     minutes, rest = divmod(round(duration), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24) if hours >= 48 else (0, hours)
+    return f"{f'{days} d ' if days else ''}{hours}:{minutes:02}:{rest:02}"
 
 
 def format_ranges(numbers: Iterable[int]) -> str:

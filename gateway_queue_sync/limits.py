@@ -54,12 +54,12 @@ def adopt(account: Account, limit: SessionStartLimit, wall_us: int) -> None:
 def rebucket(account: Account, max_concurrency: int) -> None:
     """Replace the buckets, if their number differs. Each new one starts from the latest grant of all.
 
-    Each new one also continues the longest row of rejections.
+    Each new one also continues the longest series of rejections.
     """
     if max_concurrency == account.max_concurrency:
         return
     known = [account.default_bucket, *account.buckets.values()]
-    rows = [
+    series = [
         bucket.rejections
         for bucket in known
         if bucket.rejected_serial in (bucket.serial, bucket.previous_serial)
@@ -67,8 +67,8 @@ def rebucket(account: Account, max_concurrency: int) -> None:
     default = TokenBucket(
         max(bucket.last_us for bucket in known),
         closed_until_us=max(bucket.closed_until_us for bucket in known),
-        rejections=max(rows, default=0),
-        rejected_serial=0 if rows else -1,  # 0 is the serial of a bucket that has not granted
+        rejections=max(series, default=0),
+        rejected_serial=0 if series else -1,  # 0 is the serial of a bucket that has not granted
     )
     buckets: dict[int, TokenBucket] = {}
     account.buckets, account.default_bucket = buckets, default

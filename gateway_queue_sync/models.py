@@ -190,7 +190,7 @@ def check_limit(limit: object, reserve: int) -> SessionStartLimit:
 
 
 class Report(enum.Enum):
-    """What became of a permit, in the words of its holder."""
+    """What became of a permit, as its holder reports it."""
 
     SENT = "sent"
     UNUSED = "unused"

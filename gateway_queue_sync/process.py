@@ -18,7 +18,7 @@ MAX_EXIT_US = 500_000
 
 
 class Server(Protocol):
-    """Whoever has sockets that are this process's alone."""
+    """An object with sockets that a forked child must close."""
 
     def open_files(self) -> list[int]:
         """Return the file descriptors of its sockets."""
@@ -41,6 +41,11 @@ def register_ledger(ledger: RemoteLedger) -> None:
     _forking.run(_ledgers.add, ledger)
 
 
+def register_server(server: Server) -> None:
+    """Register a server, before a process may fork."""
+    _servers.add(server)
+
+
 def _before_fork() -> None:
     """Hold all shared ledgers, so that the child does not get one in the middle of a request.
 
@@ -58,11 +63,6 @@ def _after_fork_in_parent() -> None:
     for ledger in _held.pop():
         ledger.after_fork_in_parent()
     _forking.release()
-
-
-def register_server(server: Server) -> None:
-    """Note that there is a server."""
-    _servers.add(server)
 
 
 def _after_fork_in_child() -> None:

@@ -112,7 +112,7 @@ def _parse(raw: bytes) -> Head:
         raise ValueError("the first line must be a method, a target and HTTP/1.1")
     method, target = request[1].decode(), request[2].decode()
     if request[3] != b"1":
-        raise ValueError(f"HTTP/{request[3].decode()} is not spoken here")
+        raise ValueError(f"HTTP/{request[3].decode()} is not supported")
     is_old, headers = request[4] == b"0", _headers(lines)
     options = {one.strip(" \t").lower() for one in headers.get("connection", "").split(",")}
     keep_alive = "close" not in options and (not is_old or "keep-alive" in options)

@@ -25,7 +25,7 @@ from gateway_queue_sync.broker.server import (
 from gateway_queue_sync.broker.settings import BrokerSettings
 from gateway_queue_sync.environment import public_url, read_secret, state_folder
 from gateway_queue_sync.errors import GatewayBotError, LedgerError
-from gateway_queue_sync.format import sentence
+from gateway_queue_sync.format import format_count, sentence
 from gateway_queue_sync.gateway_bot import GatewayBot
 from gateway_queue_sync.ledgers.remote import MIN_MARGIN, peek
 from gateway_queue_sync.ledgers.shared.limits import DISCORDS_DEFAULT
@@ -60,7 +60,7 @@ MAX_END = 0.9  # s after a signal, for the last requests to a ledger
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal comes. Return 0, or 1 if it could not begin."""
-    shards.setLevel(logging.WARNING)  # a line for each of thousands: the page tells that
+    shards.setLevel(logging.WARNING)  # the page shows who waits; in the log it would be too much
     stop = _Stop()
     try:
         settings = _Settings.gathered(arguments, os.environ)
@@ -223,10 +223,10 @@ class _Settings:
             log.warning("how many session starts are left is not known yet: all clients wait")
             return queue
         log.info(
-            "%d of %d session starts are left, in %d bucket(s)%s",
+            "%d of %d session starts are left, in %s%s",
             left.remaining,
             left.total,
-            scheduler.ledger.max_concurrency,
+            format_count(scheduler.ledger.max_concurrency, "bucket"),
             "" if self.token else " (as stored, or Discord's default)",
         )
         return queue

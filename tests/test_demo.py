@@ -75,7 +75,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Said:
 def test_all_shards_start_by_the_rules(said: Said) -> None:
     assert main(SAFE) == 0
     text = said()
-    assert "Starting 8 shard(s) in 4 bucket(s), queued with a margin of 0.15 s." in text
+    assert "Starting 8 shards in 4 buckets, queued with a margin of 0.15 s." in text
     rows = re.findall(r"^ +\d+\.\d{3} +(\d+) +(\d+) +\d+\.\d{3}$", text, re.MULTILINE)
     assert sorted((int(shard), int(bucket)) for shard, bucket in rows) == [
         (shard, shard % 4) for shard in range(8)
@@ -94,7 +94,7 @@ def test_the_margin_is_a_twentieth_of_the_interval_unless_given(said: Said) -> N
 
 def test_more_buckets_than_anybody_could_count(said: Said) -> None:
     assert main(["demo", "--shards", "3", "--max-concurrency", "1" + "0" * 12]) == 0
-    assert "3 shard(s) in 3 bucket(s)" in said()
+    assert "3 shards in 3 buckets" in said()
 
 
 def test_a_refused_shard_reports_it_and_tries_again(
@@ -123,7 +123,7 @@ def test_a_refused_shard_reports_it_and_tries_again(
 def test_without_the_queue_a_rule_is_broken(said: Said) -> None:
     assert main(["demo", "--shards", "8", "--interval", "0.3", "--no-queue"]) == 1
     text = said()
-    assert "8 shard(s) in 4 bucket(s), not queued." in text
+    assert "8 shards in 4 buckets, not queued." in text
     assert "A rule was broken: IDENTIFYs came too fast" in text
     assert re.search(r"shards started +8 of 8", text)
     assert re.search(r"refused +[1-9]\d* of \d+ IDENTIFYs", text)

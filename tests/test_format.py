@@ -68,7 +68,13 @@ def test_a_time_of_today_is_shown_without_its_day():
 
 @pytest.mark.parametrize(
     ("duration", "text"),
-    [(0.0, "0:00:00"), (65.4, "0:01:05"), (86_405, "24:00:05"), (3599.6, "1:00:00")],
+    [
+        (0.0, "0:00:00"),
+        (65.4, "0:01:05"),
+        (86_405, "24:00:05"),
+        (172_805, "2 d 0:00:05"),
+        (3599.6, "1:00:00"),
+    ],
 )
 def test_a_clock_shows_hours_minutes_and_seconds(duration, text):
     assert format_clock(duration) == text

@@ -418,6 +418,16 @@ def test_numbers_beyond_all_reason_are_shown(browser: Browser, clock: FakeClock)
         assert browser.text("tbody td") == str(2**53)
 
 
+def test_waiters_of_whom_only_the_number_is_known_are_counted(
+    browser: Browser, clock: FakeClock
+) -> None:
+    with a_queue(clock) as queue, browser.on(stub(queue, HOST, 0)) as broker:
+        broker.instead["/status.json"] = 200, json.dumps(a_line(A_SHARD) | {"waiting": 1_235})
+        watch(browser, broker.url)
+        assert browser.text("#waiting") == "1,235"
+        assert browser.text("#counted").startswith("And 1,234 more: ")
+
+
 def test_a_secret_is_asked_for_and_kept_in_the_tab_alone(
     browser: Browser, clock: FakeClock
 ) -> None:

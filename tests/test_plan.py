@@ -209,7 +209,7 @@ def test_a_budget_lasts_down_to_its_reserve_and_no_further():
     assert not plan_start(range(10), limit(10, max_concurrency=4), reserve=1).lasts
 
 
-def test_a_reset_that_nobody_waits_for_is_told_and_the_budget_lasts():
+def test_a_reset_that_nobody_waits_for_is_listed_and_the_budget_lasts():
     plan = plan_start(range(4), limit(1000, 3, 3 * WINDOW))
     assert plan.lasts
     assert plan.resets == (3 * WINDOW,)

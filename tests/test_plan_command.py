@@ -67,8 +67,8 @@ def test_a_summary_and_a_timeline():
         "",
         "first start  in 0 s (12:00:00)",
         "last start   in 24 h 0 min (2026-11-25 12:00:00)",
-        "budget       8 of 8 left now, reserve 1: does not last; 3 shards must",
-        "             wait for a reset",
+        "limit        8 of 8 left now, reserve 1: not enough; 3 shards must wait",
+        "             for a reset",
         "resets       in 24 h 0 min (2026-11-25 12:00:00)",
         "",
         "         from                              started  left  shards",
@@ -79,16 +79,16 @@ def test_a_summary_and_a_timeline():
     ]
 
 
-def test_a_budget_that_lasts_says_what_it_leaves():
+def test_a_limit_that_suffices_says_what_is_left():
     assert lines(fleet(64, remaining=900, reset_after=60.0, buckets=16))[4] == (
-        "budget       900 of 1000 left now: lasts; 836 left after the last start"
+        "limit        900 of 1000 left now: enough; 836 left after the last start"
     )
 
 
 def test_a_wait_before_the_first_start_is_shown():
     shown = lines(FLEETS["used up now"])
     assert "first start  in 1 h 0 min (13:00:00)" in shown
-    assert shown[4].endswith("does not last; 4 shards must wait for a reset")
+    assert shown[4].endswith("not enough; 4 shards must wait for a reset")
     assert "          ...  1 h 0 min until the limit resets" in shown
 
 
@@ -101,7 +101,7 @@ def test_each_row_has_a_time_of_its_own():
 
 def test_those_who_wait_for_less_than_a_window_are_counted_too():
     shown = lines(fleet(8, remaining=5, reset_after=7.0, buckets=4))
-    assert "does not last; 3 shards must wait" in shown[4]
+    assert "not enough; 3 shards must wait" in shown[4]
 
 
 def test_many_resets_are_told_in_short():
@@ -149,12 +149,12 @@ def test_it_runs_in_a_narrow_terminal_of_any_encoding(encoding):
 # --- options, exit codes and JSON -----------------------------------------------------------------
 
 
-def test_it_exits_with_0_if_the_budget_lasts_and_with_1_if_not(capsys):
+def test_it_exits_with_0_if_the_limit_suffices_and_with_1_if_not(capsys):
     options = ["plan", "--shards", "1000", "--max-concurrency", "16"]
     assert cli.main(options) == 0
-    assert " lasts; 0 left after the last start" in capsys.readouterr().out
+    assert " enough; 0 left after the last start" in capsys.readouterr().out
     assert cli.main([*options, "--reserve", "1"]) == 1
-    assert "does not last; 1 shard must" in capsys.readouterr().out
+    assert "not enough; 1 shard must" in capsys.readouterr().out
 
 
 def test_programs_get_the_fields_of_the_plan(capsys):
@@ -181,7 +181,7 @@ def test_with_a_token_it_reads_the_limit_from_discord(server, tmp_path, capsys):
     assert cli.main(["plan", "--shards", "32", *options]) == 0
     printed = capsys.readouterr()
     assert "32 shards in 16 buckets" in printed.out
-    assert "998 of 1000 left now: lasts; 966 left" in printed.out
+    assert "998 of 1000 left now: enough; 966 left" in printed.out
     assert TOKEN not in printed.out + printed.err
 
 
@@ -191,7 +191,7 @@ def test_what_is_said_counts_instead_of_what_was_read(server, tmp_path, capsys):
     server.will(answer(BODY))
     options = ["--token-file", str(file), "--base-url", server.url, "--remaining", "20"]
     assert cli.main(["plan", "--shards", "32", *options]) == 1
-    assert "20 of 1000 left now: does not last; 12 shards must" in capsys.readouterr().out
+    assert "20 of 1000 left now: not enough; 12 shards must" in capsys.readouterr().out
 
 
 def test_a_token_that_is_wrong_is_said_to_be_and_not_shown(server, tmp_path, capsys):  # noqa: F811
@@ -435,6 +435,6 @@ def test_a_million_shards_are_planned(capsys):
     assert cli.main(["plan", "--shards", "1000000"]) == 1
     printed = capsys.readouterr().out
     assert "last start   in 999 d 1 h" in printed
-    assert "budget       1000 of 1000 left now: does not last; 999000 shards" in printed
+    assert "limit        1000 of 1000 left now: not enough; 999000 shards" in printed
     assert "resets       and 996 more times" in printed
     assert "1000000/1000000" in printed

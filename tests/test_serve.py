@@ -191,7 +191,7 @@ def test_flags_win_over_the_environment_and_each_has_a_line(serving):
     assert "max_concurrency is 4 (--max-concurrency)" in served.text
     assert f"port is {port} (the environment's PORT)" in served.text
     assert "host is 127.0.0.1 (the environment's HOST)" in served.text
-    assert "1000 of 1000 session starts are left, in 4 bucket(s)" in served.text
+    assert "1000 of 1000 session starts are left, in 4 buckets" in served.text
 
 
 def test_each_setting_has_a_line_that_says_where_it_is_from(serving, tmp_path):

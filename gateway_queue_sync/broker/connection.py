@@ -71,7 +71,7 @@ class Connection(asyncio.Protocol):
     def _enter(
         self, state: State, seconds: float | None = None, then: Callable[[], object] | None = None
     ) -> None:
-        """Enter a state. After ``timeout`` seconds, unless another state comes first, it ends."""
+        """Enter a state. If no other state comes within ``seconds``, call ``then``, or close."""
         self.state = state
         if self._timer is not None:
             self._timer.cancel()

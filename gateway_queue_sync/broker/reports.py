@@ -75,7 +75,7 @@ class Reports:
         self._waited = 0.0
 
     def granted(self, at_us: int, permit: Permit) -> None:
-        """Count a permit that was sent at ``now_us``."""
+        """Count a permit that was sent at ``at_us``."""
         new = at_us, permit.shard_id, permit.bucket
         self._recent = (*self._recent[1 - RECENT :], new)
         self._waits[bisect_left(WAITS, permit.waited)] += 1
@@ -118,7 +118,9 @@ class Reports:
         waits = [(f'_bucket{{le="{s}"}}', n) for s, n in zip(most, counts, strict=True)]
         summed = [("_sum", round(self._waited, 6)), ("_count", counts[-1])]
         refused = [(f'{{status="{code}"}}', n) for code, n in sorted(dict(self.refused).items())]
-        yield from _family("granted_total", "counter", "Permits of the state.", seen.granted)
+        yield from _family(
+            "granted_total", "counter", "Permits since the account was created.", seen.granted
+        )
         yield from _family("waiting", "gauge", "Shards that wait, by bucket.", *waiting)
         yield from _family("wait_seconds", "histogram", "Waits for permits here.", *waits, *summed)
         yield from _family("refused_total", "counter", "Requests refused, by status.", *refused)

@@ -51,7 +51,7 @@ def as_json(value: Any) -> Response:
     return Response(200, json.dumps(value, separators=(",", ":"), default=_fields).encode())
 
 
-def _fields(one: Any) -> dict[str, Any]:  # asdict copies each value, and takes long
+def _fields(one: Any) -> dict[str, Any]:  # dataclasses.asdict copies each value, which is slow
     return {name: getattr(one, name) for name in one.__slots__}
 
 

@@ -101,7 +101,7 @@ class Service:
             more = f"; {skipped} more were wrong" if skipped else ""
             log.warning("%.20s %.100r: %.200s%s", head.method, head.path, what, more)
 
-    # --- access: who is let in, else the refusal --------------------------------------------------
+    # --- access: `None`, or why a request is refused ----------------------------------------------
 
     def _anyone(self, _: Head) -> Refusal | None:
         return None  # these answers contain nothing about the bot

@@ -47,11 +47,11 @@ def serve(
     """Serve a queue to any process over HTTP, from a thread in the background, until it is closed.
 
     A client sends ``GET /?shard=N`` and gets no byte until its shard may identify; ``README.md`` beside
-    this file has the whole protocol. ``HttpQueue`` needs an ``SqliteQueue`` or a ``RedisQueue``. The
-    queue stays its owner's, who closes it.
+    this file has the whole protocol. ``HttpQueue`` needs an ``SqliteQueue`` or a ``RedisQueue``. To
+    close the queue is up to the caller.
 
-    Without a secret, only programs of this machine are served. Pages in a browser get no permit, cannot
-    change anything, and get data only under a name of this machine.
+    Without a secret, only programs on this machine get permits. Pages in its browsers get no permit and
+    cannot change anything; they get data only if the request's ``Host`` is this machine.
 
     Args:
         queue: the queue that grants the permits.
@@ -89,7 +89,7 @@ class Broker:
         self._service = Service(queue, self._loop, replace(settings, max_connections=most))
         self._stopped = asyncio.Event()
         self._closing = threading.Lock()
-        self._futures: list[Future[Permit]] = []  # of those who waited when it was closed
+        self._futures: list[Future[Permit]] = []  # of the clients that waited when it was closed
         factory, create = partial(Connection, self._service), self._loop.create_server
         try:
             self._sockets = listen(settings.host, settings.port)

@@ -13,7 +13,7 @@ from gateway_queue_sync.demo.display import choose_display
 from gateway_queue_sync.demo.fleet import Fleet
 from gateway_queue_sync.demo.gateway import Gateway
 from gateway_queue_sync.demo.summary import summary
-from gateway_queue_sync.format import sentence
+from gateway_queue_sync.format import format_count, sentence
 from gateway_queue_sync.models import (
     DEFAULT_MARGIN,
     IDENTIFY_INTERVAL,
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         how = f"queued with a margin of {margin:g} s"
     referee = Referee(buckets, interval=interval, total=limit.total)
 
-    print(f"Starting {shards} shard(s) in {buckets} bucket(s), {how}.")
+    print(f"Starting {format_count(shards, 'shard')} in {format_count(buckets, 'bucket')}, {how}.")
     print(f"The gateway accepts one IDENTIFY per bucket every {interval:g} s.\n", flush=True)
     display = choose_display(queue, referee, shards)
     with (
@@ -85,7 +85,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "demo",
         help=what,
-        description=f"{sentence(what)}. Exits with 0 if all started by the rules, else with 1.",
+        description=f"{sentence(what)}. Exits with 1 if a rule was broken or not all started.",
     )
     parser.add_argument(
         "--shards",
@@ -106,7 +106,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         default=0.5,
         metavar="SECONDS",
-        help="the least time between two IDENTIFYs of a bucket (default: %(default)s; Discord's: 5)",
+        help="the shortest time between two IDENTIFYs of a bucket (default: %(default)s; Discord's: 5)",
     )
     parser.add_argument(
         "--margin",

@@ -36,7 +36,7 @@ STANDARD_OUTPUT = "-"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; return 0 if the budget lasts, 1 if it does not, 2 if something is wrong."""
+    """Run the command; return 0 if the limit suffices, 1 if not, 2 if something is wrong."""
     was_on = gc.isenabled()
     gc.disable()  # there may be a million values, and no cycles
     try:
@@ -109,12 +109,12 @@ def _fleet(arguments: argparse.Namespace, limit: SessionStartLimit) -> Fleet:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add this command to those of the command line."""
-    what = "tell when each shard of a bot would start, and whether the day's budget lasts for that"
+    what = "show when each shard of a bot would start, and whether the session start limit suffices"
     parser = subparsers.add_parser(
         "plan",
         help=what,
-        description=f"{sentence(what)}. Nothing is started. Exits with 0 if it lasts, with 1 "
-        "if it does not, and with 2 if that cannot be computed.",
+        description=f"{sentence(what)}. Nothing is started. Exits with 0 if it suffices, with "
+        "1 if it does not, and with 2 if that cannot be computed.",
     )
     parser.add_argument(
         "--shards", type=int, required=True, metavar="N", help="how many shards are to start"
@@ -166,7 +166,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         default=IDENTIFY_INTERVAL,
         metavar="SECONDS",
-        help="the least time between two IDENTIFYs of a bucket (default: %(default)s)",
+        help="the shortest time between two IDENTIFYs of a bucket (default: %(default)s)",
     )
     settings.add_argument(
         "--margin",
@@ -178,7 +178,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--svg",
         metavar="FILE",
-        help="draw a picture into this file; -: to standard output, instead",
+        help="draw a picture into this file; -: to standard output, instead of the summary",
     )
     parser.add_argument(
         "--json", action="store_true", help="the plan's fields as JSON, instead of the summary"

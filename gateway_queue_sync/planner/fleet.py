@@ -67,8 +67,8 @@ class Fleet:
         """Whether the limit suffices, in one line."""
         held = f", reserve {self.reserve}" if self.reserve else ""
         if self.plan.lasts:
-            ends = f"lasts; {self.plan.remaining} left after the last start"
+            ends = f"enough; {self.plan.remaining} left after the last start"
         else:
             late = sum(s.at > (s.wave + 0.001) * self.window for s in self.plan.starts)
-            ends = f"does not last; {format_count(late, 'shard')} must wait for a reset"
+            ends = f"not enough; {format_count(late, 'shard')} must wait for a reset"
         return f"{self.limit.remaining} of {self.limit.total} left now{held}: {ends}"

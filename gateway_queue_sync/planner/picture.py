@@ -96,7 +96,7 @@ class Axis:
 
     Attributes:
         spans: from when to when each stretch that is drawn lasts, in seconds.
-        places: where each begins, and ``scale``: how wide a second is.
+        places: where each is drawn; a second is ``scale`` wide.
         omitted: how many runs are left out, before span ``omitted_before``.
     """
 
@@ -118,7 +118,7 @@ class Axis:
             x += (ends - begins) * self.scale + self.cut
 
     def x(self, at: float) -> float:
-        """Return where an instant is, the begin of the next span if it is cut out."""
+        """Return where an instant is drawn; if it is cut out, the beginning of the next span."""
         number = bisect_left(self.spans, at, key=lambda span: span[1])
         if number == len(self.spans):
             return WIDTH - RIGHT
@@ -149,7 +149,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 
 def _colour(wave: int, waves: int) -> str:
-    """Return a wave's place on the ramp from the first to the last."""
+    """Return the colour of a wave, on the ramp from the first to the last."""
     at = wave / max(1, waves - 1) * (len(RAMP) - 1)
     low = min(int(at), len(RAMP) - 2)
     mixed = (round(a + (b - a) * (at - low)) for a, b in zip(RAMP[low], RAMP[low + 1], strict=True))
@@ -308,7 +308,7 @@ def _budget(fleet: Fleet, time: Axis, area: _Area) -> Iterator[str]:
 
 
 def _ticks(time: Axis, y: float) -> Iterator[str]:
-    """Yield the times below: each span's begin from now on, and within it since its begin."""
+    """Yield the labels of the axis: from now to the beginning of each span, within it from there."""
     step = next((step for step in STEPS if step * time.scale >= LABEL), DAY)
     while step * time.scale < LABEL:
         step *= 2

@@ -32,7 +32,7 @@ def _summary(fleet: Fleet, now: datetime) -> Iterator[str]:
     yield ""
     yield f"first start  {format_time(now, plan.starts[0].at, format_exact)}"
     yield f"last start   {format_time(now, plan.last_at, format_exact)}"
-    yield f"budget       {fleet.verdict}"
+    yield f"limit        {fleet.verdict}"
     for resets_in in plan.resets[:3]:
         yield f"resets       {format_time(now, resets_in, format_exact)}"
     if plan.resets[3:]:

@@ -329,7 +329,8 @@ def rows_of(path):
 
 
 def rows_of_memory(memory):
-    account = replace(memory.account(), reserve=0, recent=None)
+    account = replace(memory.account(), recent=None)
+    account.default_bucket = replace(account.default_bucket, rejected_serial=-1)  # it is not used
     sessions = set(memory._sessions.values())
     lines = {line for rows in memory._lines.values() for line in rows.values()}
     return account, memory._buckets, sessions, lines, memory._recent

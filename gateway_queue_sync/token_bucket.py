@@ -102,16 +102,13 @@ class Reason(enum.Enum):
 class Denial:
     """No permit now. There will be one in ``wait_us``, unless the account changes before.
 
-    If the limit or its reset is the reason, the other fields describe it. ``period`` and ``granted``
-    are the account's: they show whether it has changed while the limit was read.
+    If the limit is used up, ``remaining`` and ``resets_in_us`` describe it.
     """
 
     wait_us: int
     reason: Reason
     remaining: int = 0
     resets_in_us: int = 0
-    period: int = 0
-    granted: int = 0
 
 
 # __init__ would make the free path 50 % slower. Attributes that are not set have their class's defaults.
@@ -162,7 +159,7 @@ def take(  # noqa: C901 - on the free path a call costs more than a branch
                 return denial
             resets_at_us, period = _next_period(account, wall_us, due)
     elif account.refresh_owed and account.patience_us:  # no limit is known yet
-        return Denial(account.patience_us, Reason.RESET, 0, 0, period, account.granted)
+        return Denial(account.patience_us, Reason.RESET)
     if wait_us > 0:
         return Denial(wait_us, Reason.WINDOW)
     serial = account.granted + 1
@@ -193,7 +190,7 @@ def _wait_for_read(account: Account, wall_us: int, due: bool, can_refresh: bool)
     if due and account.resets_at_us is not None:
         patience_us = account.resets_at_us + account.patience_us - wall_us
     if (can_refresh and (due or account.refresh_owed)) or patience_us > 0:
-        return Denial(max(0, patience_us), Reason.RESET, 0, 0, account.period, account.granted)
+        return Denial(max(0, patience_us), Reason.RESET)
     return None
 
 
@@ -231,9 +228,7 @@ def _used_up(account: Account, wait_us: int, wall_us: int, early: int) -> Denial
             account.period, account.other_reset = account.period + 1, None
             account.refresh_owed = True
     account.resets_at_us = wall_us + resets_in_us  # nearer, if the clock was set back
-    return Denial(
-        max(wait_us, resets_in_us), Reason.BUDGET, account.remaining, resets_in_us, account.period
-    )
+    return Denial(max(wait_us, resets_in_us), Reason.BUDGET, account.remaining, resets_in_us)
 
 
 def unseen_us(account: Account) -> int:
@@ -258,11 +253,10 @@ def closed_for_us(account: Account, bucket: TokenBucket, now_us: int) -> int:
 
 def _wait_us(account: Account, bucket: TokenBucket, now_us: int) -> int:
     """Return how long the bucket is still closed. A clock that was set back costs one window, once."""
+    wait_us = closed_for_us(account, bucket, now_us)
     bucket.last_us = min(bucket.last_us, now_us)
-    if bucket.closed_until_us > now_us:
-        max_us = _max_closure_us(account, bucket.rejections)
-        bucket.closed_until_us = min(bucket.closed_until_us, now_us + max_us)
-    return max(bucket.last_us + account.window_us, bucket.closed_until_us) - now_us
+    bucket.closed_until_us = min(bucket.closed_until_us, now_us + wait_us)
+    return wait_us
 
 
 def _max_closure_us(account: Account, rejections: int) -> int:

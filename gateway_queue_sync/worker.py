@@ -52,8 +52,7 @@ class Worker:
         self._clock = clock
         self._condition = clock.condition(lock)  # notified if there is something to do
         self.thread: threading.Thread | None = None
-        # A heap: when to ask, a number, the bucket, and the waiter to ask for.
-        self._due: list[tuple[int, int, int, Waiter]] = []
+        self._due: list[tuple[int, int]] = []  # a heap: when to ask for the head of a bucket; which
         self._idle_since_us = clock.now_us()
         self.futures: set[Waiter] = set()
         self.events: list[Event] = []
@@ -95,8 +94,8 @@ class Worker:
             self.start(scheduler)
 
     def schedule(self, head: Waiter, bucket: int) -> None:
-        """Plan to ask for a head when it may ask. An entry is outdated if that time has changed."""
-        heapq.heappush(self._due, (head.ask_at_us, bucket, head.number, head))
+        """Plan to ask for a head when it may ask. The plan is outdated if that time has changed."""
+        heapq.heappush(self._due, (head.ask_at_us, bucket))
         self._condition.notify()
 
     def emit_later(self, scheduler: Scheduler, event: Event) -> None:
@@ -147,13 +146,14 @@ class Worker:
     def _to_do(self, scheduler: Scheduler) -> tuple[list[Waiter], list[Event]]:
         """Return the heads to ask for, and the events to emit."""
         now_us, due = scheduler.now_us(), self._due
-        heads: dict[Waiter, int] = {}  # with their buckets; they ask in the order of these
+        heads: dict[int, Waiter] = {}  # by bucket
         while due and due[0][0] <= now_us:
-            at_us, bucket, _, waiter = heapq.heappop(due)
-            if _is_due(scheduler, waiter, at_us):
-                heads[waiter] = bucket
+            head = _planned(scheduler, *due[0])
+            if head is not None:
+                heads[due[0][1]] = head
+            heapq.heappop(due)
         events, self.events = self.events, []
-        return sorted(heads, key=heads.__getitem__), events
+        return [heads[bucket] for bucket in sorted(heads)], events
 
     def ask_again(self, scheduler: Scheduler) -> None:
         """Plan to ask for all heads in a second, because a turn was interrupted before it asked."""
@@ -172,7 +172,7 @@ class Worker:
         if self.events:
             return 0
         now_us, due = scheduler.now_us(), self._due
-        while due and not _is_due(scheduler, due[0][3], due[0][0]):
+        while due and _planned(scheduler, *due[0]) is None:
             heapq.heappop(due)
         wake_us = due[0][0] if due else FOREVER_US
         waiting = bool(self.futures)
@@ -188,11 +188,12 @@ class Worker:
         return rest_us
 
 
-def _is_due(scheduler: Scheduler, waiter: Waiter, at_us: int) -> bool:
-    """Return whether it is time to ask for the waiter. The lock is held."""
-    if waiter.entry is None or waiter.permit is not None or waiter.ask_at_us != at_us:
-        return False
-    return scheduler.lines.is_head(waiter)
+def _planned(scheduler: Scheduler, at_us: int, bucket: int) -> Waiter | None:
+    """Return the head of a bucket if it is a future that asks at ``at_us``. The lock is held."""
+    head = scheduler.lines.head(bucket)
+    if head is None or head.future is None or head.permit is not None or head.ask_at_us != at_us:
+        return None
+    return head
 
 
 # --- futures --------------------------------------------------------------------------------------

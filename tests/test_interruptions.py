@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dis
+import gc
 import random
 import signal
 import sys
@@ -79,6 +80,7 @@ class Injector:
 
 def run_interrupted_everywhere(call, check, prepare=lambda: None):
     """Run ``call`` again and again, interrupted at the first point, the second, ..."""
+    gc.collect()  # else a queue of an earlier test may be deleted meanwhile, and that be interrupted
     at = hit = missed = 0
     while True:
         at += 1

@@ -211,7 +211,7 @@ def test_a_spent_budget_denies_until_the_reset():
     kept = with_budget(remaining=1, reset_after=100.0)
     granted(kept, 0)
     denial = take(kept, 40 * S)
-    assert denial == Denial(60 * S, Reason.BUDGET, remaining=0, resets_in_us=60 * S, period=1)
+    assert denial == Denial(60 * S, Reason.BUDGET, remaining=0, resets_in_us=60 * S)
 
 
 def test_the_last_permit_of_one_bucket_leaves_none_for_another():
@@ -294,7 +294,7 @@ def test_an_untouched_limit_that_resets_at_once_has_not_begun_its_period():
 def test_a_spent_limit_that_resets_at_once_is_due():
     kept = with_budget(total=5, remaining=0, reset_after=0.0)
     assert limits.budget(kept, 0) == Budget(5, 5, 0)
-    assert take(kept, 0, can_refresh=True) == Denial(0, Reason.RESET, period=1)
+    assert take(kept, 0, can_refresh=True) == Denial(0, Reason.RESET)
     assert granted(kept, 0).remaining == 4
 
 
@@ -310,7 +310,7 @@ def test_an_untouched_limit_keeps_the_reset_that_it_comes_with():
 def test_whoever_can_read_the_limit_anew_is_told_to_at_a_reset():
     kept = with_budget(remaining=5, reset_after=100.0)
     assert isinstance(take(kept, 0, can_refresh=True), Permit)
-    assert take(kept, 100 * S, can_refresh=True) == Denial(0, Reason.RESET, period=1, granted=1)
+    assert take(kept, 100 * S, can_refresh=True) == Denial(0, Reason.RESET)
 
 
 def test_being_told_of_a_reset_changes_nothing():
@@ -339,7 +339,7 @@ def test_a_reading_that_is_owed_is_asked_for_at_the_next_permit_and_after_its_wi
     kept.refresh_owed = True
     granted(kept, 100 * S, can_refresh=False)
     assert take(kept, 100 * S, can_refresh=True) == Denial(W, Reason.WINDOW)
-    assert take(kept, 100 * S + W, can_refresh=True) == Denial(0, Reason.RESET, period=2, granted=1)
+    assert take(kept, 100 * S + W, can_refresh=True) == Denial(0, Reason.RESET)
     granted(kept, 100 * S + W, can_refresh=False)
     assert kept.refresh_owed
 
@@ -359,7 +359,7 @@ def test_a_reset_that_is_due_waits_for_the_limit_for_as_long_as_its_patience(lat
     kept = with_budget(total=9, remaining=5, reset_after=100.0, patience_us=5 * S)
     granted(kept, 0)
     before = copy.deepcopy(kept)
-    denial = Denial(left_us, Reason.RESET, period=1, granted=1)
+    denial = Denial(left_us, Reason.RESET)
     assert take(kept, 100 * S + later) == denial
     assert take(kept, 100 * S + later, can_refresh=True) == denial
     assert kept == before
@@ -368,7 +368,7 @@ def test_a_reset_that_is_due_waits_for_the_limit_for_as_long_as_its_patience(lat
 @pytest.mark.parametrize("later", [5 * S, 5 * S + 1, DAY])
 def test_when_the_patience_is_over_the_last_known_total_counts(later):
     kept = with_budget(total=9, remaining=0, reset_after=100.0, patience_us=5 * S)
-    denial = Denial(0, Reason.RESET, period=1)
+    denial = Denial(0, Reason.RESET)
     assert take(copy.deepcopy(kept), 100 * S + later, can_refresh=True) == denial
     assert granted(kept, 100 * S + later).remaining == 8
     assert limits.budget(kept, 100 * S + later).resets_in_us == DAY
@@ -386,7 +386,7 @@ def test_the_patience_runs_while_the_window_does():
     kept = with_budget(total=9, remaining=5, reset_after=1.0, patience_us=5 * S)
     granted(kept, 0)
     assert take(kept, 2 * S) == Denial(W - 2 * S, Reason.WINDOW)
-    assert take(kept, W) == Denial(6 * S - W, Reason.RESET, period=1, granted=1)
+    assert take(kept, W) == Denial(6 * S - W, Reason.RESET)
     granted(kept, 6 * S)
 
 
@@ -1759,7 +1759,7 @@ def test_a_reset_is_told_of_instead_of_the_permit_that_would_come(life, shard_id
     without = take(copy.deepcopy(kept), life.now_us, shard_id)
     answer = take(kept, life.now_us, shard_id, can_refresh=True)
     if isinstance(without, Permit) and kept.total is not None and (due or kept.refresh_owed):
-        assert answer == Denial(0, Reason.RESET, period=kept.period, granted=kept.granted)
+        assert answer == Denial(0, Reason.RESET)
     else:
         assert shown(answer) == shown(without)
 

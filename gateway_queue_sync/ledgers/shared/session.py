@@ -454,8 +454,6 @@ class Session:
                         REASONS[wait.reason],
                         reply.remaining,
                         reply.resets_in_us,
-                        reply.period,
-                        reply.granted,
                     )
                 self._note_stored(line.bucket, [one for one in left if not one.once])
         late_us = 0  # how old the oldest is that comes too late

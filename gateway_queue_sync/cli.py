@@ -22,6 +22,7 @@ from gateway_queue_sync import (
     serve_command,
     status,
 )
+from gateway_queue_sync.clock import unmasked
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return int(arguments.func(arguments))
         finally:
             print(end="", flush=True)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if not isinstance(unmasked(error), KeyboardInterrupt):
+            raise
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +122,25 @@ def test_ctrl_c_returns_130(command: Any, capsys: pytest.CaptureFixture[str]) ->
     command.func = raising(KeyboardInterrupt())
     assert cli.main(["try"]) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_an_interrupt_hidden_by_the_error_that_it_led_to_returns_130(
+    command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``Event.wait`` raises that if Ctrl-C comes just after it released its lock (CPython #118433)."""
+
+    def func(arguments: argparse.Namespace) -> int:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            threading.Lock().release()
+
+    command.func = func
+    assert cli.main(["try"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+    command.func = raising(RuntimeError("a mistake"))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        cli.main(["try"])
 
 
 def test_a_broken_pipe_is_quiet_and_stays_quiet(

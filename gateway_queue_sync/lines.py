@@ -27,7 +27,6 @@ class Waiter:
             ``number`` comes first.
         future: completed with the permit; ``None`` for a thread.
         once: it asks once and then leaves (``timeout=0``).
-        hold_us: for how long its bucket is closed until its holder reports; 0: not at all.
         number: its number, unique in the process.
         condition: wakes the thread; created when the thread first sleeps.
         ask_at_us: when it may ask the ledger, if it is the head of its line.
@@ -41,7 +40,6 @@ class Waiter:
     position_us: int
     future: PermitFuture | None = None
     once: bool = False
-    hold_us: int = 0
     number: int = field(default_factory=waiter_numbers.__next__)
     condition: threading.Condition | None = None
     ask_at_us: int = 0

@@ -53,21 +53,18 @@ class Waiter:
     arrived_us: int
     position_us: int
     once: bool
-    hold_us: int
     joined_us: int  # real time
     permit: Permit | None = None
 
 
 @dataclass(eq=False)
 class Use:
-    """A permit that was handed over: the bucket's next one comes an interval after ``until_us``."""
+    """A permit that was handed over: the bucket's next one comes an interval after ``at_us``."""
 
     process: Process
     permit: Permit
     at_us: int
     layout: int
-    held: bool = False
-    until_us: int = 0
     returned: bool = False
 
 
@@ -193,7 +190,7 @@ class Process:
         if answers.read and not self.reading:
             world.read_limit(self)
 
-    def join(self, shard_id: int, *, once: bool, hold_us: int, priority_us: int) -> None:
+    def join(self, shard_id: int, *, once: bool, priority_us: int) -> None:
         self.numbers += 1
         now_us = self.now_us()
         waiter = Waiter(
@@ -202,7 +199,6 @@ class Process:
             now_us,
             now_us - priority_us,
             once,
-            hold_us,
             self.world.now_us,
         )
         if once and self.lines.length(shard_id % self.lines.max_concurrency):
@@ -224,8 +220,6 @@ class Process:
             return
         if report is Report.UNUSED:
             use.returned = True
-        elif use.held:
-            use.until_us = min(use.until_us, self.world.now_us)
         self.session.report(use.permit, report, self.now_us())
         self.pump()
 
@@ -337,7 +331,7 @@ class World:
         process.can_read = False
         self.rogue_process = process
         for shard_id in range(2):
-            process.join(shard_id, once=False, hold_us=0, priority_us=0)
+            process.join(shard_id, once=False, priority_us=0)
 
     def kill(self, process: Process) -> None:
         for one in self.queues_of(process):
@@ -529,20 +523,16 @@ class World:
             permit.stamp_us <= true_us or self.clock_was_set,
             f"serial {permit.serial} counts as younger than it is, by {permit.stamp_us - true_us}",
         )
-        hold_us = waiter.hold_us
-        use = Use(process, permit, self.now_us, self.granted_in[session], bool(hold_us))
-        use.until_us = self.granted_at[session] + hold_us if hold_us else self.now_us
+        use = Use(process, permit, self.now_us, self.granted_in[session])
         self.log(f"** {process.name} holds serial {permit.serial} for {waiter.number}")
         for other in reversed(self.uses):
             if other.permit.serial == permit.serial and not self.was_lost:
                 self.check(False, f"serial {permit.serial} is held twice")
-            if other.held and self.was_lost and other.process is not process:
-                continue  # a ledger that loses state loses the holds of others
             if other.returned or (
                 other.layout == use.layout and other.permit.bucket != permit.bucket
             ):
                 continue
-            apart_us = self.now_us - min(other.until_us, max(self.now_us, other.at_us))
+            apart_us = self.now_us - other.at_us
             self.check(
                 apart_us >= self.interval_us,
                 f"serials {other.permit.serial} and {permit.serial} are {apart_us} us apart",
@@ -636,7 +626,6 @@ class World:
                 process.join(
                     rng.randint(0, 5),
                     once=rng.random() < 0.1,
-                    hold_us=rng.choice([0, 0, 0, 0, 0, SECOND]),
                     priority_us=rng.choice([0, 0, 0, SECOND]),
                 )
         elif kind < 0.80:
@@ -725,7 +714,7 @@ class World:
         alive = [one for one in self.processes if one.alive]
         waiting = sum(len(one.lines.waiters) for one in alive)
         window_us = self.interval_us + 2 * SECOND
-        # rejections, a hold, losses that are noticed one after another, dead sessions, limits, pauses
+        # rejections, losses that are noticed one after another, dead sessions, limits, pauses
         self.run(self.now_us + 75 * SECOND)
         limit_us = (waiting // self.total + 2) * (self.period_us + 15 * SECOND)
         end_us = self.now_us + waiting * window_us + 130 * SECOND + limit_us
@@ -886,10 +875,6 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "permits from before a loss are refunded": (
         TURNS,
         [("since_lost = 0 <= account.period - report.period < MAX_PERIODS_BACK", "since_lost = 1")],
-    ),
-    "hold not kept": (
-        TURNS,
-        [("bucket.held_until_us = now_us + head.hold_us if", "bucket.held_until_us = NEVER if")],
     ),
 }
 

@@ -1302,11 +1302,11 @@ REQUEST = to_wire(
     Request(
         *(1, 1_000, "one", 1, 5_000_000, 250_000, 86_400_000_000, 5_000_000),
         *(0, 0, 0, 1, 0),
-        introduction=Introduction("", "", 0, None, 0, 0, 0, None),
+        introduction=Introduction("", "", None, 0, 0, 0, None),
     )
 )
 LIMIT = [1, 1000, 1000, 0, 1, 0, 0]
-WAITER = [7, 0, 0, 0, 0, 0]
+WAITER = [7, 0, 0, 0, 0]
 
 
 def changed(**fields):
@@ -1324,7 +1324,7 @@ def changed(**fields):
      changed(number=2**53), changed(sent_us=None), [*REQUEST, 1], REQUEST[:-1], changed(limit=7),
      changed(limit=LIMIT[:-1]), changed(limit={"total": 5}), changed(lines=7), changed(lines=[7]),
      changed(lines=[[0, 0, [WAITER[:-1]]]]), changed(lines=[[0, 0, WAITER]]),
-     changed(reports=[["stolen", 1, 0, 0, 0, 0]]), changed(introduction=[0])],
+     changed(reports=[["stolen", 1, 0, 0, 0]]), changed(introduction=[0])],
     ids=lambda body: str(body)[:20] + str(len(str(body))),
 )  # fmt: skip
 def test_nonsense_for_the_ledger_is_refused_and_changes_nothing(body):

@@ -48,7 +48,7 @@ from gateway_queue_sync.testing import Referee
 
 SHORT = {"interval": 0.1, "margin": 0.05}
 PATIENCE = 20.0
-INTRODUCTION = Introduction("", "", 0, None, 0, 0, 0, None)
+INTRODUCTION = Introduction("", "", None, 0, 0, 0, None)
 FIRST = Request(
     *(1, 1_000, "one", 1, 100_000, 50_000, 86_400_000_000, 5_000_000),
     *(0, 0, 0, 0, 0),

@@ -49,7 +49,7 @@ class Talker:
 
     def introduce(self, granted: int = 0, layout: int = 0) -> Reply:
         limit = Limit(messages.OPEN, 1000, 1000, 0, 1, self.now_us(), self.now_us())
-        return self.say(introduction=Introduction("", "", 0, limit, granted, 0, layout, None))
+        return self.say(introduction=Introduction("", "", limit, granted, 0, layout, None))
 
     def now_us(self) -> int:
         clock = self.backend._clock or SYSTEM_CLOCK

@@ -125,9 +125,8 @@ class World:
             position_us = self.rudely(arrived_us) - dice.choice((0, 0, 0, 10 * S, -S))
             if dice.random() < 0.3:  # so that some are equal, by the ledger's clock
                 position_us -= position_us % (5 * S)
-            hold_us = self.rudely(dice.choice((0, 0, 0, S, 9 * S)))
             once = int(dice.random() < 0.15)
-            made.append(Waiter(self.waiter, shard_id, arrived_us, position_us, once, hold_us))
+            made.append(Waiter(self.waiter, shard_id, arrived_us, position_us, once))
         return tuple(made)
 
     def lines(self, speaker: Speaker, now_us: int) -> tuple[Line, ...]:
@@ -165,7 +164,6 @@ class World:
         return Introduction(
             replaces=dice.choice(("", "", dice.choice(self.speakers).session)),
             bot=dice.choice(("", "", "123456789012345678", "1" if dice.random() < 0.1 else "")),
-            closed_us=self.rudely(dice.choice((0, 0, 0, 0, 3 * S, 70 * S))),
             limit=given if not self.reads or dice.random() < 0.2 else None,
             granted=self.rudely(dice.choice((0, granted)) + more),
             period=self.rudely(dice.choice((0, period, period + 1))),
@@ -243,7 +241,7 @@ def stored_in_python(store: MemoryStore) -> dict[str, object]:
         flat["read_due_us"] = 1 << 60
     names = [
         *("last_us", "serial", "previous_us", "previous_serial", "closed_until_us", "rejections"),
-        *("rejected_serial", "opened_us", "held_until_us", "waiting"),
+        *("rejected_serial", "opened_us", "waiting"),
     ]
     buckets = {
         number: [getattr(one, name) for name in names] for number, one in store._buckets.items()

@@ -24,7 +24,6 @@ def test_whole_systems_keep_every_invariant(seed):
         "writes in the old order",
         "grace of 0",
         "margin not checked",
-        "hold not kept",
     ],
 )
 def test_walks_find_a_defect(name):

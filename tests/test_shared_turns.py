@@ -57,7 +57,7 @@ class Talker:
 
     def introduce(self, **what):
         fields = {
-            "replaces": "", "bot": "", "closed_us": 0, "limit": limit(OPEN, reset_after=0),
+            "replaces": "", "bot": "", "limit": limit(OPEN, reset_after=0),
             "granted": 0, "period": 0, "layout": 0, "seen": None,
         }  # fmt: skip
         return self.say(introduction=Introduction(**(fields | what)))
@@ -284,57 +284,6 @@ def test_a_bucket_that_opens_early_gives_its_head_time_to_notice(ledger):
     ledger.later(S)
     assert not other.ask(position_us=position_us).permits
     assert head.ask(position_us=0).permits
-
-
-def test_a_held_permit_keeps_its_bucket_closed_until_the_report(ledger):
-    holder, other = ledger.talker("a"), ledger.talker("b")
-    ledger.later(WINDOW)
-    permit = holder.ask(hold_us=8 * S).permits[0]
-    ledger.later(S)
-    assert other.ask().waits[0].opens_us == 7 * S + WINDOW
-    holder.say(reports=(Report(SENT, permit.serial, 0, permit.period, ledger.now_us),))
-    assert other.ask().waits[0].opens_us == WINDOW
-
-
-def test_a_held_permit_counts_as_sent_at_the_end_of_its_hold(ledger):
-    holder, other = ledger.talker("a"), ledger.talker("b")
-    ledger.later(WINDOW)
-    holder.ask(hold_us=2 * S)
-    ledger.later(2 * S + WINDOW - 1)
-    assert not other.ask().permits
-    ledger.later(1)
-    assert other.ask().permits
-
-
-def test_a_held_permit_that_is_given_back_opens_its_bucket_at_once(ledger):
-    holder, other = ledger.talker("a"), ledger.talker("b")
-    ledger.later(WINDOW)
-    permit = holder.ask(hold_us=8 * S).permits[0]
-    ledger.later(S)
-    holder.say(reports=(Report(UNUSED, permit.serial, 0, permit.period, ledger.now_us),))
-    assert other.ask().permits
-
-
-def test_only_the_report_of_who_holds_ends_a_hold(ledger):
-    holder, other = ledger.talker("a"), ledger.talker("b")
-    ledger.later(WINDOW)
-    earlier = other.ask().permits[0]
-    ledger.later(WINDOW)
-    holder.ask(hold_us=8 * S)
-    report = Report(SENT, earlier.serial, 0, earlier.period, ledger.now_us - S)
-    other.say(reports=(report,))
-    assert other.ask().waits[0].opens_us == 8 * S + WINDOW
-
-
-def test_a_holder_that_dies_costs_the_rest_of_its_hold(ledger):
-    holder, other = ledger.talker("a"), ledger.talker("b")
-    ledger.later(WINDOW)
-    holder.ask(hold_us=10 * S)
-    until_us = ledger.now_us + 10 * S + WINDOW
-    while not (reply := other.ask()).permits:
-        assert ledger.now_us < until_us
-        ledger.later(reply.waits[0].wait_us)
-    assert until_us <= ledger.now_us <= until_us + S // 10
 
 
 def test_another_number_of_buckets_gives_all_processes_time_to_send_their_lines(ledger):
@@ -635,7 +584,6 @@ class Someone:
     arrived_us: int
     position_us: int
     once: bool = False
-    hold_us: int = 0
 
 
 class Here:
@@ -883,32 +831,6 @@ def test_after_an_introduction_sent_is_repeated_and_refunds_are_dropped(alone):
     assert [(one.kind, one.serial) for one in request.reports] == [(SENT, permit.serial)]
 
 
-def test_a_report_of_a_held_permit_ends_its_hold(alone):
-    ledger, session, lines = alone
-    join(ledger, session, lines)
-    lines.waiters[-1].hold_us = 4 * S
-    (permit,) = exchange(ledger, session, lines).permits
-    lines.waiters.clear()
-    assert ledger.store._buckets[0].held_until_us == ledger.now_us + 4 * S
-    session.report(permit, Said.SENT, ledger.now_us)
-    request = session.compose(lines, ledger.now_us, can_read=False)
-    session.answered(request, ledger.answer(request), ledger.now_us)
-    assert ledger.store._buckets[0].held_until_us < 0
-
-
-def test_a_new_ledger_learns_of_a_hold_from_its_holder(alone):
-    ledger, session, lines = alone
-    join(ledger, session, lines)
-    lines.waiters[-1].hold_us = 4 * S
-    exchange(ledger, session, lines)
-    lines.waiters.clear()
-    ledger.store = MemoryStore()
-    session.look()
-    exchange(ledger, session, lines)
-    request = session.compose(lines, ledger.now_us, can_read=False)
-    assert request.introduction.closed_us == 4 * S + session.window_us
-
-
 def test_an_update_in_flight_when_the_ledger_forgets_is_of_unknown_fate(alone):
     ledger, session, lines = alone
     change = session.change_limit(LIMIT, ledger.now_us)
@@ -1051,7 +973,7 @@ def test_an_introduction_that_is_refused_is_tried_again_after_a_pause():
 
 def test_what_is_malformed_is_named():
     with pytest.raises(ValueError, match="shard_id is wrong: 'x'"):
-        from_wire(Waiter, [1, "x", 0, 0, 0, 0])
+        from_wire(Waiter, [1, "x", 0, 0, 0])
     with pytest.raises(ValueError, match="waiters is wrong"):
         from_wire(Line, [0, 0, 5])
 

@@ -91,7 +91,7 @@ class Talker:
     def introduce(self, limit=None, **fields):
         limit = limit or Limit(OPEN, 1000, 1000, 0, 1, 0, 0)
         defaults = {
-            "replaces": "", "bot": "", "closed_us": 0, "limit": limit, "granted": 0, "period": 0,
+            "replaces": "", "bot": "", "limit": limit, "granted": 0, "period": 0,
             "layout": 0, "seen": None,
         }  # fmt: skip
         return self.say(introduction=Introduction(**(defaults | fields)))
@@ -257,9 +257,9 @@ class Walk:
     def waiter(self) -> Waiter:
         dice, now_us = self.dice, self.clock.now
         position_us = now_us - dice.choice((0, 10_000, 30 * S))
-        once, hold_us = int(dice.random() < 0.2), dice.choice((0, 0, 0, 2 * S))
+        once = int(dice.random() < 0.2)
         shard_id = dice.randrange(6)
-        return Waiter(dice.randint(1, 999), shard_id, now_us, position_us, once, hold_us)
+        return Waiter(dice.randint(1, 999), shard_id, now_us, position_us, once)
 
     def line(self) -> Line:
         first = self.waiter()
@@ -287,11 +287,9 @@ class Walk:
             replaces = dice.choice([*self.sessions, "", ""])
             seen = dice.choice((None, self.limit(OPEN)))
             granted = self.granted + (dice.random() < 0.05)
-            bot, closed_us = dice.choice(("", "", "1", "2")), S * (dice.random() < 0.1)
+            bot = dice.choice(("", "", "1", "2"))
             opens = dice.choice((None, None, self.limit(OPEN)))
-            new = Introduction(
-                replaces, bot, closed_us, opens, granted, self.period, self.layout, seen
-            )
+            new = Introduction(replaces, bot, opens, granted, self.period, self.layout, seen)
         else:
             session = dice.choice([*self.sessions][-5:])
             number = self.sessions[session] + dice.choice((1,) * 200 + (0, 0, 0, 2))

@@ -19,20 +19,20 @@ local S, NEVER, FOREVER, MAX_COUNTER, MAX_PERIODS_BACK = 1e6, -2 ^ 62, 2 ^ 60, 2
 local SENT, UNUSED, UPDATE, FORGET = 0, 1, 1, 3
 local WINDOW, BUDGET, RESET = 0, 1, 2
 local OK, INTRODUCE, REFUSED = 0, 1, 2
-local NUMBER, SHARD_ID, ARRIVED, POSITION, ONCE, HOLD = 1, 2, 3, 4, 5, 6 -- of a waiter
+local NUMBER, SHARD_ID, ARRIVED, POSITION, ONCE = 1, 2, 3, 4, 5 -- of a waiter
 local DAY, MAX_BUCKETS = 86400 * S, 100000
 local MAX_RESET_AFTER, MAX_REREAD = 2 * DAY, 366 * DAY
 local SILENT, MAX_REMOVED, PATIENCE, READ_AGAIN = 60 * S, 4, 5 * S, S / 2
 local UNSEEN, SAME_RESET, CONFIRM = 60 * S, 300 * S, 60 * S
 local LONGEST = { -- from now, if the clock was set back
   interval_until_us = 130 * S, margin_until_us = 130 * S, differs_until_us = 60 * S, opened_us = 2 * S,
-  settle_until_us = 2 * S, reader_until_us = 10 * S, read_us = 0, held_until_us = 10 * S,
+  settle_until_us = 2 * S, reader_until_us = 10 * S, read_us = 0,
 }
 local LIMIT = {'kind', 'total', 'remaining', 'reset_us', 'max_concurrency', 'asked_us', 'at_us'}
 local SESSIONS = {'number', 'last_request_us', 'layout', 'reply'}
 local BUCKETS = {
   'last_us', 'serial', 'previous_us', 'previous_serial', 'closed_until_us', 'rejections', 'rejected_serial',
-  'opened_us', 'held_until_us', 'waiting',
+  'opened_us', 'waiting',
 }
 local max, min, floor, ceil, sub = math.max, math.min, math.floor, math.ceil, string.sub
 
@@ -74,7 +74,7 @@ local request = named({
   'reread_us', 'can_read', 'look', 'layout', 'lines', 'reports', 'limit', 'introduction',
 }, cjson.decode(ARGV[1]))
 local new = named(
-  {'replaces', 'bot', 'closed_us', 'limit', 'granted', 'period', 'layout', 'seen'}, request.introduction)
+  {'replaces', 'bot', 'limit', 'granted', 'period', 'layout', 'seen'}, request.introduction)
 local limit = named(LIMIT, request.limit)
 if new then new.limit, new.seen = named(LIMIT, new.limit), named(LIMIT, new.seen) end
 local time = redis.call('TIME')
@@ -109,7 +109,7 @@ end
 local function get_bucket(number)
   buckets[number] = buckets[number] or
     bound_times(not divided and get(BUCKET, whole(number), BUCKETS) or named(BUCKETS, {
-      account.last_us, 0, NEVER, 0, account.closed_until_us, account.rejections, 0, NEVER, NEVER, 0,
+      account.last_us, 0, NEVER, 0, account.closed_until_us, account.rejections, 0, NEVER, 0,
     }))
   return buckets[number]
 end
@@ -193,18 +193,14 @@ end
 
 local function max_closure(row) return max(row >= 10 and 900 * S or 60 * S, 2 * account.window_us) end
 
-local function held_us(bucket)
-  return bucket.held_until_us > NEVER and bucket.held_until_us + account.window_us or NEVER
-end
-
 local function closed_until(bucket)
   local rejected_us = min(bucket.closed_until_us, now + max_closure(bucket.rejections))
   return max(min(bucket.last_us, now) + account.window_us, rejected_us)
 end
 
-local function due_us(bucket) return max(closed_until(bucket), held_us(bucket), account.settle_until_us) end
+local function due_us(bucket) return max(closed_until(bucket), account.settle_until_us) end
 
-local function divide(max_concurrency) -- and fold_holds, and rebucket: the account is its default bucket
+local function divide(max_concurrency) -- and load_for_division, and rebucket: the account is its default bucket
   local waiting = 0 -- in other sessions
   load_all()
   for _, name in ipairs(lines_of(request.session)) do
@@ -213,7 +209,7 @@ local function divide(max_concurrency) -- and fold_holds, and rebucket: the acco
   for _, bucket in pairs(buckets) do
     waiting = waiting + bucket.waiting
     account.last_us = max(account.last_us, bucket.last_us)
-    account.closed_until_us = max(account.closed_until_us, bucket.closed_until_us, held_us(bucket))
+    account.closed_until_us = max(account.closed_until_us, bucket.closed_until_us)
     account.rejections = max(account.rejections, goes_on(bucket) and bucket.rejections or 0)
   end
   if waiting > 0 and not new and max_concurrency ~= account.max_concurrency then
@@ -224,13 +220,9 @@ local function divide(max_concurrency) -- and fold_holds, and rebucket: the acco
   write('UNLINK', BUCKET)
 end
 
-local function close_all()
+local function lose(period) -- close all buckets for one window
   divide(account.max_concurrency)
   account.last_us, saves = now, true
-end
-
-local function lose(period)
-  close_all()
   lost, account.period = 1, max(max(account.period, period) + MAX_PERIODS_BACK, wall)
 end
 
@@ -391,13 +383,11 @@ local function refusal()
   check('reread_after', request.reread_us, 0, MAX_REREAD)
   for _, line in ipairs(request.lines) do
     for _, waiter in ipairs(line[3]) do
-      check('hold', waiter[HOLD], 0, 10 * S)
       check('age', request.sent_us - waiter[ARRIVED], -DAY, 7 * DAY)
       check('head start', waiter[ARRIVED] - waiter[POSITION], -DAY, DAY)
     end
     count, different[line[1]] = count + (different[line[1]] and 0 or 1), true
   end
-  if new then check('closed', new.closed_us, 0, 80 * S) end
   for _, one in ipairs(limits) do check('reset_after', one.reset_us, 0, MAX_RESET_AFTER) end
   digits, unit, by = '%.0f', '', 1
   check('reserve', request.reserve, 0, MAX_COUNTER)
@@ -432,14 +422,13 @@ end
 
 local function introduce(known)
   local older = known and new.granted > account.granted
-  if not known then create() elseif older then lose(new.period) elseif new.closed_us > 0 then close_all() end
+  if not known then create() elseif older then lose(new.period) end
   if older then
     account.layout, account.granted = max(account.layout, new.layout + 1), new.granted
     if new.seen then open_with(new.seen) end
     account.refresh_owed = 1
   end
   if known and new.limit then open_with(new.limit) end
-  if new.closed_us > 0 then account.closed_until_us = max(account.closed_until_us, now + new.closed_us) end
   if account.bot == '' then account.bot = new.bot end
   if known and redis.call('HEXISTS', SESSION, new.replaces) == 1 then remove(new.replaces) end
 end
@@ -464,7 +453,6 @@ local function report(kind, serial, shard_id, period, at_us)
   at_us = min(now, at_us + shift_us)
   local back = account.period - period
   local since_lost = back >= 0 and back < MAX_PERIODS_BACK
-  if bucket.serial == serial and since_lost then bucket.held_until_us = NEVER end
   if kind == SENT then
     bucket.last_us = max(bucket.last_us, at_us)
     if bucket.serial ~= serial then bucket.previous_us = bucket.last_us end
@@ -571,7 +559,6 @@ local function ask(number, head, others) -- a permit, or a wait
     account.opened_us = max(account.opened_us, reset_us)
   end
   for _, row in ipairs(ahead) do row.until_us = now end
-  bucket.held_until_us = head[HOLD] ~= 0 and now + head[HOLD] or NEVER
   write('ZADD', RECENT, whole(wall), padded(account.granted))
   if recent then recent[padded(account.granted)] = wall end
   return {head[NUMBER], account.granted, number, head[SHARD_ID], account.period, left, 0}

@@ -20,7 +20,6 @@ class Waits(Protocol):
     arrived_us: int
     position_us: int
     once: bool
-    hold_us: int
 
 
 class WaitingLines(Protocol):

@@ -26,7 +26,6 @@ MIN_LEASE_US = US_PER_SECOND // 10
 MAX_LEASE_US = 60 * US_PER_SECOND
 MAX_RESET_AFTER_US = int(MAX_RESET_AFTER) * US_PER_SECOND
 MAX_REREAD_US = 366 * 86_400 * US_PER_SECOND
-MAX_HOLD_US = 10 * US_PER_SECOND
 MAX_MORE = 1 << 32
 COUNTS = (  # in a reply
     *("status", "granted", "period", "layout", "remaining", "resets_in_us", "max_concurrency"),
@@ -64,12 +63,8 @@ def _durations(request: Request) -> Iterator[Bound]:
         for waiter in line.waiters:
             age_us = request.sent_us - waiter.arrived_us
             head_start_us = waiter.arrived_us - waiter.position_us
-            yield "hold", waiter.hold_us, 0, MAX_HOLD_US
             yield "age", age_us, -MAX_HEAD_START_US, MAX_AGE_US
             yield "head start", head_start_us, -MAX_HEAD_START_US, MAX_HEAD_START_US
-    if request.introduction is not None:
-        longest_us = MAX_HOLD_US + MAX_INTERVAL_US + MAX_MARGIN_US
-        yield "closed", request.introduction.closed_us, 0, longest_us
     for limit in _limits(request):
         yield "reset_after", limit.reset_after_us, 0, MAX_RESET_AFTER_US
 

@@ -62,7 +62,7 @@ def change(rows: Rows, limit: Limit) -> tuple[int, int]:
         if before_reset or (is_late and account.total is not None):
             return messages.NOT_APPLIED, uncounted
     if divides:
-        rows.fold_holds()
+        rows.load_for_division()
     if limit.kind == messages.UPDATE:
         session_limits.adopt(account, given, rows.wall_us)
     else:
@@ -114,7 +114,7 @@ def open_with(rows: Rows, limit: Limit) -> None:
     period, owed = account.period, account.refresh_owed
     divides = given.max_concurrency != account.max_concurrency
     if divides:
-        rows.fold_holds()
+        rows.load_for_division()
     runs = left is not None and left.resets_in_us > 0
     if left is not None and runs:
         resets_in = left.resets_in_us / US_PER_SECOND

@@ -28,7 +28,7 @@ class Waiter(NamedTuple):
     """A waiter: a number that is unique in its session, and when it arrived.
 
     A line is sorted by ``position_us``: arrival minus priority. A waiter that asks ``once`` is not added
-    to the line. With ``hold_us``, the bucket is closed until it reports, at most for that long.
+    to the line.
     """
 
     number: int
@@ -36,7 +36,6 @@ class Waiter(NamedTuple):
     arrived_us: int
     position_us: int
     once: int = 0
-    hold_us: int = 0
 
 
 class Line(NamedTuple):
@@ -48,7 +47,7 @@ class Line(NamedTuple):
 
 
 class Report(NamedTuple):
-    """A report on a permit, made at ``at_us``. It ends the hold of the permit, if that is held."""
+    """A report on a permit, made at ``at_us``."""
 
     kind: int
     serial: int
@@ -77,13 +76,11 @@ class Introduction(NamedTuple):
 
     ``replaces`` is the id of the process's last session. ``bot`` is its bot's id, empty if unknown.
     ``limit`` is the limit that the program begins with. The other fields are what the process knows of
-    the account, for a ledger that is new or has lost requests. ``closed_us`` is for how long buckets
-    must be closed because a permit of this process was held.
+    the account, for a ledger that is new or has lost requests.
     """
 
     replaces: str
     bot: str
-    closed_us: int
     limit: Limit | None
     granted: int
     period: int

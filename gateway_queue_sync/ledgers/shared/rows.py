@@ -5,7 +5,6 @@ from __future__ import annotations
 from gateway_queue_sync import limits as session_limits
 from gateway_queue_sync import token_bucket
 from gateway_queue_sync.ledgers.shared.bounds import (
-    MAX_HOLD_US,
     MAX_INTERVAL_US,
     MAX_LEASE_US,
     MAX_MARGIN_US,
@@ -14,7 +13,7 @@ from gateway_queue_sync.ledgers.shared.messages import Request
 from gateway_queue_sync.ledgers.shared.store import SharedAccount, SharedBucket, Store
 from gateway_queue_sync.limits import CONFIRM_US
 from gateway_queue_sync.models import US_PER_SECOND
-from gateway_queue_sync.token_bucket import NEVER, TokenBucket
+from gateway_queue_sync.token_bucket import TokenBucket
 
 MAX_SETTINGS_US = MAX_LEASE_US + MAX_INTERVAL_US + MAX_MARGIN_US
 MAX_NOTICE_US = 2 * US_PER_SECOND
@@ -84,7 +83,6 @@ class Rows:
                     rejections=default.rejections,
                     rejected_serial=0,  # a new bucket's serial is 0, too, so the row continues
                 )
-            bucket.held_until_us = min(bucket.held_until_us, self.now_us + MAX_HOLD_US)
             bucket.opened_us = min(bucket.opened_us, self.now_us + MAX_NOTICE_US)
             buckets[number] = bucket
         return bucket
@@ -109,13 +107,10 @@ class Rows:
         """Return when a bucket opens, or when it opened."""
         account, now_us = self.kept, self.now_us
         due_us = now_us + token_bucket.closed_for_us(account, bucket, now_us)
-        held_us = (
-            bucket.held_until_us + account.window_us if bucket.held_until_us > NEVER else NEVER
-        )
-        return max(due_us, held_us, account.settle_until_us)
+        return max(due_us, account.settle_until_us)
 
-    def fold_holds(self) -> None:
-        """Load all buckets and add their holds, before the number of buckets changes."""
+    def load_for_division(self) -> None:
+        """Load all buckets, and note what goes on in them, before their number changes."""
         self.load_all()
         known = self.kept.buckets.values()
         going_on = [
@@ -130,14 +125,15 @@ class Rows:
         for bucket in self.kept.buckets.values():
             assert isinstance(bucket, SharedBucket)
             self._others += bucket.waiting
-            if bucket.held_until_us > NEVER:
-                held_us = bucket.held_until_us + self.kept.window_us
-                bucket.closed_until_us = max(bucket.closed_until_us, held_us)
 
-    def close_all(self) -> None:
-        """Close all buckets for one window, and let all sessions send their lines again."""
+    def lose(self, period: int = 0) -> None:
+        """Close all buckets for one window, and ask for all lines, because requests were lost.
+
+        Serials that were lost are used again. So the period gets a number that it cannot have had
+        before the loss, and permits from before cannot be given back.
+        """
         account = self.kept
-        self.fold_holds()
+        self.load_for_division()
         buckets = [account.default_bucket, *account.buckets.values()]
         account.default_bucket = TokenBucket(
             last_us=self.now_us,
@@ -145,15 +141,6 @@ class Rows:
         )
         account.buckets = {}
         self.divide()
-
-    def lose(self, period: int = 0) -> None:
-        """Close all buckets, because requests were lost. Permits from before cannot be given back.
-
-        Serials that were lost are used again. So the period gets a number that it cannot have had
-        before the loss.
-        """
-        self.close_all()
-        account = self.kept
         account.period = max(max(account.period, period) + MAX_PERIODS_BACK, self.wall_us)
 
     def save(self) -> None:

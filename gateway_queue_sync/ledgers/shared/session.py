@@ -101,7 +101,6 @@ class Session:
         self._failures = 0
         self._retry_us = self._paused_until_us = self._answered_us = -FOREVER_US
         self._sent_us = -FOREVER_US
-        self._closed_until_us = -FOREVER_US
         self._paused = False
         self._reports: deque[Report] = deque()
         self._changes: deque[LimitChange] = deque()
@@ -266,7 +265,6 @@ class Session:
         return Introduction(
             self._replaces,
             self._settings.bot,
-            max(0, self._closed_until_us - now_us),
             opening,
             self.granted,
             self.period,
@@ -457,16 +455,12 @@ class Session:
                     )
                 self._note_stored(line.bucket, [one for one in left if not one.once])
         late_us = 0  # how old the oldest is that comes too late
-        holds_us = {one.number: one.hold_us for line in request.lines for one in line.waiters}
         for one in reply.permits:
             permit = Permit(
                 one.shard_id, one.bucket, remaining=None if one.remaining < 0 else one.remaining
             )
             permit.serial, permit.period, permit.waiter = one.serial, one.period, one.waiter
             permit.stamp_us = request.sent_us - one.age_us
-            if holds_us[one.waiter]:
-                until_us = now_us + holds_us[one.waiter]
-                self._closed_until_us = max(self._closed_until_us, until_us + self.window_us)
             if request.margin_us and now_us - permit.stamp_us > request.margin_us:
                 self.report(permit, models.Report.UNUSED, now_us)
                 self._changed.add(one.bucket)
@@ -563,7 +557,7 @@ def _waiter(one: Waits, now_us: int) -> Waiter:
     arrived_us = max(one.arrived_us, now_us - MAX_WAIT_US)
     most_us = messages.MAX_HEAD_START_US
     position_us = arrived_us - max(-most_us, min(one.arrived_us - one.position_us, most_us))
-    return Waiter(one.number, one.shard_id, arrived_us, position_us, int(one.once), one.hold_us)
+    return Waiter(one.number, one.shard_id, arrived_us, position_us, int(one.once))
 
 
 def _limit(kind: int, limit: SessionStartLimit, asked_us: int, at_us: int) -> Limit:

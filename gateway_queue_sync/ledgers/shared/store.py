@@ -14,7 +14,6 @@ class SharedBucket(TokenBucket):
     """A bucket. Graces count from ``opened_us``; ``waiting`` counts the waiters of all sessions."""
 
     opened_us: int = NEVER
-    held_until_us: int = NEVER
     waiting: int = 0
 
 

@@ -12,7 +12,7 @@ from gateway_queue_sync.ledgers.shared.store import LineRow, SessionRow, SharedA
 from gateway_queue_sync.token_bucket import NEVER, TokenBucket
 
 APPLICATION_ID = 0x47515359  # "GQSY": the file is this library's
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 class Kept(NamedTuple):

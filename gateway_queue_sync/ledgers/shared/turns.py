@@ -14,7 +14,7 @@ the head has had time to ask.
 Invariants:
 
 - ``answer``: a request takes effect once, even if copies of it arrive later or in another order.
-- ``Rows.close_all``: after requests were lost, no permit is granted for one window.
+- ``Rows.lose``: after requests were lost, no permit is granted for one window.
 - ``_report``: a permit is refunded at most once. A permit from before a loss is not refunded, because
   its serial may have been given to another one.
 - ``_replace_line``: the stored lines of a session are those of its latest request.
@@ -240,19 +240,13 @@ class _Step:
             limits.create(self.rows, new)
             self.lost = 1
         else:
-            older = new.granted > self.rows.account.granted
-            if older:
+            if new.granted > self.rows.account.granted:
                 self.rows.lose(new.period)
-            elif new.closed_us:
-                self.rows.close_all()
-            if older:
                 limits.recover(self.rows, new)
                 self.lost = 1
             if new.limit is not None:
                 limits.open_with(self.rows, new.limit)
-        account, default = self.rows.kept, self.rows.kept.default_bucket
-        if new.closed_us:
-            default.closed_until_us = max(default.closed_until_us, self.now_us + new.closed_us)
+        account = self.rows.kept
         account.bot = account.bot or new.bot
         if new.replaces and self.store.session(new.replaces) is not None:
             self.remove(new.replaces)
@@ -304,8 +298,6 @@ class _Step:
         permit.serial, permit.period = report.serial, report.period
         at_us = min(self.now_us, report.at_us + self.shift_us)
         since_lost = 0 <= account.period - report.period < MAX_PERIODS_BACK
-        if bucket.serial == report.serial and since_lost:
-            bucket.held_until_us = NEVER
         if report.kind == messages.SENT:
             token_bucket.sent(account, permit, at_us)
         elif report.kind == messages.UNUSED:
@@ -422,7 +414,6 @@ class _Step:
         for row in ahead:
             others.remove(row)
             self.store.put_line(row._replace(until_us=now_us))
-        bucket.held_until_us = now_us + head.hold_us if head.hold_us else NEVER
         self.store.put_recent(answered.serial, wall_us)
         self.store.drop_recent_before(wall_us - RECENT_US)
         remaining = -1 if answered.remaining is None else answered.remaining

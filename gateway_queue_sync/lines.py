@@ -198,5 +198,5 @@ class Lines:
         return line.position(waiter, at_most) - has_permit
 
     def __len__(self) -> int:
-        """Return how many wait."""
-        return sum(map(len, self.by_bucket.values()))
+        """Return how many wait. Without the lock, the number may be outdated."""
+        return sum(map(len, list(self.by_bucket.values())))

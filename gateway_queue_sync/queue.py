@@ -192,8 +192,7 @@ class GatewayQueue:
         left = scheduler.ledger.budget()
         limit = "" if left is None else f" remaining={left.remaining}/{left.total}"
         state = " closed" if scheduler.closed else ""
-        lines, granted = scheduler.lines, scheduler.ledger.granted
-        waiting = len(lines) if scheduler.lock.is_held() else scheduler.locked(lines.__len__)
+        waiting, granted = len(scheduler.lines), scheduler.ledger.granted
         return f"<{type(self).__name__} waiting={waiting} granted={granted}{limit}{state}>"
 
     def __reduce__(self) -> tuple[object, ...]:

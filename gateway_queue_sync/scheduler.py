@@ -36,11 +36,10 @@ from gateway_queue_sync.models import (
 from gateway_queue_sync.observers import Observers, left_event
 from gateway_queue_sync.settings import Settings
 from gateway_queue_sync.token_bucket import MANY_REJECTIONS, Denial, Reason
-from gateway_queue_sync.worker import Worker, close_futures
+from gateway_queue_sync.worker import MAX_SLEEP_US, Worker, close_futures
 
 log = logging.getLogger("gateway_queue_sync")
 
-MAX_SLEEP_US = 60 * US_PER_SECOND  # because the machine may have been suspended meanwhile
 MAX_POSITION = 100  # from this position on, ``AcquireTimeout`` has no ``eta``
 
 
@@ -239,7 +238,7 @@ class Scheduler:
             patience_us = remote.patience_us(waiter) if remote is not None and is_asked else 0
             if left_us + patience_us <= 0:
                 raise self._timed_out(waiter, timeout or 0.0)
-            event = self.waiting_event(waiter, left_us) if self.listens() else None
+            event = self.waiting_event(waiter, left_us)
             if event is not None:
                 return event
             left_us += patience_us
@@ -464,8 +463,7 @@ class Scheduler:
                 self.emit(event)
             if not self.locked(self.hand_over, waiter, permit):
                 return False
-        margin_us = self.ledger.margin_us
-        if margin_us and self.now_us() - permit.stamp_us > margin_us:
+        if not self.is_in_time(permit):
             return False
         if self.observers.latest:
             self.observers.forget(waiter.number)

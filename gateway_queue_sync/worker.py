@@ -30,7 +30,7 @@ log = logging.getLogger("gateway_queue_sync")
 LINGER_US = 5 * US_PER_SECOND
 """How long the worker lives without anything to do."""
 
-MAX_REST_US = 60 * US_PER_SECOND
+MAX_SLEEP_US = 60 * US_PER_SECOND
 """The longest sleep: sleeps do not include the time for which the machine is suspended."""
 
 RETRY_US = 1 * US_PER_SECOND
@@ -128,15 +128,10 @@ class Worker:
         forks = scheduler.forks
         heads, events = scheduler.locked(self._to_do, scheduler)
         for event in events:
-            if (
-                scheduler.forks == forks
-            ):  # else an observer has forked, and this is the child process
-                scheduler.emit(event)
-        sent = (
-            scheduler.remote is not None
-            and scheduler.forks == forks
-            and scheduler.remote.exchange(scheduler, heads)
-        )
+            scheduler.emit(event)
+            if scheduler.forks != forks:
+                return  # an observer has forked, and this is the child process
+        sent = scheduler.remote is not None and scheduler.remote.exchange(scheduler, heads)
         for waiter in heads:
             if waiter.future is not None:
                 _serve_future(scheduler, waiter, forks)
@@ -180,8 +175,8 @@ class Worker:
             wake_us = min(wake_us, scheduler.remote.wake_us(closed=scheduler.closed))
             waiting = bool(scheduler.lines.by_bucket)
         if wake_us < FOREVER_US:
-            return max(0, min(wake_us - now_us, MAX_REST_US))
-        rest_us = MAX_REST_US if waiting else self._idle_since_us + LINGER_US - now_us
+            return max(0, min(wake_us - now_us, MAX_SLEEP_US))
+        rest_us = MAX_SLEEP_US if waiting else self._idle_since_us + LINGER_US - now_us
         if scheduler.closed or rest_us <= 0:
             self.thread = None
             return None

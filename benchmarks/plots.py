@@ -115,7 +115,7 @@ def _axes(count: int, title: str, names: Sequence[str]) -> tuple[Any, Sequence[A
         figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     axes[0].set_yticks(range(len(names)), labels)
-    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    axes[0].set_ylim(len(names) - 0.1, -0.5)  # room for the word "floor"
     for label, name in zip(axes[0].get_yticklabels(), names, strict=True):
         if name.startswith(OURS):
             label.set_fontweight("bold")
@@ -146,7 +146,7 @@ def _points(axis: Any, table: Table, column: str, names: Sequence[str], *, is_lo
         value = max(LEAST, row.figures[column].value) if is_log else row.figures[column].value
         axis.axvline(value, color=COLOURS["floor"], linewidth=1, linestyle="--")
         style = {"fontsize": 7, "color": "#5b6573", "textcoords": "offset points"}
-        axis.annotate("floor", (value, len(names) - 0.5), xytext=(2, 2), **style)
+        axis.annotate("floor", (value, len(names) - 0.1), xytext=(2, 2), **style)
     if is_log:
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 

@@ -426,6 +426,12 @@ def test_waiters_of_whom_only_the_number_is_known_are_counted(
         watch(browser, broker.url)
         assert browser.text("#waiting") == "1,235"
         assert browser.text("#counted").startswith("And 1,234 more: ")
+        assert browser.text("#last-at").endswith(", of those below")
+        assert browser.text("#fleet-due").startswith("The last of those below is due in ")
+        broker.instead["/status.json"] = 200, json.dumps(a_line(A_SHARD) | {"waiting": 1})
+        look_again(browser, "live")
+        assert browser.text("#counted") == ""
+        assert browser.text("#fleet-due").startswith("The last is due in ")
 
 
 def test_a_secret_is_asked_for_and_kept_in_the_tab_alone(

@@ -1,13 +1,16 @@
-"""The benchmarks run, and what they come to is well formed. No speed is asserted."""
+"""The benchmarks run, and their results are well formed. No speed is asserted."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from itertools import combinations
+from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks import fairness, fleet, peers, report, wake
+from benchmarks import fairness, fleet, free_path, lines, peers, plots, report, wake
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.figures import OURS, Figure, Result, Row, Table, Tail, Target, percentile
 from benchmarks.rounds import Case, row_of
@@ -16,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 def ignore(what):
-    """Tell nobody how far things are."""
+    """Report no progress."""
 
 
 def check(result):
@@ -83,7 +86,7 @@ def test_a_p99_is_that_of_all_rounds_values_together_and_not_the_most_of_them():
     assert Figure.of_tails(rounds) == Figure(value=207.0, low=207.0, high=209.0)
 
 
-def test_no_p99_is_told_of_too_few_values():
+def test_too_few_values_have_no_p99():
     rounds = [{"late": 1.0, "p99": Tail([1.0] * 199, 99)}]
     row = row_of(Case("it", "peer", print, ()), rounds, noisy=0)
     assert list(row.figures) == ["late"]
@@ -119,7 +122,7 @@ def test_a_spacing_below_the_window_counts_as_short():
     assert judged[wake.LATE] == pytest.approx(500)
 
 
-def test_the_least_that_a_start_takes_is_reckoned_from_when_shards_asked():
+def test_the_least_time_of_a_start_counts_from_when_shards_asked():
     assert fleet.least_seconds([10.0, 10.0, 10.0, 10.0], 2, 5.0) == 5.0
     assert fleet.least_seconds([10.0, 11.0, 18.0], 1, 5.0) == 10.0  # due at 10, 15, 20
     assert fleet.least_seconds([10.0, 10.0, 18.0], 2, 5.0) == 8.0
@@ -140,3 +143,53 @@ def test_ratios_are_to_the_floor_and_to_ours():
     text = report.as_text(Result("wake", "Wake", [table]))
     other = next(line for line in text.splitlines() if line.strip().startswith("other"))
     assert other.split() == ["other", "0.900", "4.50", "3.00", "1", "round"]
+
+
+def measured(column, values):
+    """A table with a figure for the floor and for each subject, whose values go up to ``values``."""
+    floor, *names = ["the floor", OURS, *(n for n in peers.SUBJECTS if n != OURS)]
+    low, high = values
+    rows = [Row(floor, "floor", {column: Figure(low, low, low)}, rounds=3)]
+    for number, name in enumerate(names, 1):
+        value = low + (high - low) * number / len(names)
+        kind = "ours" if name == OURS else "peer"
+        rows.append(Row(name, kind, {column: Figure(value, value, value)}, rounds=3))
+    return Table("A permit each 50 ms, alone", rows)
+
+
+def text_boxes(chart):
+    """Each text of a chart, with its left, right, top and bottom."""
+    for one in ET.fromstring(chart.read_text()).iter("{http://www.w3.org/2000/svg}text"):
+        style = one.get("style")
+        size = float(re.search(r"font-size: (\d+)px", style)[1])
+        width, x, y = 0.6 * size * len(one.text), float(one.get("x")), float(one.get("y"))
+        left = (
+            x
+            - width
+            * {"start": 0, "middle": 0.5, "end": 1}[re.search(r"text-anchor: (\w+)", style)[1]]
+        )
+        yield one.text, left, left + width, y - 0.7 * size, y
+
+
+@pytest.mark.parametrize("values", [(0.11, 1.2), (240.0, 900.0), (240.0, 4_290.0), (0.0, 150.0)])
+def test_charts_show_the_floor_and_each_subject_by_the_name_in_the_text(tmp_path, values):
+    pytest.importorskip("matplotlib")
+    late, free = measured(wake.LATE, values), measured(free_path.ONE, values)
+    for row in late.rows:
+        row.figures[wake.SHORT] = Figure(0.0, 0.0, 0.0)
+    idle, order = measured(lines.IDLE, values), measured(fairness.OVERTAKEN, (0.0, 88.0))
+    tables = {
+        wake.NAME: [late, late],
+        fairness.NAME: [order],
+        lines.NAME: [idle, idle, idle],
+        free_path.NAME: [free],
+    }
+    charts = plots.draw([Result(name, name, found) for name, found in tables.items()], tmp_path)
+    assert sorted(chart.name for chart in charts) == ["free.svg", "summary.svg", "wake.svg"]
+    for chart in charts:
+        boxes = list(text_boxes(chart))
+        shown = [text for text, *_ in boxes]
+        assert {"floor", "this package", "a Lock and time.sleep", "limits"} <= set(shown)
+        for (text, left, right, top, bottom), (other, *box) in combinations(boxes, 2):
+            apart = right <= box[0] or box[1] <= left or bottom <= box[2] or box[3] <= top
+            assert apart, f"{chart.name}: {text!r} is printed over {other!r}"

@@ -16,7 +16,14 @@ import pytest
 from recipes import BLOCKS, DOCUMENTS, ROOT, SHARED, block, blocks_of, run
 
 import benchmarks.__main__ as benchmarks
-from gateway_queue_sync import LocalQueue, SqliteQueue, cli, serve
+from gateway_queue_sync import (
+    DEFAULT_MARGIN,
+    IDENTIFY_INTERVAL,
+    LocalQueue,
+    SqliteQueue,
+    cli,
+    serve,
+)
 
 README = ROOT / "README.md"
 
@@ -92,6 +99,8 @@ def test_the_shared_queue_grants_and_can_be_looked_at(monkeypatch, tmp_path, cap
     code = block("python", "SqliteQueue(").replace(
         "reserve=50", "reserve=50, interval=0.01, margin=0.02"
     )
+    said = re.search(r"a new file grants its first permit after ([\d.]+) s", code)
+    assert float(said[1]) == IDENTIFY_INTERVAL + DEFAULT_MARGIN
     names = {}
     exec(code, names)
     names["queue"].close()
@@ -105,6 +114,7 @@ def test_the_shared_queue_grants_and_can_be_looked_at(monkeypatch, tmp_path, cap
     assert cli.main([*command[3:], "--yes"]) == 0
     assert "done: 500 of 1000" in capsys.readouterr().out
     assert Path("identify.sqlite3-journal").stat().st_size == 0
+    assert "an empty file `identify.sqlite3-journal`" in README.read_text()
 
 
 def test_the_remote_queue_asks_its_broker(tmp_path, capsys):

@@ -15,7 +15,7 @@ asynchronous exceptions at calls and jumps, so an interrupt finds either all of 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from gateway_queue_sync.models import US_PER_SECOND, Permit
 
@@ -115,7 +115,7 @@ class Denial:
 _new_bucket, _new_permit = TokenBucket.__new__, Permit.__new__
 
 
-def take(  # noqa: C901 - on the free path a call costs more than a branch
+def take(
     account: Account,
     shard_id: int,
     now_us: int,
@@ -131,10 +131,7 @@ def take(  # noqa: C901 - on the free path a call costs more than a branch
     number = shard_id % account.max_concurrency
     bucket = account.buckets.get(number)
     if bucket is None:
-        bucket = _new_bucket(TokenBucket)
-        if account.default_bucket.last_us > NEVER:
-            bucket.__dict__.update(vars(account.default_bucket))
-        account.buckets[number] = bucket  # last: an interrupt can come after each call
+        bucket = bucket_of(account, shard_id)
     last_us = bucket.last_us
     wait_us = 0
     if (
@@ -269,7 +266,10 @@ def bucket_of(account: Account, shard_id: int) -> TokenBucket:
     number = shard_id % account.max_concurrency
     bucket = account.buckets.get(number)
     if bucket is None:
-        bucket = account.buckets[number] = replace(account.default_bucket)
+        bucket = _new_bucket(TokenBucket)
+        if account.default_bucket.last_us > NEVER:
+            bucket.__dict__.update(vars(account.default_bucket))
+        account.buckets[number] = bucket  # last: an interrupt can come after each call
     return bucket
 
 

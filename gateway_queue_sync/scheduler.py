@@ -113,7 +113,7 @@ class Scheduler:
         """Take a permit if the bucket is free and has no waiters. Else the caller must wait.
 
         A permit without a ``reporter`` is older than the margin. The caller must pass it to ``wait``,
-        which gives it back and asks again at the position of the permit.
+        which gives it back and waits as if it had arrived when the permit was granted.
         """
         ident, lock, local = self._get_ident(), self.lock, self.local
         if lock.owner == ident or self.forks or (self._callers and ident in self._callers):
@@ -369,6 +369,8 @@ class Scheduler:
             raise errors.QueueClosed
         if waiter.entry is None:
             return False
+        # The new head cannot have a permit before the window ends. But if the limit is used up, it asks
+        # at once, so that observers and callers learn that now.
         was_last = permit.remaining is not None and permit.remaining <= self.reserve
         self._remove(waiter, 0 if was_last else self.now_us() + self.ledger.window_us)
         return self.local is None or self.local.restamp(self.local.account, permit, self.now_us())

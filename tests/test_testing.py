@@ -406,8 +406,8 @@ def test_a_worker_that_ends_is_waited_for(clock):
     future = queue.enqueue(1)
     clock.settle(0)
     queue.close()
+    assert isinstance(future.exception(20), QueueClosed)
     clock.settle(0)
-    assert isinstance(future.exception(0), QueueClosed)
 
 
 # --- a machine that is suspended ------------------------------------------------------------------

@@ -17,7 +17,8 @@ from benchmarks.figures import OURS, Result, Table, Target
 from benchmarks.machine import HAS_PSUTIL, resident_bytes
 from benchmarks.peers import SUBJECTS
 from benchmarks.rounds import Case, Measured, Say, at_one_time, interleaved
-from gateway_queue_sync import AcquireTimeout, LocalQueue
+from benchmarks.shared import ledger, redis_server
+from gateway_queue_sync import AcquireTimeout, GatewayQueue, LocalQueue, RedisQueue, SqliteQueue
 
 NAME = "lines"
 TITLE = "Lines"
@@ -119,6 +120,10 @@ def _timeouts(size: Size, say: Say) -> Table:
     cases = [
         Case("bare lock.acquire(timeout)", "floor", timed_out_locks, (size.timing_out,)),
         Case(OURS, "ours", timed_out_acquires, (size.timing_out,)),
+        *(
+            Case(f"{OURS}, {kind}", "ours", timed_out_of_a_ledger, (kind, size.timing_out))
+            for kind in ["SQLite"] + ["Redis"] * (redis_server() is not None)
+        ),
     ]
     title = f"{size.timing_out:,} threads time out at one instant"
     return Table(title, interleaved(cases, size.rounds, say), compared=LAST_RETURN)
@@ -343,10 +348,20 @@ async def _idle_tasks(name: str, count: int, window: float, seconds: float) -> M
 
 
 def timed_out_acquires(count: int) -> Measured:
-    """Have many time out of a queue at one instant."""
-    queue = LocalQueue(interval=NEVER)
-    queue.acquire(0)
+    """Have many time out of a queue in memory at one instant."""
+    with LocalQueue(interval=NEVER) as queue:
+        queue.acquire(0)
+        return _timed_out_of(queue, count)
 
+
+def timed_out_of_a_ledger(kind: str, count: int) -> Measured:
+    """Have many time out of a queue on a shared ledger at one instant."""
+    make = SqliteQueue if kind == "SQLite" else RedisQueue
+    with ledger(kind.lower()) as where, make(where, interval=60.0) as queue:
+        return _timed_out_of(queue, count)  # a new account grants nothing for a window
+
+
+def _timed_out_of(queue: GatewayQueue, count: int) -> Measured:
     def wait(timeout: float) -> None:
         try:
             queue.acquire(0, timeout)

@@ -195,7 +195,11 @@ class _Process:
         """Ask for a permit for the first time."""
         now_us, bucket = self.clock.now, self.number % BUCKETS
         limit = Limit(OPEN, 1 << 40, 1 << 40, 0, BUCKETS, now_us, now_us)
-        self._ask(introduction=Introduction("", "", 0, limit, 0, 0, 0, None))
+        self._ask(
+            introduction=Introduction(
+                replaces="", bot="", limit=limit, granted=0, period=0, layout=0, seen=None
+            )
+        )
         waiters = (Waiter(1, bucket, now_us, now_us), Waiter(2, bucket, now_us, now_us))
         return self._ask(lines=(Line(bucket, 3, waiters),))
 

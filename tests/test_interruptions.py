@@ -427,6 +427,33 @@ def test_signals_at_random_points_lose_nothing():
     assert total - queue.snapshot().limit.remaining == len(taken)
 
 
+def test_signals_while_queues_are_made_leave_no_lock_behind():
+    """All queues of a process are registered under one lock, which a fork takes, too."""
+    rng = random.Random(SEED)
+
+    def handler(signum, frame):
+        if is_inside(frame):
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    interrupted = 0
+    try:
+        for _ in range(4000):
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.000_005, 0.000_06))
+            try:
+                LocalQueue()
+            except KeyboardInterrupt:
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 100
+    thread = threading.Thread(target=LocalQueue, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
 def test_asynchronous_exceptions_at_random_points_lose_nothing():
     """As a debugger or a framework raises them into a thread; one for each call of the victim."""
     rng = random.Random(SEED)

@@ -14,7 +14,6 @@ import ssl
 import subprocess
 import threading
 import time
-import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -273,16 +272,6 @@ def test_who_waits_goes_on_when_the_broker_is_back():
             assert queue.snapshot().limit.remaining == 997
 
 
-def test_a_queue_may_be_made_before_its_broker(caplog):
-    port = free_port()
-    with contextlib.closing(HttpBackend(f"http://127.0.0.1:{port}")) as backend:
-        with queue_on(backend, **SHORT) as queue:
-            assert "no permit is granted until it can be asked" in caplog.text
-            future = queue.enqueue(0)
-            with running(port):
-                assert future.result(PATIENCE).shard_id == 0
-
-
 def test_a_broker_whose_queue_is_closed_is_out_of_reach(broker, backend):
     broker.queue.close()
     with pytest.raises(Unreachable, match="503: the queue is closed"):
@@ -325,26 +314,8 @@ def test_a_secret_that_cannot_be_sent_is_refused(secret):
         HttpBackend("http://127.0.0.1:1", secret)
 
 
-def test_a_broker_has_one_account():
-    with pytest.raises(ValueError, match="one account"):
-        HttpBackend("http://127.0.0.1:1", name="other")
-
-
 def test_a_path_in_a_url_is_kept():
     assert repr(HttpBackend("https://h:1/queue/", "s3cret")) == "broker https://h:1/queue"
-
-
-def test_a_wrong_secret_is_told_and_no_secret_is_shown():
-    with running(secret="hunter2") as broker:
-        with contextlib.closing(HttpBackend(broker.url, "hunter2")) as right:
-            assert right.ask(FIRST).status == OK
-        for wrong in ("hunter3", None):
-            with contextlib.closing(HttpBackend(broker.url, wrong)) as backend:
-                with pytest.raises(LedgerError, match="401: the secret is wrong") as caught:
-                    backend.ask(FIRST)
-                assert not isinstance(caught.value, Unreachable)
-                shown = "".join(traceback.format_exception(caught.value)) + repr(backend)
-                assert "hunter" not in shown
 
 
 def test_a_secret_that_a_broker_says_back_is_not_shown():

@@ -850,7 +850,7 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         SESSION,
         [
             (
-                "if request.margin_us and now_us - permit.stamp_us > request.margin_us:",
+                "if request.margin_us and age_us > request.margin_us:",
                 "if request.margin_us < 0:",
             )
         ],

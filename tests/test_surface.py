@@ -39,7 +39,8 @@ FLOORS = [
     ["forecast", "plan", "limit_reader", "log"],
     ["ledgers", "observers", "process"],
     ["ledgers.memory", "ledgers.shared", "ledgers.shared.messages"],
-    [f"ledgers.shared.{name}" for name in ("answers", "backend", "bounds", "store")],
+    [f"ledgers.shared.{name}" for name in ("answers", "backend", "bounds", "round_trips", "store")],
+    ["ledgers.shared.stored_lines"],
     [f"ledgers.shared.{name}" for name in ("session", "rows", "store_sqlite")],
     ["ledgers.remote", "ledgers.shared.limits", "ledgers.shared.sqlite_file"],
     ["ledgers.shared.turns"],
@@ -89,6 +90,7 @@ CORE_MODULES = (
     *("settings", "forecast", "plan", "limit_reader", "log"),
     *("ledgers", "ledgers.memory", "ledgers.remote", "ledgers.shared"),
     *(f"ledgers.shared.{name}" for name in ("messages", "answers", "backend", "session")),
+    *("ledgers.shared.round_trips", "ledgers.shared.stored_lines"),
     *("observers", "future", "process", "worker", "scheduler", "queue", "policies"),
 )
 # What a module of the core takes from above for types alone: it is handed one as an argument.

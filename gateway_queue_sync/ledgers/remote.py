@@ -25,6 +25,7 @@ from gateway_queue_sync.ledgers.shared.answers import Answers, LimitChange, Sess
 from gateway_queue_sync.ledgers.shared.backend import Backend, Busy, Unreachable
 from gateway_queue_sync.ledgers.shared.messages import MAX_COUNTER, Reply, Request
 from gateway_queue_sync.ledgers.shared.session import Session, budget_of
+from gateway_queue_sync.ledgers.shared.stored_lines import NoLines
 from gateway_queue_sync.limits import Budget
 from gateway_queue_sync.lines import Lines, Waiter
 from gateway_queue_sync.models import (
@@ -145,7 +146,7 @@ class RemoteLedger:
             LedgerError: the ledger cannot be used, or refuses this process; or it cannot be reached and
                 ``when_unreachable`` is ``"raise"``. Else that only logs a WARNING.
         """
-        lines = _OwnLines(Lines(self.max_concurrency), {})
+        lines = NoLines(self.max_concurrency)
         request = self._session.compose(lines, self._now_us(), can_read=can_read)
         assert request is not None
         self._failed_us = self._now_us()
@@ -228,19 +229,11 @@ class RemoteLedger:
 
     def budget(self) -> Budget | None:
         """Return what is left of the limit. A reset that is due counts as done."""
-        left = self._session.budget
-        if left is None or not left.resets_in_us:
-            return left
-        resets_in_us = left.resets_in_us - (self._now_us() - self._session.budget_us)
-        if resets_in_us <= 0:
-            return Budget(left.total, left.total, 0)
-        return Budget(left.total, left.remaining, resets_in_us)
+        return self._session.budget_at(self._now_us())
 
     def eta_us(self, number: int, position: int, lines: int, waiting: int) -> int | None:
         """Return in about how many microseconds a position gets its permit, ``None`` if unknown."""
         del lines, waiting  # the ledger's numbers, for all processes, are used
-        if not self._session.knows(number):
-            return None
         return self._session.eta_us(number, position, self._now_us())
 
     # --- what has changed -------------------------------------------------------------------------
@@ -533,14 +526,14 @@ class RemoteLedger:
         waiting, self.unseen = self.unseen, []
         events: list[Event] = []
         for waiter in waiting:
-            number = waiter.shard_id % self.max_concurrency
             if waiter.entry is None or waiter.permit is not None or waiter.error is not None:
                 continue
-            unanswered = waiter.ask_at_us == 0 and scheduler.lines.is_head(waiter)
-            if unanswered or not self._session.knows(number):
+            number = waiter.shard_id % self.max_concurrency
+            others = self._session.others(number)
+            if others is None or (waiter.ask_at_us == 0 and scheduler.lines.is_head(waiter)):
                 self.unseen.append(waiter)
                 continue
-            position = self._session.position(number, scheduler.lines.position(waiter))
+            position = others + scheduler.lines.position(waiter)
             in_us = self._session.eta_us(number, position, self._now_us())
             eta = None if in_us is None else in_us / US_PER_SECOND
             events.append(scheduler.observers.waiting(waiter, number, position, eta))
@@ -605,7 +598,7 @@ def converse(backend: Backend, session: Session) -> Answers:
     give_up_us = now_us() + MAX_REQUEST_US
     while (wake_us := session.wake_us(now_us())) < FOREVER_US:
         time.sleep(max(0, wake_us - now_us()) / US_PER_SECOND)
-        lines = _OwnLines(Lines(session.max_concurrency), {})
+        lines = NoLines(session.max_concurrency)
         request = session.compose(lines, now_us(), can_read=False)
         if request is None:
             continue

@@ -7,7 +7,8 @@ failure (``failed``).
 Invariants:
 
 - One request is in flight. Until it is answered it is sent again with the same content, so the ledger
-  applies it once; a reply to any other attempt than the latest is dropped.
+  applies it once; a reply to any other attempt than the latest is dropped. A number is given when a
+  request is composed: with ``_number`` 0 and none in flight, the session has to introduce itself.
 - A permit is handed over only while it is younger than the margin. Its age is counted from when the
   attempt was sent. An older one is given back, and its waiter keeps its position.
 - The ledger has the same lines as the process. A new head is sent at once, other changes with it.
@@ -16,13 +17,13 @@ Invariants:
 
 from __future__ import annotations
 
-import heapq
 import random
 import secrets
 from collections import deque
 from collections.abc import Callable
 
 from gateway_queue_sync import forecast, models
+from gateway_queue_sync.clock import FOREVER_US
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.ledgers.shared import messages
 from gateway_queue_sync.ledgers.shared.answers import (
@@ -30,7 +31,6 @@ from gateway_queue_sync.ledgers.shared.answers import (
     LimitChange,
     SessionSettings,
     WaitingLines,
-    Waits,
 )
 from gateway_queue_sync.ledgers.shared.backend import Busy
 from gateway_queue_sync.ledgers.shared.messages import (
@@ -40,27 +40,17 @@ from gateway_queue_sync.ledgers.shared.messages import (
     Reply,
     Report,
     Request,
-    Wait,
-    Waiter,
 )
+from gateway_queue_sync.ledgers.shared.round_trips import RoundTrips
+from gateway_queue_sync.ledgers.shared.stored_lines import NoLines, StoredLines
 from gateway_queue_sync.limits import Budget
 from gateway_queue_sync.models import US_PER_SECOND, Permit, SessionStartLimit, to_us
-from gateway_queue_sync.token_bucket import Denial, Reason
 
-FOREVER_US = 1 << 62
-MAX_COUNT_AGE_US = 100_000  # after the latest request, until changed counts are sent
 FIRST_PAUSE_US = 50_000  # before a failed request is sent again; doubled each time
 BUSY_PAUSE_US = 5_000  # the same, if another process has locked the ledger
 MAX_PAUSE_US = 2 * US_PER_SECOND
-MAX_WAIT_US = messages.MAX_AGE_US - 86_400 * US_PER_SECOND  # minus a day in which it is sent again
 FORGOTTEN_US = 50 * US_PER_SECOND  # a ledger removes sessions that are silent for 60 s
-MAX_RAISED_MARGIN_US = 2 * US_PER_SECOND
-MANY_LATE = 3  # replies with permits, in a row
-MANY_TRIPS = 20  # round trips, after which a raised margin may be lowered
-MANY_SLOW = 3  # round trips in a row
-LATE_PAUSE_US = 30 * US_PER_SECOND
 KINDS = {models.Report.SENT: 0, models.Report.UNUSED: 1, models.Report.REJECTED: 2}
-REASONS = (Reason.WINDOW, Reason.BUDGET, Reason.RESET)
 UNKNOWN_FATE = "the limit may or may not have been applied"
 
 
@@ -68,7 +58,6 @@ class Session:
     """One process's conversation with a shared ledger.
 
     Attributes:
-        margin_us: how old a permit may be when it reaches its caller.
         max_concurrency, granted, period: the account's, as the latest reply says.
         window_us: the time between two permits of a bucket.
         budget: what was left at ``budget_us``; ``None`` while the ledger has no limit.
@@ -83,56 +72,44 @@ class Session:
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
         self._settings, self._new_id, self._uniform = settings, new_id, uniform
-        self.margin_us = settings.margin_us
+        self._round_trips = RoundTrips(settings.margin_us, settings.lease_us)
         self.window_us = settings.interval_us + settings.margin_us
         self.max_concurrency = 1 if settings.limit is None else settings.limit.max_concurrency
         self.granted = self.period = self.budget_us = 0
         self.budget: Budget | None = None
         self.failure: Exception | None = None
-        self._layout = self._attempt = self._slow = 0
-        self._late = self._trips = self._longest_trip_us = 0
+        self._layout = self._attempt = 0
         self._differs = self._lacks_limit = False
-        self._begin()
+        self.reinit()
 
-    def _begin(self) -> None:
+    def reinit(self) -> None:
+        """Begin anew, as in a forked child, which has no waiters."""
         self._id, self._replaces = "", ""
-        self._opens = self._settings.limit is not None
+        self._opens_with = self._settings.limit
         self._in_flight: Request | None = None
         self._failures = 0
-        self._retry_us = self._paused_until_us = self._answered_us = -FOREVER_US
-        self._sent_us = -FOREVER_US
-        self._paused = False
+        self._retry_us = self._answered_us = self._sent_us = -FOREVER_US
         self._reports: deque[Report] = deque()
         self._changes: deque[LimitChange] = deque()
         self._looks = False
         self._start_anew()
 
-    def reinit(self) -> None:
-        """Begin anew in a forked child, which has no waiters."""
-        self._begin()
-
     def _start_anew(self) -> None:
         """Choose a new id, and introduce it with the next request."""
         self._id, self._replaces = self._new_id(), self._id
-        self._number, self._introduces, self._relaid = 0, True, False
-        self._forget_lines()
+        self._number, self._relaid = 0, False
+        self._lines = StoredLines()
 
-    def _forget_lines(self) -> None:
-        """Send all lines with the next request, because the ledger has none of them."""
-        self._stored: dict[int, int] = {}  # the waiter number of each bucket's head in the ledger
-        self._ask_us: dict[int, int] = {}  # when the head of a bucket asks next
-        self._due: list[tuple[int, int]] = []  # the same as a heap; entries may be outdated
-        self._waits: dict[int, Wait] = {}  # the latest; ``waiting`` counts those of other sessions
-        self._changed: set[int] = set()
-        self._along: set[int] = set()  # buckets whose line has changed, but not its head
-        self._along_us = FOREVER_US  # the latest time to send these
-        self._all = True
+    @property
+    def margin_us(self) -> int:
+        """How old a permit may be when it reaches its caller."""
+        return self._round_trips.margin_us
 
     # --- what the scheduler says ------------------------------------------------------------------
 
     def changed(self, bucket: int) -> None:
         """Note that a line has changed."""
-        self._changed.add(bucket)
+        self._lines.changed(bucket)
 
     def report(self, permit: Permit, report: models.Report, now_us: int) -> None:
         """Add a report to the next request."""
@@ -155,13 +132,11 @@ class Session:
 
     def abandon(self, change: LimitChange) -> LedgerError:
         """Stop waiting for a limit change. Return the error for its caller."""
-        if change in self._changes and not self._is_in_flight(change):
+        flying = self._in_flight
+        if change in self._changes and (flying is None or flying.limit is not change.limit):
             self._changes.remove(change)
             return LedgerError("the ledger did not answer in time; the limit was not applied")
         return LedgerError(f"the ledger did not answer in time; {UNKNOWN_FATE}")
-
-    def _is_in_flight(self, change: LimitChange) -> bool:
-        return self._in_flight is not None and self._in_flight.limit is change.limit
 
     def look(self) -> None:
         """Ask for the waiters of all processes with the next request."""
@@ -172,23 +147,15 @@ class Session:
         if self.failure is not None:
             self._retry_us = min(self._retry_us, now_us)
 
-    def knows(self, bucket: int) -> bool:
-        """Return whether the ledger has said when the bucket opens."""
-        return bucket in self._waits
-
     # --- sending ----------------------------------------------------------------------------------
 
     def wake_us(self, now_us: int) -> int:
         """Return when to call ``compose`` next."""
         if self._in_flight is not None:
             return self._retry_us
-        if self._changed or self._all or self._introduces or self._wants_now():
+        if not self._number or self._wants_now():
             return now_us
-        due = self._due
-        while due and self._ask_us.get(due[0][1]) != due[0][0]:
-            heapq.heappop(due)
-        wake_us = min(due[0][0] if due else FOREVER_US, self._along_us)
-        return min(wake_us, self._paused_until_us) if self._paused else wake_us
+        return min(self._lines.wake_us(now_us), self._round_trips.resumes_us)
 
     def _wants_now(self) -> bool:
         return bool(self._reports or self._changes or self._looks or self._relaid)
@@ -200,18 +167,20 @@ class Session:
             if now_us < self._retry_us:
                 return None
             return self._send(request, now_us)
-        if self._paused and now_us >= self._paused_until_us:
-            self._paused, self._all = False, True
-        buckets = [] if self._introduces else self._buckets_to_send(lines, now_us)
-        if not (self._introduces or buckets or self._wants_now()):
+        if now_us >= self._round_trips.resumes_us:
+            self._round_trips.resumes_us = FOREVER_US
+            self._lines.all_changed()
+        send = self._lines_to_send(lines, now_us) if self._number else []
+        if self._number and not (send or self._wants_now()):
             return None
-        if now_us - self._answered_us > FORGOTTEN_US and not self._introduces:
+        if self._number and now_us - self._answered_us > FORGOTTEN_US:
             self._start_anew()
-        if self._introduces:
-            return self._send(self._new_request(can_read, self._introduction(now_us)), now_us)
-        reports = tuple(self._reports)[: messages.MAX_CHANGES - len(buckets)]
+        if not self._number:
+            request = self._new_request(can_read)._replace(introduction=self._introduction(now_us))
+            return self._send(request, now_us)
+        reports = tuple(self._reports)[: messages.MAX_CHANGES - len(send)]
         request = self._new_request(can_read)._replace(
-            lines=tuple(self._line(lines, bucket, now_us) for bucket in buckets),
+            lines=tuple(send),
             reports=reports,
             limit=self._changes[0].limit if self._changes else None,
             look=int(self._looks),
@@ -221,13 +190,22 @@ class Session:
         self._looks = self._relaid = False
         return self._send(request, now_us)
 
+    def _lines_to_send(self, lines: WaitingLines, now_us: int) -> list[Line]:
+        if lines.max_concurrency != self.max_concurrency:
+            return []
+        if self._round_trips.resumes_us < FOREVER_US:
+            lines = NoLines(self.max_concurrency)
+        most = messages.MAX_CHANGES - min(len(self._reports), messages.MAX_CHANGES // 2)
+        sends = self._wants_now()
+        return self._lines.to_send(lines, now_us, most, self._sent_us, sends=sends)
+
     def _send(self, request: Request, now_us: int) -> Request:
         self._attempt, self._sent_us = self._attempt + 1, now_us
         self._in_flight = request._replace(attempt=self._attempt, sent_us=now_us)
         self._retry_us = FOREVER_US  # until it has failed
         return self._in_flight
 
-    def _new_request(self, can_read: bool, introduction: Introduction | None = None) -> Request:
+    def _new_request(self, can_read: bool) -> Request:
         wanted = self._settings
         self._number += 1
         return Request(
@@ -244,24 +222,15 @@ class Session:
             can_read=int(can_read),
             look=0,
             layout=self._layout,
-            introduction=introduction,
         )
 
     def _introduction(self, now_us: int) -> Introduction:
-        limit, left, seen = self._settings.limit, self.budget, None
-        opening = None
-        if limit is not None and self._opens:
-            opening = _limit(messages.OPEN, limit, now_us, now_us)
+        left, seen, opening = self.budget, None, None
+        if self._opens_with is not None:
+            opening = _limit(messages.OPEN, self._opens_with, now_us, now_us)
         if left is not None:
-            seen = Limit(
-                messages.OPEN,
-                left.total,
-                left.remaining,
-                left.resets_in_us,
-                self.max_concurrency,
-                self.budget_us,
-                self.budget_us,
-            )
+            figures = left.total, left.remaining, left.resets_in_us, self.max_concurrency
+            seen = Limit(messages.OPEN, *figures, self.budget_us, self.budget_us)
         return Introduction(
             self._replaces,
             self._settings.bot,
@@ -271,52 +240,6 @@ class Session:
             self._layout,
             seen,
         )
-
-    def _buckets_to_send(self, lines: WaitingLines, now_us: int) -> list[int]:
-        """Return the buckets whose lines to send with the next request; none if nothing is urgent."""
-        if lines.max_concurrency != self.max_concurrency:
-            return []
-        if self._all:
-            self._changed.update(lines.buckets(), self._stored)
-            self._all = False
-        due = {bucket for bucket, ask_us in self._pop_due(now_us)}
-        urgent = {bucket for bucket in self._changed if self._is_urgent(lines, bucket)}
-        if not self._along:
-            self._along_us = max(now_us, self._sent_us + MAX_COUNT_AGE_US)
-        rest = self._changed - urgent
-        self._along |= {one for one in rest if one in self._stored or lines.length(one)}
-        self._changed.clear()
-        send = list(due | urgent)
-        if send or self._wants_now() or now_us >= self._along_us:
-            send += [bucket for bucket in self._along if bucket not in due and bucket not in urgent]
-        most = messages.MAX_CHANGES - min(len(self._reports), messages.MAX_CHANGES // 2)
-        for bucket in send[most:]:
-            self._changed.add(bucket)
-            self._stored.pop(bucket, None)
-        self._along.difference_update(send)
-        if not self._along:
-            self._along_us = FOREVER_US
-        return send[:most]
-
-    def _pop_due(self, now_us: int) -> list[tuple[int, int]]:
-        found = []
-        while self._due and self._due[0][0] <= now_us:
-            ask_us, bucket = heapq.heappop(self._due)
-            if self._ask_us.get(bucket) == ask_us:
-                del self._ask_us[bucket]
-                found.append((bucket, ask_us))
-        return found
-
-    def _is_urgent(self, lines: WaitingLines, bucket: int) -> bool:
-        """Return whether the ledger has another head than the process."""
-        first = () if self._paused else lines.first_two(bucket)
-        return (first[0].number if first else None) != self._stored.get(bucket)
-
-    def _line(self, lines: WaitingLines, bucket: int, now_us: int) -> Line:
-        first = () if self._paused else lines.first_two(bucket)
-        waiters = tuple(_waiter(one, now_us) for one in first)
-        more = lines.length(bucket) - len(waiters) if waiters else 0
-        return Line(bucket, more, waiters)
 
     # --- replies ----------------------------------------------------------------------------------
 
@@ -332,7 +255,7 @@ class Session:
 
     def interrupted(self, now_us: int) -> None:
         """Send the request again that was in flight, or whose reply was not applied completely."""
-        self._all = True
+        self._lines.all_changed()
         self._retry_us = min(self._retry_us, now_us + FIRST_PAUSE_US)
 
     def answered(self, request: Request, reply: Reply, now_us: int) -> Answers:
@@ -353,20 +276,20 @@ class Session:
         self._answered_us = flying.sent_us
         self._note_account(flying, reply, answers)
         if flying.introduction is not None:
-            self._introduces = self._opens = False
-            self._all = True
+            self._opens_with = None
+            self._lines.all_changed()
             if reply.lost:
                 self._drop_refunds()
-        if flying.limit is not None:
-            change = self._changes.popleft()
-            change.done, change.applied = True, reply.limit_result == messages.APPLIED
-            answers.changes.append(change)
-        self._note_trip(now_us - flying.sent_us, answers)
-        self._note_heads(flying, reply, answers, now_us)
+        self._finish_change(flying, answers, applied=reply.limit_result == messages.APPLIED)
+        if flying.layout == reply.layout:
+            answers.denials = self._lines.note(flying, reply, now_us)
+        age_us = self._note_permits(flying, reply, answers, now_us)
+        resumes_us = self._round_trips.resumes_us
+        answers.warnings += self._round_trips.note(now_us - flying.sent_us, age_us, now_us)
+        if self._round_trips.resumes_us != resumes_us:
+            self._lines.all_changed()
         if answers.limit_changed:  # those who waited for session starts may get permits now
-            for bucket in self._stored:
-                self._ask_us[bucket] = now_us
-                heapq.heappush(self._due, (now_us, bucket))
+            self._lines.ask_now(now_us)
         is_read = any(one.limit.kind == messages.READ for one in self._changes)  # but not sent yet
         answers.read, answers.look = bool(reply.read) and not is_read, reply.look
         answers.uncounted = None if reply.uncounted < 0 else reply.uncounted
@@ -385,10 +308,7 @@ class Session:
         answers.refused = [one.number for line in request.lines for one in line.waiters]
         self._in_flight, self._failures = None, 0
         self._looks = self._looks or bool(request.look)
-        if request.limit is not None:
-            change = self._changes.popleft()
-            change.done, change.error = True, answers.error
-            answers.changes.append(change)
+        self._finish_change(request, answers, error=answers.error)
         self._start_anew()
 
     def _unknown_here(self, request: Request, answers: Answers) -> None:
@@ -397,13 +317,24 @@ class Session:
         self._reports.extendleft(reversed(list(kept)))
         self._drop_refunds()
         self._looks = self._looks or bool(request.look)
+        error = LedgerError(f"the ledger has lost requests; {UNKNOWN_FATE}")
+        is_read = request.limit is not None and request.limit.kind == messages.READ
+        self._finish_change(request, answers, error=None if is_read else error)
+        self._start_anew()
+
+    def _finish_change(
+        self,
+        request: Request,
+        answers: Answers,
+        *,
+        applied: bool = False,
+        error: LedgerError | None = None,
+    ) -> None:
+        """Complete the limit change of a request, if it has one: the first of those that wait."""
         if request.limit is not None:
             change = self._changes.popleft()
-            change.done = True
-            if change.limit.kind == messages.UPDATE:
-                change.error = LedgerError(f"the ledger has lost requests; {UNKNOWN_FATE}")
+            change.done, change.applied, change.error = True, applied, error
             answers.changes.append(change)
-        self._start_anew()
 
     def _drop_refunds(self) -> None:
         self._reports = deque(one for one in self._reports if one.kind != messages.UNUSED)
@@ -412,9 +343,9 @@ class Session:
         left = budget_of(reply)
         answers.limit_changed = reply.limit_result == messages.APPLIED or bool(reply.lost)
         if reply.layout != self._layout or reply.max_concurrency != self.max_concurrency:
-            self._relaid = bool(self._stored or request.lines)
+            self._relaid = bool(self._lines or request.lines)
             self._layout, self.max_concurrency = reply.layout, reply.max_concurrency
-            self._forget_lines()
+            self._lines = StoredLines()
             answers.limit_changed = True
         if left is None and not self._lacks_limit and not request.can_read:
             answers.warnings.append(
@@ -433,117 +364,62 @@ class Session:
             )
         self._differs = bool(reply.differs)
 
-    def _note_heads(self, request: Request, reply: Reply, answers: Answers, now_us: int) -> None:
-        """Store which waiters got a permit, and when the other heads ask again."""
-        granted = {one.waiter: one for one in reply.permits}
-        waits = {one.bucket: one for one in reply.waits}
-        if request.layout == reply.layout:
-            for line in request.lines:
-                left = [one for one in line.waiters if one.number not in granted]
-                wait = waits.get(line.bucket)
-                if left and wait is not None:
-                    ask_us = request.sent_us + wait.wait_us
-                    others = max(0, wait.waiting - len(left) - line.more)
-                    self._ask_us[line.bucket] = ask_us
-                    self._waits[line.bucket] = wait._replace(waiting=others)
-                    heapq.heappush(self._due, (ask_us, line.bucket))
-                    answers.denials[left[0].number] = Denial(
-                        max(0, ask_us - now_us),
-                        REASONS[wait.reason],
-                        reply.remaining,
-                        reply.resets_in_us,
-                    )
-                self._note_stored(line.bucket, [one for one in left if not one.once])
-        late_us = 0  # how old the oldest is that comes too late
+    def _note_permits(
+        self, request: Request, reply: Reply, answers: Answers, now_us: int
+    ) -> int | None:
+        """Pass on the permits that are in time, give back the others. Return the age of the oldest."""
+        oldest_us: int | None = None
         for one in reply.permits:
-            permit = Permit(
-                one.shard_id, one.bucket, remaining=None if one.remaining < 0 else one.remaining
-            )
+            remaining = None if one.remaining < 0 else one.remaining
+            permit = Permit(one.shard_id, one.bucket, remaining=remaining)
             permit.serial, permit.period, permit.waiter = one.serial, one.period, one.waiter
             permit.stamp_us = request.sent_us - one.age_us
-            if request.margin_us and now_us - permit.stamp_us > request.margin_us:
+            age_us = now_us - permit.stamp_us
+            oldest_us = max(age_us, oldest_us or age_us)
+            if request.margin_us and age_us > request.margin_us:
                 self.report(permit, models.Report.UNUSED, now_us)
-                self._changed.add(one.bucket)
-                late_us = max(late_us, now_us - permit.stamp_us)
+                self._lines.changed(one.bucket)
             else:
                 answers.permits.append(permit)
-        if late_us > self.margin_us:
-            self._note_late(late_us, now_us, answers)
-        elif reply.permits:
-            self._late = 0
-
-    def _note_stored(self, bucket: int, waiters: list[Waiter]) -> None:
-        if waiters:
-            self._stored[bucket] = waiters[0].number
-        else:
-            self._stored.pop(bucket, None)
-            self._ask_us.pop(bucket, None)
-            self._waits.pop(bucket, None)
-
-    def _note_trip(self, trip_us: int, answers: Answers) -> None:
-        """Warn if round trips take so long that this process always asks too late for its turn.
-
-        A margin that was raised is lowered when round trips are shorter again.
-        """
-        self._trips, self._longest_trip_us = self._trips + 1, max(self._longest_trip_us, trip_us)
-        if self._trips == MANY_TRIPS:
-            enough_us = max(self._settings.margin_us, self._longest_trip_us * 3 // 2)
-            self.margin_us = min(self.margin_us, enough_us)
-            self._trips = self._longest_trip_us = 0
-        self._slow = self._slow + 1 if trip_us > self._settings.lease_us // 3 else 0
-        if self._slow == MANY_SLOW:
-            answers.warnings.append(
-                f"the ledger answers after {trip_us / US_PER_SECOND:.2f} s, more than a third of the "
-                "lease: other processes are likely to take the turns of this one"
-            )
-
-    def _note_late(self, late_us: int, now_us: int, answers: Answers) -> None:
-        """Raise the margin if permits come late again and again; at the maximum, pause.
-
-        Then round trips are long, or replies are lost: what is sent again has aged meanwhile.
-        """
-        self._late += 1
-        margin_us = min(late_us * 3 // 2, MAX_RAISED_MARGIN_US)
-        if self._late >= MANY_LATE - 1 and margin_us > self.margin_us:
-            self.margin_us, self._late = margin_us, 0
-            answers.warnings.append(
-                f"the ledger answers after {late_us / US_PER_SECOND:.2f} s, later than the margin: it "
-                f"is raised to {margin_us / US_PER_SECOND:.2f} s"
-            )
-        elif self._late >= MANY_LATE:
-            self._paused_until_us = now_us + LATE_PAUSE_US
-            self._paused = self._all = True
-            answers.warnings.append(
-                f"the ledger answers after {late_us / US_PER_SECOND:.2f} s, too late for permits: this "
-                f"process asks for none for {LATE_PAUSE_US / US_PER_SECOND:.0f} s"
-            )
+        return oldest_us
 
     # --- looking ahead ----------------------------------------------------------------------------
 
-    def position(self, bucket: int, index: int) -> int:
-        """Return about how many come before a waiter that has just arrived, the ``index``-th here."""
-        wait = self._waits.get(bucket)
-        return index if wait is None else index + wait.waiting
+    def budget_at(self, now_us: int) -> Budget | None:
+        """Return what is left of the limit at a later time. A reset that is due counts as done."""
+        left = self.budget
+        if left is None or not left.resets_in_us:
+            return left
+        resets_in_us = left.resets_in_us - (now_us - self.budget_us)
+        if resets_in_us <= 0:
+            return Budget(left.total, left.total, 0)
+        return Budget(left.total, left.remaining, resets_in_us)
+
+    def others(self, bucket: int) -> int | None:
+        """Return how many wait for a bucket in other processes; ``None`` if there was no reply yet."""
+        head = self._lines.head(bucket)
+        return None if head is None else head.others
 
     def eta_us(self, bucket: int, position: int, now_us: int) -> int | None:
-        """Return in about how many microseconds the waiter at a position gets its permit."""
-        wait, elapsed_us = self._waits.get(bucket), now_us - self.budget_us
-        left = self.budget
-        if left is None:  # it depends on the next read
+        """Return in about how many microseconds the waiter at a position gets its permit.
+
+        ``None`` if that is not known: there was no reply yet, or it depends on the next read.
+        """
+        head, left = self._lines.head(bucket), self.budget_at(now_us)
+        if head is None or left is None:
             return None
-        left = Budget(left.total, left.remaining, max(0, left.resets_in_us - elapsed_us))
         outlook = forecast.Outlook(
             now_us=now_us,
             window_us=self.window_us,
             period_us=self._settings.period_us,
             reserve=self._settings.reserve,
             max_concurrency=self.max_concurrency,
-            ready_in_us={bucket: 0 if wait is None else max(0, wait.opens_us - elapsed_us)},
+            ready_in_us={bucket: max(0, head.opens_us - (now_us - self.budget_us))},
             others_ready_in_us=0,
             budget=left,
             granted=self.granted,
         )
-        lines = max(1, len(self._waits))
+        lines = len(self._lines)
         return forecast.eta_us(outlook, bucket, position, lines, (position + 1) * lines)
 
 
@@ -552,21 +428,6 @@ def budget_of(reply: Reply) -> Budget | None:
     return None if reply.total < 0 else Budget(reply.total, reply.remaining, reply.resets_in_us)
 
 
-def _waiter(one: Waits, now_us: int) -> Waiter:
-    """Return a waiter for a request, with its age and head start within the bounds."""
-    arrived_us = max(one.arrived_us, now_us - MAX_WAIT_US)
-    most_us = messages.MAX_HEAD_START_US
-    position_us = arrived_us - max(-most_us, min(one.arrived_us - one.position_us, most_us))
-    return Waiter(one.number, one.shard_id, arrived_us, position_us, int(one.once))
-
-
 def _limit(kind: int, limit: SessionStartLimit, asked_us: int, at_us: int) -> Limit:
-    return Limit(
-        kind,
-        limit.total,
-        limit.remaining,
-        to_us(limit.reset_after),
-        limit.max_concurrency,
-        asked_us,
-        at_us,
-    )
+    figures = limit.total, limit.remaining, to_us(limit.reset_after), limit.max_concurrency
+    return Limit(kind, *figures, asked_us, at_us)

@@ -1,4 +1,4 @@
-"""How good the queue is at what it exists for, next to what else people would use, and to the floor.
+"""Compares the queue with other limiters, and with the least that Python needs for the same.
 
 ``python -m benchmarks --help``; the peers and the charts need ``pip install -e '.[bench]'``.
 """

@@ -35,7 +35,7 @@ BENCHMARKS: dict[str, ModuleType] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure (or load) what is asked for, print it, and store and draw it as the options say."""
+    """Measure or load figures, and print, store and draw them as the options say."""
     arguments = make_parser().parse_args(argv)
     if arguments.load:
         found = json.loads(arguments.load.read_text())
@@ -81,13 +81,13 @@ def _measure(names: Sequence[str], size: str, found: dict[str, Any]) -> list[Res
 
 
 def _say(what: str) -> None:
-    """Show on a terminal what is being done."""
+    """Show progress on a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{what[:100]}", end="", file=sys.stderr, flush=True)
 
 
 def _benchmark(name: str) -> str:
-    if name not in BENCHMARKS:  # argparse's own choices refuse that none is named
+    if name not in BENCHMARKS:  # argparse's own ``choices`` would refuse an empty list
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(BENCHMARKS)}")
     return name
 

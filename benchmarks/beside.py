@@ -1,7 +1,7 @@
 """Compare the package here with another checkout of it: ``python -m benchmarks.beside DIRECTORY``.
 
-Both run the functions of the benchmarks here, each in a process of its own, and take turns. A figure is
-the median of the rounds; of a tail, the percentile of all rounds together.
+Both run the functions of the benchmarks here, each in a process of its own, and take turns. A figure
+is the median of the rounds; a percentile is that of all rounds together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ child(*task)
 
 
 def cases(*, quick: bool) -> list[Case]:
-    """Return what is compared; a case's subject says what is done."""
+    """Return the cases to compare."""
     many, some, rounds = (10_000, 1_000, 100) if quick else (100_000, 1_000, 200)
     return [
         Case("a free bucket", "ours", free_path.with_limit, (20_000,)),
@@ -51,7 +51,7 @@ def cases(*, quick: bool) -> list[Case]:
 
 
 def child(module: str, function: str, args: str) -> None:
-    """Run one function in the process of its own, and write what it measured."""
+    """Run one function in this process, and write its figures."""
     measured = getattr(importlib.import_module(module), function)(*json.loads(args))
     print(json.dumps([gateway_queue_sync.__file__, measured]))
 
@@ -67,7 +67,7 @@ def measure(directory: Path, case: Case) -> Measured:
 
 
 def main() -> None:
-    """Print a table with the figures of both."""
+    """Print a table with the figures of both checkouts."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.beside", description=__doc__)
     parser.add_argument("directory", type=Path, help="the other checkout")
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,7 +1,7 @@
-"""Benchmark 7: what clients that stall cost the broker, and how late it answers when their turn comes.
+"""Benchmark 7: what waiting clients cost the broker, and how late it answers when their permits are due.
 
-The broker is a process of its own, the clients are another one. The floor is an asyncio server that
-answers nobody.
+The broker and the clients run in two processes. The floor is an asyncio server that never
+answers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LATE, P99, CLOSE = "late, median (ms)", "late, p99 (ms)", "too close (of 100)"
 
 
 class Size(NamedTuple):
-    """How much is measured: how many stall, for how long nobody moves, how many answers are timed."""
+    """How much is measured: how many clients wait, for how long, and how many answers are timed."""
 
     rounds: int
     stalled: tuple[int, ...]
@@ -56,7 +56,7 @@ SIZES = {
 
 
 def run(size: Size, say: Say) -> Result:
-    """Measure with more and more clients that stall."""
+    """Measure with more and more clients that wait."""
     if not HAS_PSUTIL:
         return Result(
             NAME, TITLE, skipped="psutil, which measures what a process uses, is not installed"
@@ -98,7 +98,7 @@ def _can_serve() -> bool:
 
 
 def allow_files(wanted: int) -> int:
-    """Have this process and its children open so many files, if they may; return how many they may."""
+    """Raise the limit of open files for this process and its children; return the new limit."""
     try:
         import resource
     except ImportError:
@@ -116,7 +116,7 @@ def allow_files(wanted: int) -> int:
 
 
 def stall(subject: str, count: int, idle: float) -> Measured:
-    """Weigh connections that stall, and see what it costs that nobody moves for a while."""
+    """Measure the memory of connections that wait, and the CPU time while they only wait."""
     allow_files(count + 200)
     with _server(subject, NEVER, 0.25) as (port, pid):
         before = resident_bytes(pid)
@@ -125,7 +125,7 @@ def stall(subject: str, count: int, idle: float) -> Measured:
             took = clients.recv()
             if subject == OURS:
                 _until_all_are_in_line(port, count)
-            time.sleep(0.5)  # what has just begun comes to rest
+            time.sleep(0.5)  # the start of the clients is over by then
             each = (resident_bytes(pid) - before) / count / 1024
             used = processor_seconds(pid)
             time.sleep(idle)
@@ -134,7 +134,7 @@ def stall(subject: str, count: int, idle: float) -> Measured:
 
 
 def _until_all_are_in_line(port: int, count: int) -> None:
-    """Wait until all have been in line: their connections are taken before."""
+    """Wait until all clients are in a line: that is later than when they are connected."""
     counted = re.compile(
         rb"^gateway_queue_(?:waiting|granted_total)(?:{.*})? ([0-9]+)", re.MULTILINE
     )
@@ -146,11 +146,11 @@ def _until_all_are_in_line(port: int, count: int) -> None:
             return
         if time.monotonic() > give_up:
             raise RuntimeError(f"of {count} clients, only {came} are in line")
-        time.sleep(count / 10_000)  # asking takes the broker longer the more there are
+        time.sleep(count / 10_000)  # with more clients, an answer to this takes the broker longer
 
 
 def answer(count: int, answers: int) -> Measured:
-    """Time answers that come while so many stall."""
+    """Time answers while so many clients wait."""
     allow_files(count + 200)
     with _server(OURS, INTERVAL, MARGIN) as (port, _), _clients(port, count) as clients:
         clients.send("connect")
@@ -169,7 +169,7 @@ def answer(count: int, answers: int) -> Measured:
 
 @contextlib.contextmanager
 def _server(subject: str, interval: float, margin: float) -> Iterator[tuple[int, int]]:
-    """Run a server meanwhile; return its port and its process."""
+    """Run a server in the block; return its port and its process."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         if subject == BARE:
@@ -193,7 +193,7 @@ def _server(subject: str, interval: float, margin: float) -> Iterator[tuple[int,
 
 
 def _environment() -> dict[str, str]:
-    """Return this process's environment without what a broker takes its settings from."""
+    """Return this process's environment without the variables that a broker reads."""
     settings = ("HOST", "PORT", "DISCORD_TOKEN", "CONCURRENCY")
     return {name: value for name, value in os.environ.items() if name not in settings}
 
@@ -214,7 +214,7 @@ async def _until_it_listens(process: subprocess.Popen[bytes], port: int) -> None
 
 @contextlib.contextmanager
 def _clients(port: int, count: int) -> Iterator[Any]:
-    """Have a process of clients meanwhile; return how to talk to it."""
+    """Run a process of clients in the block; return a connection to it."""
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=be_clients, args=(there, port, count))
@@ -260,13 +260,13 @@ async def _be_clients(orders: Any, port: int, count: int) -> None:
     orders.send(time.monotonic() - began)
     wanted = await asyncio.to_thread(orders.recv)
     while not answered.empty():
-        answered.get_nowait()  # what came while not all were there
+        answered.get_nowait()  # these came before all clients waited
     async with asyncio.timeout(PATIENCE):
         orders.send([await answered.get() for _ in range(wanted)])
 
 
 class _Silent(asyncio.Protocol):
-    """Takes a request, and never answers."""
+    """A server that reads a request and never answers."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport

@@ -41,7 +41,7 @@ NOBODY, OVER, SILENT = "nobody dead (ms)", "leases over (ms)", "silent (ms)"
 
 
 class Size(NamedTuple):
-    """How many shards are planned, how many processes have died, how often a client does something."""
+    """How many shards are planned, how many processes have died, and how often a client acts."""
 
     rounds: int
     shards: int
@@ -57,7 +57,7 @@ SIZES = {
 
 
 def run(size: Size, say: Say) -> Result:
-    """Measure processor time, and beside dead processes how long the first permit takes."""
+    """Measure processor time, and how long the first permit takes after processes have died."""
     shards, times = size.shards, size.times
     many, several = f"plan of {shards:,} shards", f"plan of {shards:,} shards, 16 buckets"
     crumbs = f"a body in {times:,} pieces"
@@ -162,7 +162,7 @@ def hold_positions(count: int) -> Measured:
 
 
 class _SetClock(SystemClock):
-    """Shows what it is set to."""
+    """A clock that shows the time to which it is set."""
 
     now = 1_000 * S
 
@@ -174,7 +174,7 @@ class _SetClock(SystemClock):
 
 
 class _Process:
-    """Introduces itself to a ledger, and stands in line."""
+    """A process that introduces itself to a ledger, and waits in a line."""
 
     def __init__(
         self, backend: RedisBackend | SqliteBackend, clock: _SetClock, number: int
@@ -205,7 +205,7 @@ class _Process:
 
 
 def first_permit(kind: str, dead: int) -> Measured:
-    """Time a new process beside none that have died, beside some, and when these count as silent."""
+    """Time a new process after no process has died, after some have, and when these count as silent."""
     clock = _SetClock()
     with ledger(kind.lower()) as where:
         backend = (SqliteBackend if kind == "SQLite" else RedisBackend)(where, "default", clock)

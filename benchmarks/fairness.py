@@ -1,4 +1,4 @@
-"""Benchmark 5: whether those who ask first are served first."""
+"""Benchmark 5: whether shards that ask first get their permits first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TITLE = "Fairness"
 
 OVERTAKEN, MOST = "overtaken (of 100)", "most by whom anyone was (shards)"
 BEHIND = "longest behind one's place (windows)"
-APART = 0.002  # s between two who ask: nobody can take them for one instant
+APART = 0.002  # s between two calls, so that their order is certain
 
 
 class Size(NamedTuple):
@@ -31,7 +31,7 @@ SIZES = {"whole": Size(3, 50, 0.02), "quick": Size(1, 20, 0.02), "tiny": Size(1,
 
 
 def run(size: Size, say: Say) -> Result:
-    """Have threads ask one after the other, and compare with the order in which they are served."""
+    """Have threads ask one after the other, and compare that with the order of their permits."""
     cases = [
         Case(subject.name, subject.kind, order, (subject.name, size.waiting, size.window))
         for subject in SUBJECTS.values()
@@ -50,7 +50,7 @@ def run(size: Size, say: Say) -> Result:
 
 
 def order(name: str, waiting: int, window: float) -> Measured:
-    """Return how far the order of permits is from that of asking."""
+    """Return how much the order of permits differs from that of asking."""
     if SUBJECTS[name].is_async:
         served = asyncio.run(_served_tasks(name, waiting, window))
     else:
@@ -64,7 +64,7 @@ def order(name: str, waiting: int, window: float) -> Measured:
 
 
 def _served_threads(name: str, waiting: int, window: float) -> list[int]:
-    """Return the places of asking, in the order in which they were served."""
+    """Return the positions of asking, in the order of the permits."""
     acquire = SUBJECTS[name].make(window)
     acquire(0)
     served: list[int] = []

@@ -1,4 +1,4 @@
-"""What a benchmark returns: figures in rows in tables, and the targets they are held against."""
+"""The results of benchmarks: figures, in rows of tables, and the targets to compare them with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEAST_TAIL = 200
 
 
 class Tail(NamedTuple):
-    """What one round found, in order, of which a high percentile counts: that of all rounds together."""
+    """The sorted values of one round. Their high percentile is that of all rounds together."""
 
     ordered: list[float]
     percent: float
@@ -26,7 +26,7 @@ class Tail(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """The median of several rounds (or what ``of_tails`` says), and the least and most of them."""
+    """The median of several rounds (or a percentile, see ``of_tails``), with the extremes."""
 
     value: float
     low: float
@@ -34,13 +34,13 @@ class Figure:
 
     @classmethod
     def of(cls, rounds: Iterable[float]) -> Self:
-        """Return the figure of what each round came to."""
+        """Return the figure of the values of the rounds."""
         rounds = list(rounds)
         return cls(statistics.median(rounds), min(rounds), max(rounds))
 
     @classmethod
     def of_tails(cls, rounds: Sequence[Tail]) -> Self | None:
-        """Return the percentile of all rounds' values together; ``None`` if these are too few."""
+        """Return the percentile of the values of all rounds; ``None`` if there are too few."""
         together = sorted(itertools.chain(*(one.ordered for one in rounds)))
         if len(together) < LEAST_TAIL:
             return None
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(slots=True)
 class Table:
-    """Rows to compare. ``compared`` names the figure whose ratios to the floor and to ours count."""
+    """Rows to compare. ``compared`` names the figure to show relative to the floor and to ours."""
 
     title: str
     rows: list[Row]
@@ -92,7 +92,7 @@ class Table:
 
 @dataclass(slots=True)
 class Target:
-    """Where a figure must stand: at most ``limit``, or at least if ``at_least``."""
+    """A target for a figure: at most ``limit``, or with ``at_least`` at least that."""
 
     what: str
     got: float
@@ -101,7 +101,7 @@ class Target:
 
     @property
     def met(self) -> bool | None:
-        """Whether it stands there; ``None`` if it was not measured."""
+        """Whether the target is met; ``None`` if it was not measured."""
         if math.isnan(self.got) or math.isnan(self.limit):
             return None
         return self.got >= self.limit if self.at_least else self.got <= self.limit
@@ -109,7 +109,7 @@ class Target:
 
 @dataclass(slots=True)
 class Result:
-    """What one benchmark came to, or why it was skipped."""
+    """The result of one benchmark, or why it was skipped."""
 
     name: str
     title: str
@@ -122,7 +122,7 @@ class Result:
         return next((table for table in self.tables if table.title == title), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as what JSON has; what was not measured is null there."""
+        """Return the result as a value for JSON. A figure that was not measured is null."""
         return {
             "name": self.name,
             "title": self.title,
@@ -137,7 +137,7 @@ class Result:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Self:
-        """Return what ``to_json`` was made of."""
+        """Return the result that ``to_json`` returned as JSON."""
         tables = []
         for table in found["tables"]:
             rows = []
@@ -161,5 +161,5 @@ def _back(number: float | None) -> float:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Return the least of the ordered values that so many percent of them do not exceed."""
+    """Return the smallest of the sorted values that so many percent of them do not exceed."""
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]

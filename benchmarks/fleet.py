@@ -1,7 +1,7 @@
-"""Benchmark 4: how long the start of a fleet takes, against the least it could.
+"""Benchmark 4: how long the start of many shards takes, compared with the least possible.
 
-The least is reckoned from when each shard really asked: in its bucket each is due a window after the
-one before it, and not before it asks. So a machine that is slow to start threads is nobody's fault.
+The least possible counts from when each shard asked: in its bucket, a permit is due a window after the
+one before it. So the time that a machine takes to start threads does not count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PERCENT, OVER, TOOK = "over the least (%)", "over the least (ms)", "took (s)"
 
 
 class Fleet(NamedTuple):
-    """A fleet's start: how many shards and buckets, the window, and over how long shards arrive."""
+    """The start of a fleet: how many shards and buckets, the window, and for how long shards arrive."""
 
     shards: int
     buckets: int
@@ -43,7 +43,7 @@ class Fleet(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Which fleets are started; ``peers`` is the one that everybody starts."""
+    """Which fleets are started; ``peers`` is the one that all subjects start."""
 
     fleets: tuple[Fleet, ...]
     peers: Fleet
@@ -82,7 +82,7 @@ LIMITS = ((5.0, 0.05), (1.0, 0.5), (0.05, 3.0))
 
 
 def run(size: Size, say: Say) -> Result:
-    """Start fleets of different sizes, one together with everybody else, and some by a fake clock."""
+    """Start fleets of different sizes: one with all subjects, and some by a fake clock."""
     ours = []
     for fleet in size.fleets:
         case = Case(str(fleet), "ours", start, (OURS, *fleet[:3], fleet.stagger))
@@ -182,7 +182,7 @@ async def _start_tasks(
 
 
 def least_seconds(asked: Iterable[float], buckets: int, window: float) -> float:
-    """Return what a start takes at the least, of shards that asked at these times."""
+    """Return the shortest time for the start of shards that asked at these times."""
     asked = list(asked)
     free: dict[int, float] = defaultdict(float)
     last = 0.0
@@ -204,7 +204,7 @@ def fake_start(shards: int, buckets: int) -> Measured:
     least_us = (-(-shards // buckets) - 1) * 5_250_000
     for first in range(buckets, shards, buckets):
         clock.settle(0, timeout=60)
-        clock.advance(5.25)  # with which each bucket opens, and not a moment later
+        clock.advance(5.25)  # exactly when the buckets open
         for future in futures[first : first + buckets]:
             future.result(60)
     took_us = clock.now_us() - began_us

@@ -101,12 +101,12 @@ def calls_of(name: str, calls: int) -> Measured:
 
 
 def first_of_each(calls: int) -> Measured:
-    """Call a queue as a big bot has it, each time for a bucket that was never asked."""
+    """Call a large bot's queue, each time for a bucket that was never asked."""
     return _for_each_count(_queue, calls)
 
 
 def with_limit(calls: int, observer: Callable[[Event], None] | None = None) -> Measured:
-    """Call the same when all its buckets have granted once, a window ago."""
+    """Call the same queue when each of its buckets has granted once, a window ago."""
 
     def make(count: int) -> Callable[[int], object]:
         acquire = _queue(count, observer)
@@ -119,7 +119,7 @@ def with_limit(calls: int, observer: Callable[[Event], None] | None = None) -> M
 
 
 def observed(calls: int) -> Measured:
-    """Call the same with an observer."""
+    """Call the same queue with an observer."""
     return with_limit(calls, lambda _: None)
 
 

@@ -1,4 +1,4 @@
-"""Benchmark 3: what it costs to stand in line, by how many stand there."""
+"""Benchmark 3: what a waiter costs, in lines of different lengths."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BARE_FUTURE, BARE_THREADS = "a bare Future in a deque", "bare threads on a lock"
 
 
 class Size(NamedTuple):
-    """How much is measured: how many wait, and for how many seconds they are watched."""
+    """How much is measured: how many wait, and for how many seconds they are observed."""
 
     rounds: int
     peers_rounds: int
@@ -56,7 +56,7 @@ SIZES = {
 
 
 def run(size: Size, say: Say) -> Result:
-    """Measure futures and threads in lines, who time out, and who wait while a permit comes and goes."""
+    """Measure futures and threads in lines, time-outs, and waiting while single permits are granted."""
     futures = _futures(size, say)
     threads = _threads(size, say)
     idle = _idle(size, say)
@@ -172,7 +172,7 @@ def _many(name: str, count: int) -> str:
 
 
 def futures_in_line(count: int) -> Measured:
-    """Time joining, cancelling and granting in a line of futures, then weigh it in a second one."""
+    """Time joining, cancelling and granting in a line of futures; measure the memory of a second one."""
     queue = LocalQueue(interval=NEVER)
     permit = queue.acquire(0)
     began = time.perf_counter()
@@ -204,7 +204,7 @@ def _enqueue(queue: LocalQueue, count: int) -> object:
 
 
 def weight(make: Callable[[], Any], join: Callable[[Any, int], object], count: int) -> float:
-    """Return the KiB that each takes who joins."""
+    """Return the KiB that each waiter takes."""
     made = make()
     tracemalloc.start()
     joined = join(made, count)
@@ -260,7 +260,7 @@ def tasks_in_line(count: int) -> Measured:
 
 
 def threads_in_line(count: int, seconds: float) -> Measured:
-    """Weigh threads that wait for a queue, and see what it costs to do nothing for a while."""
+    """Measure the memory of threads that wait for a queue, and the CPU time of doing nothing."""
     queue = LocalQueue(interval=NEVER)
     queue.acquire(0)
     measured = _weigh_threads(lambda: queue.acquire(0), count)
@@ -270,7 +270,7 @@ def threads_in_line(count: int, seconds: float) -> Measured:
 
 
 def idle_futures(count: int, seconds: float) -> Measured:
-    """See what it costs that futures do nothing for a while."""
+    """Measure the CPU time of futures that only wait."""
     queue = LocalQueue(interval=NEVER)
     queue.acquire(0)
     before = resident_bytes() if HAS_PSUTIL else 0
@@ -283,14 +283,14 @@ def idle_futures(count: int, seconds: float) -> Measured:
 
 
 def bare_threads(count: int) -> Measured:
-    """Weigh threads that wait for a lock."""
+    """Measure the memory of threads that wait for a lock."""
     lock = threading.Lock()
     lock.acquire()
     return _weigh_threads(lock.acquire, count)
 
 
 def _weigh_threads(wait: Callable[[], object], count: int) -> Measured:
-    """Start threads that wait, half of them traced: what Python's own objects take, and all memory."""
+    """Measure the memory of threads that wait: Python's objects, and in a second half all of it."""
     half = count // 2
     before = resident_bytes() if HAS_PSUTIL else 0
     threads = _start(wait, half)
@@ -313,15 +313,15 @@ def _start(wait: Callable[[], object], count: int) -> list[threading.Thread]:
 
 
 def idle_ms(seconds: float) -> float:
-    """Do nothing for a while, and return the milliseconds of CPU that the process took meanwhile."""
-    time.sleep(0.5)  # what has just begun comes to rest
+    """Do nothing for a while, and return the CPU time of the process in milliseconds."""
+    time.sleep(0.5)  # the start of the threads is over by then
     before = time.process_time()
     time.sleep(seconds)
     return (time.process_time() - before) * 1e3
 
 
 def idle_with_grants(name: str, count: int, seconds: float) -> Measured:
-    """Let many wait for permits that come so seldom that one or two do, and see what that costs."""
+    """Measure the CPU time of many that wait while one or two permits are granted."""
     subject, window = SUBJECTS[name], seconds / 2 + 0.1
     if subject.is_async:
         return asyncio.run(_idle_tasks(name, count, window, seconds))
@@ -348,14 +348,14 @@ async def _idle_tasks(name: str, count: int, window: float, seconds: float) -> M
 
 
 def timed_out_acquires(count: int) -> Measured:
-    """Have many time out of a queue in memory at one instant."""
+    """Let many calls to a queue in memory time out at one instant."""
     with LocalQueue(interval=NEVER) as queue:
         queue.acquire(0)
         return _timed_out_of(queue, count)
 
 
 def timed_out_of_a_ledger(kind: str, count: int) -> Measured:
-    """Have many time out of a queue on a shared ledger at one instant."""
+    """Let many calls to a queue on a shared ledger time out at one instant."""
     make = SqliteQueue if kind == "SQLite" else RedisQueue
     with ledger(kind.lower()) as where, make(where, interval=60.0) as queue:
         return _timed_out_of(queue, count)  # a new account grants nothing for a window
@@ -373,7 +373,7 @@ def _timed_out_of(queue: GatewayQueue, count: int) -> Measured:
 
 
 def timed_out_locks(count: int) -> Measured:
-    """Have many time out at one instant, each of a lock of its own."""
+    """Let many time out at one instant, each with a lock of its own."""
 
     def wait(timeout: float) -> None:
         lock = threading.Lock()

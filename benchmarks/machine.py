@@ -19,7 +19,7 @@ seconds that can be measured."""
 
 
 def describe() -> dict[str, Any]:
-    """Return what there is to know about the machine, as it is now."""
+    """Return a description of the machine."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "processor": _processor(),

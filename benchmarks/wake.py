@@ -1,7 +1,8 @@
 """Benchmark 1: how late ``acquire`` returns once the permit is due, and whether it returns too early.
 
-As many threads as there are permits block on one bucket. What counts is when their calls return: the
-spacing of two returns less the window is how late the second was. One that is negative is short.
+As many threads as there are permits block on one bucket. The time at which their calls return counts:
+the time between two returns, minus the window, is how late the second was. If it is negative, the second
+was too early.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FLOOR = "bare Condition.wait"
 LATE, P99 = "late, median (ms)", "late, p99 (ms)"
 SHORT, SHORTEST = "short (of 100)", "too short by (ms)"
 CLOCK = 2e-6
-"""Seconds by which two readings of a clock in microseconds may be off."""
+"""Seconds: the greatest error of a difference of two times in microseconds."""
 
 NOT_MEASURED = (
     "From other measurements on a machine of this type: twilight's InMemoryQueue "
@@ -35,7 +36,7 @@ NOT_MEASURED = (
 
 
 class Size(NamedTuple):
-    """How much is measured: permits in each of the rounds, by us and the floor, and by peers."""
+    """How much is measured: permits in each round, of us and the floor, and of the peers."""
 
     window: float
     rounds: int
@@ -52,7 +53,7 @@ SIZES = {
 
 
 def run(size: Size, say: Say) -> Result:
-    """Measure with nothing else running in the process, and with threads that burn the processor."""
+    """Measure alone in the process, and beside threads that keep the processor busy."""
     result = Result(NAME, TITLE)
     for burners in (0, 1, 2):
         beside = f"beside {burners} burning thread{'s' * (burners > 1)}" if burners else "alone"
@@ -112,7 +113,7 @@ def _targets(table: Table, beside: str, *, alone: bool) -> list[Target]:
 
 
 def blocked(name: str, window: float, grants: int, burners: int) -> Measured:
-    """Have as many blocked at one time as there are permits, and judge when their calls return."""
+    """Block a thread for each permit, and judge when their calls return."""
     subject = SUBJECTS[name]
     if subject.is_async:
         return judge(asyncio.run(_returns_of_tasks(name, window, grants, burners)), window)
@@ -127,7 +128,7 @@ def blocked(name: str, window: float, grants: int, burners: int) -> Measured:
     threads = [threading.Thread(target=ask) for _ in range(grants)]
     for thread in threads:
         thread.start()
-    with burning(burners):  # only now: it makes starting a thread take longer than a window
+    with burning(burners):  # only now, because it makes starting a thread take longer than a window
         for thread in threads:
             thread.join()
     return judge(returned, window)
@@ -149,7 +150,7 @@ async def _returns_of_tasks(name: str, window: float, grants: int, burners: int)
 
 
 def condition_wait(window: float, grants: int, burners: int) -> Measured:
-    """Wait on a condition, again and again: nothing that waits can be less late."""
+    """Wait on a condition again and again: no limiter can be less late."""
     condition = threading.Condition()
     with burning(burners), condition:
         returned = [time.monotonic()]
@@ -163,7 +164,7 @@ def condition_wait(window: float, grants: int, burners: int) -> Measured:
 
 @contextlib.contextmanager
 def burning(threads: int) -> Iterator[None]:
-    """Have threads of pure Python burn the processor meanwhile, as a busy bot does."""
+    """Keep the processor busy in the block with threads of pure Python, as a busy bot does."""
     stop = False
 
     def burn() -> None:

@@ -123,6 +123,7 @@ class Gateway:
         self.random = random.Random(seed)
         self.seen: Counter[str] = Counter()
         self.sessions: dict[str, list[int]] = {}  # their shards
+        self.refuses = 0  # so many of the next IDENTIFYs get Invalid Session, whenever they come
         self.started: list[int] = []  # shards that became READY, in that order
         self.changed = threading.Condition()
         self.connections: set[Connection] = set()
@@ -331,6 +332,11 @@ class Connection:
         shard = d.get("shard", [0, 1])
         if not (len(shard) == 2 and 0 <= shard[0] < shard[1]):
             return self._close(Close.INVALID_SHARD)
+        if gateway.refuses:
+            gateway.refuses -= 1
+            gateway.count("refused")
+            self._send(Op.INVALID_SESSION, False)
+            return True
         if gateway.referee.identify(shard[0]):
             self.session = gateway.new_session(shard)
             more = {"session_id": self.session, "resume_gateway_url": gateway.resume_url}

@@ -41,6 +41,7 @@ SCRIPTS = {
     "interactions.py": "interactions_py.py",
     "hikari": "hikari.py",
     "discord.js": "discord_js.js",
+    "discord.js in workers": "discord_js.js",
     "eris": "eris.js",
     "oceanic.js": "eris.js",
     "seyfert": "seyfert.js",
@@ -52,7 +53,8 @@ def command_of(library):
     """Return what runs the bot of a library."""
     script = HERE / "libraries" / SCRIPTS[library]
     if script.suffix != ".py":
-        if shutil.which("node") and (LIBRARIES / "node/node_modules" / library).is_dir():
+        package = library.partition(" ")[0]
+        if shutil.which("node") and (LIBRARIES / "node/node_modules" / package).is_dir():
             return ["node", script]
     elif (python := LIBRARIES / library / "bin/python").exists():
         return [python, script]
@@ -264,6 +266,17 @@ def test_a_bot_that_is_terminated_while_its_shards_wait_can_start_again(library,
     start()
     wait_for(gateway)
     budgets_are_equal(gateway, broker, lost=CONCURRENCY)
+
+
+def test_an_identify_that_is_refused_closes_its_bucket_for_longer(library, world):
+    window = {"interval": 2.0, "margin": 1.0}
+    gateway, broker, start = world(shards=1, max_concurrency=1, window=window)
+    gateway.refuses = 1
+    start()
+    until(lambda: broker.status()["buckets"][0]["ready_in"] > 3.0, "the report")
+    wait_for(gateway, 1)
+    assert gateway.seen["refused"] == gateway.referee.accepted == 1
+    assert broker.used == 2
 
 
 def test_a_line_may_be_longer_than_the_heartbeat_timeout(library, world):

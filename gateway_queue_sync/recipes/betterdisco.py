@@ -23,7 +23,8 @@ LOOK = 0.25  # s between two looks at whether a shard that waits is still connec
 def queue_identify(queue: GatewayQueue) -> None:
     """Let all clients of this program ask a queue; call it once, after ``monkey.patch_all()``."""
     kind: Any = importlib.import_module("disco.gateway.client").GatewayClient
-    send = kind.send
+    send, handle_invalid_session = kind.send, kind.handle_invalid_session
+    unanswered: dict[Any, Permit] = {}  # the permits whose IDENTIFY has no answer yet, by client
     asked_at: dict[int, float] = {}  # a shard that reconnects returns to its position
     identified: set[int] = set()
 
@@ -37,6 +38,7 @@ def queue_identify(queue: GatewayQueue) -> None:
                 permit = future.result(LOOK)
                 if socket.is_closed or self.ws is not socket:
                     break
+                unanswered[self] = permit
                 with permit:
                     send(self, IDENTIFY, data)
                 identified.add(shard_id)
@@ -52,7 +54,13 @@ def queue_identify(queue: GatewayQueue) -> None:
         else:
             send(self, op, data)
 
-    kind.send = queued_send
+    def invalid_session(self: Any, packet: Any) -> None:
+        refused = unanswered.pop(self, None)
+        if refused is not None and self.session_id is None:  # which it has from READY on
+            refused.rejected()
+        handle_invalid_session(self, packet)
+
+    kind.send, kind.handle_invalid_session = queued_send, invalid_session
 
 
 def give_back(future: Future[Permit]) -> None:

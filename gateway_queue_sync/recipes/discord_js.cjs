@@ -3,10 +3,12 @@
 //
 //   const { BrokerThrottler } = require('./discord_js.cjs'); // this file
 //   const client = new Client({ intents, ws: {
-//     buildIdentifyThrottler: () => new BrokerThrottler('http://127.0.0.1:8787'),
+//     buildIdentifyThrottler: (manager) => new BrokerThrottler('http://127.0.0.1:8787', { manager }),
 //   } });
 //
-// Of @discordjs/ws alone: new WebSocketManager({ buildIdentifyThrottler: ... }). Needs Node.js 18.
+// With @discordjs/ws alone: new WebSocketManager({ buildIdentifyThrottler: ... }). It works with worker
+// strategies, too: there the throttler is in the main thread. You may change HEAD_START and REPORT_TIMEOUT.
+// Needs Node.js 18.
 
 const { randomUUID } = require('node:crypto');
 const { setTimeout: sleep } = require('node:timers/promises');
@@ -14,25 +16,44 @@ const { setTimeout: sleep } = require('node:timers/promises');
 const HEAD_START = 60; // s that a shard which identified before is ahead of a cold start
 const REPORT_TIMEOUT = 1000; // ms
 const UNAUTHORIZED = new Set([401, 403]);
+const INVALID_SESSION = 1000; // the code that @discordjs/ws closes with when the gateway says so
 
 class BrokerThrottler {
   #url;
   #headers;
   #name = randomUUID();
   #identified = new Set();
+  #granted = new Set(); // shards with a permit whose IDENTIFY the manager has not mentioned yet
+  #unanswered = new Set(); // shards whose IDENTIFY has no answer yet
   #closed = new AbortController();
+  #manager;
   #warned = false;
 
   /**
    * @param {string} url the broker's
-   * @param {{ secret?: string, pause?: number }} [options] the broker's secret; how many milliseconds to
-   *   wait, at most, before the broker is asked again when it is away
+   * @param {{ secret?: string, pause?: number, manager?: WebSocketManager }} [options] the broker's secret;
+   *   how many milliseconds to wait, at most, before the broker is asked again when it is away; the manager
+   *   of @discordjs/ws, whose events say when an IDENTIFY is sent, and whether the gateway refused it
    */
-  constructor(url, { secret, pause = 1000 } = {}) {
+  constructor(url, { secret, pause = 1000, manager } = {}) {
     this.#url = url.replace(/\/+$/, '');
     this.#headers = { 'Gateway-Queue': '1' };
     if (secret) this.#headers.Authorization = `Bearer ${secret}`;
     this.pause = pause;
+    this.#manager = manager;
+    // Version 1 of @discordjs/ws adds the shard to the data of an event, version 2 passes it second.
+    manager?.on('debug', (data, shardId = data.shardId) => {
+      const message = data.message ?? data;
+      if (message.startsWith('Identifying')) this.#sent(shardId); // a worker may have been busy until then
+    });
+    manager?.on('ready', (data, shardId = data.shardId) => {
+      this.#sent(shardId);
+      this.#unanswered.delete(shardId);
+    });
+    manager?.on('closed', (data, shardId = data.shardId) => {
+      this.#sent(shardId);
+      if ((data.code ?? data) !== INVALID_SESSION) this.#unanswered.delete(shardId);
+    });
   }
 
   /**
@@ -41,10 +62,11 @@ class BrokerThrottler {
    * not open, is given back.
    */
   async waitForIdentify(shardId, signal = new AbortController().signal, isOpen = () => true) {
-    const ticket = `${this.#name}-${shardId}`;
+    const ticket = this.#ticket(shardId);
     const query = new URLSearchParams({ shard: shardId, ticket, confirm: 1 });
     if (this.#identified.has(shardId)) query.set('priority', HEAD_START);
     const ended = either(signal, this.#closed.signal);
+    if (this.#unanswered.delete(shardId)) await this.rejected(shardId); // why else would it ask again
     for (;;) {
       if (ended.aborted) return untilAborted(signal);
       let pause = this.pause * Math.random();
@@ -52,10 +74,12 @@ class BrokerThrottler {
         const response = await this.#ask(`/?${query}`, { signal: ended });
         response.arrayBuffer().catch(() => {}); // so that its connection can be used again
         if (response.status === 200) {
-          const isUsed = !ended.aborted && isOpen();
-          this.#report(ticket, isUsed ? 'sent' : 'unused'); // in the turn of the event loop that sends it
-          if (!isUsed) return untilAborted(signal);
-          this.#identified.add(shardId);
+          if (ended.aborted || !isOpen()) {
+            this.#report(ticket, 'unused');
+            return untilAborted(signal);
+          }
+          this.#granted.add(shardId);
+          if (!this.#manager) this.#sent(shardId); // in the turn of the event loop that sends it
           return;
         } else {
           this.#warn(response.status);
@@ -69,9 +93,25 @@ class BrokerThrottler {
     }
   }
 
-  /** Leave the line with all shards, for worker strategies: a worker that ends does not abort. */
+  /** Report that the gateway refused the last IDENTIFY of a shard: its bucket stays closed for longer. */
+  async rejected(shardId) {
+    await this.#report(this.#ticket(shardId), 'rejected');
+  }
+
+  /** Leave the line with all shards. A worker of a strategy with workers that ends does not abort. */
   close() {
     this.#closed.abort();
+  }
+
+  #sent(shardId) {
+    if (!this.#granted.delete(shardId)) return;
+    this.#identified.add(shardId);
+    if (this.#manager) this.#unanswered.add(shardId);
+    this.#report(this.#ticket(shardId), 'sent');
+  }
+
+  #ticket(shardId) {
+    return `${this.#name}-${shardId}`;
   }
 
   #ask(path, options) {

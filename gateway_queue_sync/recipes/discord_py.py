@@ -12,6 +12,8 @@ from typing import Any
 from gateway_queue_sync.queue import GatewayQueue
 from gateway_queue_sync.recipes.held_identify import HeldIdentify, HeldSocket
 
+INVALID_SESSION = 1000  # the code that these libraries close with when the gateway says so
+
 
 class QueuedIdentify:
     """Let a client's shards identify when a queue says so, instead of one each 5 seconds.
@@ -31,7 +33,7 @@ class QueuedIdentify:
 
     def __init__(self, queue: GatewayQueue, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._held = HeldIdentify(queue, rejects=True)
+        self._held = HeldIdentify(queue, invalid_session=INVALID_SESSION)
         self._all_launched: Callable[[], None] | None = None
         connect = self.http.ws_connect
 

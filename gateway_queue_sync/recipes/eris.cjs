@@ -10,10 +10,15 @@
 // `shardConcurrency` of eris, `gateway.concurrency` of oceanic.js; of seyfert's ShardManager set
 // `connectQueue = { push: (connect) => connect() }`.
 
+const INVALID_SESSION = 9; // an opcode
 const LOOK = 250; // ms between two looks at whether a connection is open
 
+/** Let all shards of a library ask a throttler before they identify. */
 function queueIdentify(Shard, throttler) {
   const { identify } = Shard.prototype;
+  const onPacket = 'onPacket' in Shard.prototype ? 'onPacket' : 'onpacket'; // seyfert's
+  const receive = Shard.prototype[onPacket];
+  const unanswered = new WeakSet(); // shards that have identified, and have no answer yet
   const waiting = new WeakMap(); // what ends the wait of a shard
   const socketOf = (shard) => shard.ws ?? shard.websocket;
 
@@ -31,7 +36,15 @@ function queueIdentify(Shard, throttler) {
     } finally {
       clearInterval(looking);
     }
+    unanswered.add(this);
     await identify.call(this);
+  };
+
+  Shard.prototype[onPacket] = function (packet) {
+    const isRefused = packet.op === INVALID_SESSION && unanswered.has(this);
+    if (isRefused) throttler.rejected(this.id);
+    if (isRefused || packet.t === 'READY') unanswered.delete(this);
+    return receive.call(this, packet);
   };
 }
 

@@ -22,7 +22,6 @@ log = logging.getLogger("gateway_queue_sync.recipes")
 
 HEARTBEAT, IDENTIFY, RESUME = 1, 2, 6
 HEAD_START = 60.0  # s that a shard which had a session before is ahead of a cold start
-INVALID_SESSION = 1000  # the code that these libraries close with when the gateway says so
 
 
 class HeldIdentify:
@@ -30,20 +29,16 @@ class HeldIdentify:
 
     Attributes:
         queue: what grants permits.
+        invalid_session: the code that the library closes a socket with after an Invalid Session.
         identified: the shards that have identified.
-        unanswered: the sockets whose IDENTIFY has no answer yet, by shard. One that is closed with 1000
-            before it has one got an Invalid Session.
-
-    Args:
-        queue: what grants permits.
-        rejects: whether the client removes from ``unanswered`` those that are READY.
+        unanswered: the permits whose IDENTIFY has no answer yet, by shard. The client removes those of
+            shards that are READY.
     """
 
-    def __init__(self, queue: GatewayQueue, *, rejects: bool = False) -> None:
-        self.queue = queue
-        self._rejects = rejects
+    def __init__(self, queue: GatewayQueue, *, invalid_session: int = 0) -> None:
+        self.queue, self.invalid_session = queue, invalid_session
         self.identified: set[int] = set()
-        self.unanswered: dict[int, HeldSocket] = {}
+        self.unanswered: dict[int, Permit] = {}
         self._asked_at: dict[int, float] = {}
 
     async def acquire(self, shard_id: int) -> Permit:
@@ -53,12 +48,19 @@ class HeldIdentify:
         head_start = HEAD_START if shard_id in self.identified else 0.0
         return await acquire(self.queue, shard_id, priority=head_start + waited)
 
-    def sent(self, shard_id: int, socket: HeldSocket | None = None) -> None:
-        """Note that a shard has identified."""
-        if self._rejects and socket is not None:
-            self.unanswered[shard_id] = socket
+    def sent(self, permit: Permit) -> None:
+        """Report that a shard has identified."""
+        permit.sent()
+        shard_id = permit.shard_id
+        self.unanswered[shard_id] = permit
         self._asked_at.pop(shard_id, None)
         self.identified.add(shard_id)
+
+    def refused(self, shard_id: int) -> None:
+        """Report an Invalid Session, if it is the answer to an IDENTIFY."""
+        permit = self.unanswered.pop(shard_id, None)
+        if permit is not None:
+            permit.rejected()
 
 
 class HeldSocket:
@@ -67,7 +69,7 @@ class HeldSocket:
     def __init__(self, shards: HeldIdentify, socket: Any) -> None:
         self._shards, self._socket = shards, socket
         self._waiting: asyncio.Task[None] | None = None
-        self._permit: Permit | None = None  # that was used
+        self._shard_id = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
@@ -83,25 +85,24 @@ class HeldSocket:
     async def send_str(self, data: str, *args: Any, **options: Any) -> None:
         payload = json.loads(data)
         if payload["op"] == IDENTIFY:
-            shard_id = payload["d"].get("shard", [0])[0]
-            self._waiting = asyncio.ensure_future(self._identify(shard_id, data))
+            self._shard_id = payload["d"].get("shard", [0])[0]
+            self._waiting = asyncio.ensure_future(self._identify(data))
             return
         if self._waiting is not None and payload["op"] not in (HEARTBEAT, RESUME):
             await asyncio.wait([self._waiting])
         await self._socket.send_str(data, *args, **options)
 
     async def close(self, *args: Any, **options: Any) -> Any:
+        if self._waiting is not None and options.get("code") == self._shards.invalid_session:
+            self._shards.refused(self._shard_id)
         self._leave()
-        is_unanswered = self._permit is not None and self in self._shards.unanswered.values()
-        if self._permit is not None and is_unanswered and options.get("code") == INVALID_SESSION:
-            self._permit.rejected()
         return await self._socket.close(*args, **options)
 
-    async def _identify(self, shard_id: int, data: str) -> None:
+    async def _identify(self, data: str) -> None:
         try:
-            permit = await self._shards.acquire(shard_id)
+            permit = await self._shards.acquire(self._shard_id)
         except GatewayQueueError:
-            log.exception("shard %d cannot identify", shard_id)
+            log.exception("shard %d cannot identify", self._shard_id)
             return
         try:
             if self._socket.closed:
@@ -110,10 +111,9 @@ class HeldSocket:
         except ConnectionError:
             permit.unused()
         else:
-            permit.sent()
-            self._permit = permit
-            self._shards.sent(shard_id, self)
+            self._shards.sent(permit)
 
     def _leave(self) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
+            self._shards.unanswered.pop(self._shard_id, None)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gateway_queue_sync.errors import GatewayQueueError
@@ -28,33 +30,48 @@ def queue_identify(queue: GatewayQueue) -> None:
     held = HeldIdentify(queue)
     waiting: set[asyncio.Task[None]] = set()  # the event loop itself holds no task
     kind = importlib.import_module("hikari.impl.shard").GatewayShardImpl
-    send = kind._send_json
-
-    async def identify(self: Any, connection: Any, payload: Any) -> None:
-        asking = asyncio.ensure_future(held.acquire(self.id))
-        try:
-            while not (await asyncio.wait([asking], timeout=LOOK))[0]:
-                if self._ws is not connection:
-                    return
-            permit: Permit = asking.result()
-        except GatewayQueueError:
-            log.exception("shard %d cannot identify", self.id)
-            return
-        finally:
-            asking.cancel()
-        if self._ws is not connection:
-            permit.unused()
-            return
-        with permit:
-            held.sent(self.id)
-            await send(self, payload)
+    send, poll = kind._send_json, kind._poll_events
 
     async def send_json(self: Any, payload: Any, *, priority: bool = False) -> None:
         if payload["op"] != IDENTIFY:
             await send(self, payload, priority=priority)
             return
-        task = asyncio.ensure_future(identify(self, self._ws, payload))
+        task = asyncio.ensure_future(_identify(held, self, self._ws, partial(send, self, payload)))
         waiting.add(task)
         task.add_done_callback(waiting.discard)
 
-    kind._send_json = send_json
+    async def poll_events(self: Any) -> None:
+        try:
+            await poll(self)
+            if not self._handshake_event.is_set():  # it was told to connect again before READY
+                held.refused(self.id)
+        finally:
+            held.unanswered.pop(self.id, None)
+
+    kind._send_json, kind._poll_events = send_json, poll_events
+
+
+async def _identify(
+    held: HeldIdentify, shard: Any, connection: Any, send: Callable[[], Any]
+) -> None:
+    """Send an IDENTIFY when there is a permit, if the shard still has this connection then."""
+    asking = asyncio.ensure_future(held.acquire(shard.id))
+    try:
+        while not (await asyncio.wait([asking], timeout=LOOK))[0]:
+            if shard._ws is not connection:
+                return
+        permit: Permit = asking.result()
+    except GatewayQueueError:
+        log.exception("shard %d cannot identify", shard.id)
+        return
+    finally:
+        asking.cancel()
+    if shard._ws is not connection:
+        permit.unused()
+        return
+    try:
+        await send()
+    except BaseException:
+        permit.unused()
+        raise
+    held.sent(permit)

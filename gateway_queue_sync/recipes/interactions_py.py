@@ -11,6 +11,7 @@ from typing import Any
 from gateway_queue_sync.queue import GatewayQueue
 from gateway_queue_sync.recipes.held_identify import HeldIdentify, HeldSocket
 
+INVALID_SESSION = 1012  # the code that the library closes with when the gateway says so
 PAUSE = 1.0  # s before a shard is started again
 
 
@@ -32,7 +33,7 @@ class QueuedIdentify:
 
     def __init__(self, queue: GatewayQueue, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        held = HeldIdentify(queue)
+        held = self._held = HeldIdentify(queue, invalid_session=INVALID_SESSION)
         self._stopping = False
         connect = self.http.websocket_connect
 
@@ -54,6 +55,12 @@ class QueuedIdentify:
         while not self._stopping:
             await shard.start()
             await asyncio.sleep(PAUSE)
+
+    def dispatch(self, event: Any, *args: Any, **options: Any) -> None:
+        """Note that a shard is READY, and go on as the client does."""
+        if type(event).__name__ == "WebsocketReady":
+            self._held.unanswered.pop(event.data["shard"][0], None)
+        super().dispatch(event, *args, **options)  # type: ignore[misc]
 
     async def stop(self) -> None:
         """Stop the shards before the HTTP session: the library's own ``stop`` does not end."""

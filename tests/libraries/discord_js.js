@@ -1,6 +1,8 @@
 'use strict';
 // A bot on discord.js, with the throttler: it ends when it reads a line.
+const { setTimeout: sleep } = require('node:timers/promises');
 const { Client, GatewayIntentBits, ShardingManager } = require('discord.js');
+const { WorkerShardingStrategy } = require('@discordjs/ws');
 const { BrokerThrottler } = require('../../gateway_queue_sync/recipes/discord_js.cjs');
 
 const how = JSON.parse(process.argv[2]);
@@ -17,12 +19,20 @@ function manage() {
 }
 
 function run() {
+  let throttler;
   const all = { shards: how.shard_ids ?? [...Array(how.shards).keys()], shardCount: how.shards };
+  const build = (manager) => new WorkerShardingStrategy(manager, { shardsPerWorker: 4 });
   const client = new Client({
     intents: [GatewayIntentBits.Guilds],
     ...(process.env.SHARDING_MANAGER ? {} : all),
     rest: { api: `${how.api}/api` },
-    ws: { buildIdentifyThrottler: () => new BrokerThrottler(how.broker, { pause: 100 }) },
+    ws: {
+      buildIdentifyThrottler(manager) {
+        throttler = new BrokerThrottler(how.broker, { pause: 100, manager });
+        return throttler;
+      },
+      ...(how.library === 'discord.js' ? {} : { buildStrategy: build }),
+    },
   });
   client.on('error', console.error);
   if (process.env.DEBUG) client.on('debug', console.log);
@@ -35,7 +45,10 @@ function run() {
   client.login(how.token).catch(console.error);
   if (process.env.SHARDING_MANAGER) return; // its manager reads the line
   process.stdin.once('data', async () => {
-    await client.destroy();
+    // With several shards in a worker, the library terminates it after the first, and waits for all.
+    await Promise.race([client.destroy(), sleep(1000)]);
+    throttler.close();
+    await sleep(100);
     process.exit(0);
   });
 }

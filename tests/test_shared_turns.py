@@ -211,6 +211,28 @@ def test_counters_of_a_process_change_nothing_in_a_ledger_that_lost_nothing(ledg
     assert (account.remaining, account.period) == before
 
 
+def test_after_a_loss_what_the_process_that_has_seen_most_grants_knew_is_left(ledger):
+    talker = ledger.talker()
+    older = ledger.store.copy()
+    ledger.later(WINDOW)
+    granted = talker.ask().granted
+    ledger.store.restore(older)
+    seen = limit(OPEN, remaining=7, reset_after=50 * S, at_us=ledger.now_us)
+    Talker(ledger, "b").introduce(replaces="a", limit=None, granted=granted, seen=seen)
+    assert ledger.store._account.remaining == 7
+
+
+def test_what_a_process_has_seen_undoes_no_change_even_after_a_loss(ledger):
+    """Unless it has seen more grants than the ledger, what it knows may be older: it was idle, say."""
+    talker, other = ledger.talker(), Talker(ledger, "b", {"can_read": 1})
+    granted = talker.say(limit=limit(UPDATE, remaining=900, reset_after=50 * S)).granted
+    ledger.answer(talker.latest._replace(number=talker.number + 5))  # a gap: requests were lost
+    seen = limit(OPEN, remaining=7, reset_after=50 * S, at_us=ledger.now_us)
+    reply = other.introduce(limit=None, granted=granted, seen=seen)
+    assert ledger.store._account.remaining == 900
+    assert reply.read == 1  # what else was lost shows when the limit is read
+
+
 # --- turns ----------------------------------------------------------------------------------------
 
 

@@ -240,6 +240,7 @@ class _Step:
             limits.create(self.rows, new)
             self.lost = 1
         else:
+            # Only who has seen more grants knows more than the ledger: what others know may be older.
             if new.granted > self.rows.account.granted:
                 self.rows.lose(new.period)
                 limits.recover(self.rows, new)

@@ -42,6 +42,7 @@ SCRIPTS = {
     "hikari": "hikari.py",
     "discord.js": "discord_js.js",
     "discord.js in workers": "discord_js.js",
+    "@discordjs/ws": "discordjs_ws.mjs",
     "eris": "eris.js",
     "oceanic.js": "eris.js",
     "seyfert": "seyfert.js",

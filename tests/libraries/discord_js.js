@@ -1,8 +1,9 @@
 'use strict';
 // A bot on discord.js, with the throttler: it ends when it reads a line.
+const { createRequire } = require('node:module');
 const { setTimeout: sleep } = require('node:timers/promises');
 const { Client, GatewayIntentBits, ShardingManager } = require('discord.js');
-const { WorkerShardingStrategy } = require('@discordjs/ws');
+const { WorkerShardingStrategy } = createRequire(require.resolve('discord.js'))('@discordjs/ws'); // its own
 const { BrokerThrottler } = require('../../gateway_queue_sync/recipes/discord_js.cjs');
 
 const how = JSON.parse(process.argv[2]);

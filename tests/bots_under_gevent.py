@@ -1,4 +1,4 @@
-"""Run shards in threads under gevent: a script, since monkey-patching is for good."""
+"""Run shards in threads under gevent: a script, because monkey-patching cannot be undone."""
 
 from __future__ import annotations
 

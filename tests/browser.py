@@ -1,4 +1,4 @@
-"""A real headless Chromium, for tests to look at a page with."""
+"""A headless Chromium, with which tests read a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clocks that do something when a queue uses them: what can happen to a thread, at a known point."""
+"""Clocks that run an action when a queue uses them: an event at a known point of a thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads to drive, and a clock to drive them with."""
+"""Fixtures: threads that make calls, and a clock that tests advance."""
 
 from __future__ import annotations
 

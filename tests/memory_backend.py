@@ -1,4 +1,4 @@
-"""A shared ledger in memory, for tests of what stands between a process and its ledger."""
+"""A shared ledger in memory, for tests of the code between a process and its ledger."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real processes on one account: a test gives them commands, and stops, kills and restarts them.
+"""Real processes on one account, which tests command, stop, kill and restart.
 
 Each notes what it was granted in a file that no ledger knows of: one line, written with one call,
 right after ``acquire`` returned. The clock is the monotonic one that all processes of a machine share.

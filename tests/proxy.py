@@ -1,4 +1,4 @@
-"""A TCP proxy before a server, which does to calls that pass it what a network may do to them."""
+"""A TCP proxy in front of a server, which causes the faults of a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code in the documents, to be run as it stands there, and the shards in threads."""
+"""The code blocks of the documents, to be run unchanged, and the shards in threads."""
 
 from __future__ import annotations
 

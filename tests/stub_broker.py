@@ -1,4 +1,4 @@
-"""A small broker for the page: one thread per request, and answers that can be made to go wrong."""
+"""A small broker for the page: one thread per request, and answers that tests can replace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bots of several processes, and one that a supervisor restarts, on the README's shared queues."""
+"""Bots in several processes, and one that is restarted, on the shared queues of the README."""
 
 from __future__ import annotations
 

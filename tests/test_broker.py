@@ -1,4 +1,4 @@
-"""The broker over real sockets: its wire, who is gone and comes back, who is refused, what it tells."""
+"""The broker over real sockets: its protocol, clients that return, refusals, status and metrics."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_a_client_that_goes_away_takes_no_permit(client, queue, clock, end):
     assert client("/?shard=0").granted
     gone = client("/?shard=1")
     wait_for_line(queue, 1)
-    stays = client("/?shard=2")
+    waits = client("/?shard=2")
     wait_for_line(queue, 2)
     if end == "half-close":
         gone.socket.shutdown(socket.SHUT_WR)
@@ -310,7 +310,7 @@ def test_a_client_that_goes_away_takes_no_permit(client, queue, clock, end):
         gone.close()
     wait_for_line(queue, 1)
     clock.advance(WINDOW)
-    assert stays.granted
+    assert waits.granted
     assert queue.snapshot().limit.remaining == 998
 
 
@@ -1091,7 +1091,7 @@ def test_bad_settings_are_refused(queue, error, settings):
         serve(**{"queue": queue, "port": 0, **settings})
 
 
-# --- what it tells --------------------------------------------------------------------------------
+# --- status and metrics ---------------------------------------------------------------------------
 
 
 def test_the_snapshot_is_told_as_it_is_in_python(client, queue, clock):

@@ -1,4 +1,4 @@
-"""nginx and haproxy in front of a broker: what a client sends is one and the same request to both."""
+"""nginx and haproxy in front of a broker: both read a request in the same way."""
 
 from __future__ import annotations
 

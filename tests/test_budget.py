@@ -1,4 +1,4 @@
-"""The session start limit: charged at the grant, hard, renewed at its reset, updated while they wait."""
+"""The session start limit: hard, charged at the grant, renewed at its reset, updated meanwhile."""
 
 from __future__ import annotations
 

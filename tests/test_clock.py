@@ -1,4 +1,4 @@
-"""The system clock: what it shows, and its conditions, on each of which one thread waits."""
+"""The system clock: its times, and its conditions, on each of which one thread waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe for a queue of one's own, in a framework that knows no more than the protocol ``Queue``."""
+"""The recipe for a queue of your own, in a framework that uses only the protocol ``Queue``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo: real shards at a real gateway, and what is shown of them."""
+"""The demo: real shards at a real gateway, and its display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands take from outside: secret files, URLs, and the folder for state."""
+"""What commands read besides their options: secret files, URLs, and the folder for state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors: their figures, what they say, their family, and that they survive pickling."""
+"""Errors: their attributes, messages and base classes, and that they can be pickled."""
 
 from __future__ import annotations
 

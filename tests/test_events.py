@@ -1,4 +1,4 @@
-"""Events: plain values, which tell one call from all others."""
+"""Events: plain values, with the number of their call."""
 
 from __future__ import annotations
 

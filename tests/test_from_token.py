@@ -1,4 +1,4 @@
-"""Queues that are made of a bot's token, in many processes at once, and while something is away."""
+"""Queues made from a bot's token, in many processes, or with Discord or a ledger out of reach."""
 
 from __future__ import annotations
 

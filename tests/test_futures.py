@@ -1,4 +1,4 @@
-"""Places in line that hold no thread."""
+"""Futures: waiters without a thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gateway that the bots are run against enforces what Discord does; else they prove nothing."""
+"""The gateway that tests run bots against enforces Discord's rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the limit from Discord: against a server of our own, and with a token to be kept."""
+"""Reading the limit from Discord: from a local server, and without showing the token."""
 
 from __future__ import annotations
 

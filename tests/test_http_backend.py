@@ -1,4 +1,4 @@
-"""What carries requests to a broker, and the broker's end: over real sockets, through bad networks."""
+"""Requests to a broker's ledger, on both sides: over real sockets, through bad networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HttpQueue, with a broker whose state is in SQLite; see test_http_backend for what is in between."""
+"""HttpQueue, with a broker whose state is in SQLite; ``test_http_backend`` tests the connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nonsense from callers: each gets an error that names it, and nothing is lost by it."""
+"""Nonsense from callers: each call raises an error that names it, and loses nothing."""
 
 from __future__ import annotations
 

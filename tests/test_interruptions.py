@@ -1,4 +1,4 @@
-"""Exceptions raised into callers at any point: nothing is lost, and the queue stays whole."""
+"""Exceptions raised into callers at any point: nothing is lost, and the queue works on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other queues get wrong, where no other file of tests names it already."""
+"""Defects of other queues that no other file of tests covers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``limit`` command, on accounts that live queues use: in a file, on a server, at a broker."""
+"""The ``limit`` command, on accounts in use: in a file, on a server, at a broker."""
 
 from __future__ import annotations
 

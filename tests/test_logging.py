@@ -1,4 +1,4 @@
-"""What the log tells a person: who waits long and how that ends, and how the budget does."""
+"""The log: long waits and how they end, and the session start limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits, permits and snapshots: what they take, what they refuse, and how they say so."""
+"""Limits, permits and snapshots: what they accept and refuse, and their errors."""
 
 from __future__ import annotations
 

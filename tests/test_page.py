@@ -1,4 +1,4 @@
-"""The broker's page in a real browser: what it shows is what the queue says, or that it is gone."""
+"""The broker's page in a real browser: it shows the state of the queue, or that the broker is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holders report of their permits, and what that changes."""
+"""Reports on permits, and their effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process does around a queue: signals, finalizers, forks, its end, frozen time."""
+"""Events of a process that has a queue: signals, finalizers, forks, exit, frozen time."""
 
 from __future__ import annotations
 

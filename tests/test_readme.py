@@ -1,4 +1,4 @@
-"""The documents: their code runs as it stands there, their links lead somewhere, and they are short."""
+"""The documents: their code runs unchanged, their links have targets, and they are short."""
 
 from __future__ import annotations
 

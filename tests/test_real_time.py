@@ -1,4 +1,4 @@
-"""Real clocks and real threads: the promises where they count, at the caller."""
+"""The promises with real clocks and threads, measured at the caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that prints recipes, and what it finds."""
+"""The ``recipe`` command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Redis server as a shared ledger: what goes wrong there grants nothing, and says what it is."""
+"""A Redis server as a shared ledger: an error grants nothing, and is explained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a RedisQueue does when its server, or the way there, fails. The servers are real ones.
+"""A ``RedisQueue`` while its server or the network fails. The servers are real.
 
 Where the clock is one driven by hand, the server goes by it, too. What is lost on the way is lost by the
 proxy of ``proxy.py``.

@@ -1,4 +1,4 @@
-"""The parser of the broker's requests: what it reads, what it refuses, and what it keeps."""
+"""The parser of the broker's requests: what it accepts, refuses and returns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One account for several queues, as several processes have them: driven by hand, on one clock.
+"""Several queues with one account, as in several processes, on one fake clock.
 
 What these tests call a process is a queue of its own on the account of the others; real processes are
 in ``test_many_processes``.
@@ -326,7 +326,7 @@ def test_closing_one_queue_leaves_the_others_alone(two, clock, crew):
     calls = in_line(one, crew, clock, [1, 3])
     future = one.enqueue(5)
     clock.settle(2)
-    (stays,) = in_line(other, crew, clock, [2])
+    (waits,) = in_line(other, crew, clock, [2])
     one.close()
     for call in (*calls, future):
         assert isinstance(call.exception(10), QueueClosed)
@@ -335,7 +335,7 @@ def test_closing_one_queue_leaves_the_others_alone(two, clock, crew):
     clock.settle(1)  # its worker has sent who has left
     assert order(other.snapshot()) == [2]
     clock.advance(WINDOW + GRACE)
-    assert stays.now().shard_id == 2
+    assert waits.now().shard_id == 2
 
 
 def test_trying_leaves_nothing_behind(two, clock):
@@ -368,7 +368,7 @@ def test_a_timeout_leaves_the_line_of_all(two, clock, crew):
     one.acquire(99)
     (gone,) = in_line(one, crew, clock, [1], timeout=1.0)
     clock.advance(0.01)
-    (stays,) = in_line(other, crew, clock, [2])
+    (waits,) = in_line(other, crew, clock, [2])
     clock.advance(0.99)
     with pytest.raises(AcquireTimeout) as caught:
         gone.now()
@@ -378,7 +378,7 @@ def test_a_timeout_leaves_the_line_of_all(two, clock, crew):
     clock.advance(
         WINDOW - 1 + GRACE
     )  # unless it has asked meanwhile, it takes itself for the second
-    assert stays.now().shard_id == 2
+    assert waits.now().shard_id == 2
 
 
 def test_a_head_is_told_in_time_when_others_have_left_behind_it(two, clock, crew):

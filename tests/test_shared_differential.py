@@ -1,4 +1,4 @@
-"""The rules of turns exist twice, in Python and in Lua: the same requests, the same replies."""
+"""The rules of turns in Python and in Lua give the same replies to the same requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random walks through whole systems that share a ledger, and whether they find known defects."""
+"""Random walks of whole systems that share a ledger; and that they find known defects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules that processes share, and one process's side of them, without any process or ledger."""
+"""The rules of shared ledgers, and one process's side of them, without a process or a ledger."""
 
 from __future__ import annotations
 

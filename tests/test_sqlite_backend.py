@@ -1,4 +1,4 @@
-"""A shared ledger in an SQLite file: the same replies as any store, whatever befalls the file."""
+"""A shared ledger in an SQLite file: the same replies as any store, whatever happens to the file."""
 
 from __future__ import annotations
 

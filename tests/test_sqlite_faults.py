@@ -1,4 +1,4 @@
-"""What can befall the file of a ``SqliteQueue``: real files, locks, disks, users, forks and signals.
+"""Faults of the file of a ``SqliteQueue``: real files, locks, disks, users, forks and signals.
 
 Whatever happens to it, no permit comes early: the queue waits, or says what is wrong.
 """

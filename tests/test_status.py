@@ -1,4 +1,4 @@
-"""The ``status`` command: a shared account, shown to people and to programs."""
+"""The ``status`` command: a shared account as a table and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The surface: names, import directions, what an import loads, docstrings, examples of use."""
+"""The public surface: names, import directions, what an import loads, docstrings, examples of use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clock that is driven by hand and the judge of IDENTIFYs: what users' own tests stand on."""
+"""``testing``: the fake clock and the referee, for users' own tests."""
 
 from __future__ import annotations
 

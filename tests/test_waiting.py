@@ -224,14 +224,14 @@ def test_who_times_out_takes_no_permit_and_nobodys_place(account, clock, crew):
     queue = account.local(clock=clock)
     queue.acquire(0)
     (gone,) = in_line(queue, crew, clock, [1], timeout=1.0)
-    (stays,) = in_line(queue, crew, clock, [2])
+    (waits,) = in_line(queue, crew, clock, [2])
     clock.advance(1)
     with pytest.raises(AcquireTimeout):
         gone.now()
     clock.settle(1)
     assert order(queue.snapshot()) == [2]
     clock.advance(WINDOW - 1)
-    assert stays.now().waited == WINDOW
+    assert waits.now().waited == WINDOW
     assert queue.snapshot().granted == 2
 
 
@@ -240,13 +240,13 @@ def test_the_first_in_line_timing_out_hands_the_front_on(account, clock, crew):
     queue = account.local(clock=clock)
     queue.acquire(0)
     (gone,) = in_line(queue, crew, clock, [1], timeout=1.0)
-    (stays,) = in_line(queue, crew, clock, [2])
+    (waits,) = in_line(queue, crew, clock, [2])
     assert clock.next_in == 1.0
     clock.advance(1)
     clock.settle(1)
     gone.exception(1)
     clock.advance(WINDOW - 1)
-    stays.now()
+    waits.now()
 
 
 @pytest.mark.parametrize("timeout", [WINDOW, WINDOW + 1])

@@ -1,4 +1,4 @@
-"""How users use it, for the type checker alone: this file is checked and never run."""
+"""Examples of use for the type checker: this file is checked and never run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Raw clients of a broker's plain wire: a socket, what was sent, what came back."""
+"""Raw clients of the broker's plain protocol, over sockets."""
 
 from __future__ import annotations
 

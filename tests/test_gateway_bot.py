@@ -505,7 +505,7 @@ def in_time(timeout):
     began = time.monotonic()
     with pytest.raises(GatewayBotError, match=r"is out of reach \(TimeoutError") as caught:
         yield
-    assert timeout <= time.monotonic() - began < timeout + 0.5
+    assert timeout <= time.monotonic() - began < timeout + 2.0
     assert isinstance(caught.value.__cause__, TimeoutError)
 
 
@@ -660,9 +660,9 @@ def drip_into_tls(request):
 @pytest.mark.parametrize(
     ("slow", "timeout"),
     [
-        (drip(OK + b"X-Slow: ", SLOW, b"\r\n\r\n"), 0.3),
+        (drip(OK + b"X-Slow: ", SLOW, b"\r\n\r\n"), 0.6),
         (tunnel_late, 1.0),
-        (drip_into_tls, 0.3),
+        (drip_into_tls, 0.6),
     ],
     ids=["before the tunnel", "before TLS and in it", "in TLS"],
 )

@@ -18,10 +18,10 @@ from gateway_queue_sync.environment import read_secret
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.format import format_time, sentence
 from gateway_queue_sync.gateway_bot import GatewayBot
-from gateway_queue_sync.ledgers.remote import converse, look
 from gateway_queue_sync.ledgers.shared import messages
 from gateway_queue_sync.ledgers.shared.answers import Answers, SessionSettings
 from gateway_queue_sync.ledgers.shared.backend import Backend
+from gateway_queue_sync.ledgers.shared.inquiry import converse, look
 from gateway_queue_sync.ledgers.shared.messages import Reply
 from gateway_queue_sync.ledgers.shared.session import Session, budget_of
 from gateway_queue_sync.limits import SAME_RESET_US, Budget, less_starts

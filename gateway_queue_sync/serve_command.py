@@ -27,7 +27,8 @@ from gateway_queue_sync.environment import public_url, read_secret, state_folder
 from gateway_queue_sync.errors import GatewayBotError, LedgerError
 from gateway_queue_sync.format import format_count, sentence
 from gateway_queue_sync.gateway_bot import GatewayBot
-from gateway_queue_sync.ledgers.remote import MIN_MARGIN, peek
+from gateway_queue_sync.ledgers.remote import MIN_MARGIN
+from gateway_queue_sync.ledgers.shared.inquiry import peek
 from gateway_queue_sync.ledgers.shared.limits import DISCORDS_DEFAULT
 from gateway_queue_sync.limit_reader import wait_for_limit
 from gateway_queue_sync.log import shards

@@ -23,8 +23,8 @@ from gateway_queue_sync.format import (
     format_time,
     sentence,
 )
-from gateway_queue_sync.ledgers.remote import peek
 from gateway_queue_sync.ledgers.shared.backend import Backend
+from gateway_queue_sync.ledgers.shared.inquiry import peek
 from gateway_queue_sync.models import BucketSnapshot, QueueSnapshot, seconds
 from gateway_queue_sync.policies import http_backend, redis_backend, sqlite_backend
 from gateway_queue_sync.settings import Settings

@@ -34,8 +34,8 @@ from gateway_queue_sync import (
     SessionStartLimit,
     SqliteQueue,
 )
-from gateway_queue_sync.ledgers.remote import peek
 from gateway_queue_sync.ledgers.shared.backend import Busy, Unreachable
+from gateway_queue_sync.ledgers.shared.inquiry import peek
 from gateway_queue_sync.settings import Settings
 
 PATIENCE = 30.0  # s a test waits for what must come

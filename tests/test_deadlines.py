@@ -28,7 +28,7 @@ from gateway_queue_sync import (
     serve,
 )
 from gateway_queue_sync.clock import SYSTEM_CLOCK
-from gateway_queue_sync.ledgers import remote
+from gateway_queue_sync.ledgers.shared import inquiry
 
 QUICK = {"interval": 0.05, "margin": 0.05}
 SETTINGS = {"limit": SessionStartLimit(1000, 1000, 0.0, 16), **QUICK}
@@ -212,7 +212,7 @@ def test_a_queue_is_made_within_five_seconds_whatever_its_client_does(
     monkeypatch, caplog, when_unreachable
 ):
     """Such as a client that has no timeout, on a server that is stopped."""
-    monkeypatch.setattr(remote, "MAX_OPEN_US", 300_000)
+    monkeypatch.setattr(inquiry, "MAX_OPEN_US", 300_000)
     backend, goes_on = MemoryBackend(), threading.Event()
     backend.before = lambda: goes_on.wait(PATIENCE)
     since = time.monotonic()
@@ -232,13 +232,13 @@ def test_a_queue_is_made_within_five_seconds_whatever_its_client_does(
 
 
 def test_a_queue_that_was_just_made_has_no_thread_when_its_process_forks(monkeypatch):
-    answer = remote._answer
+    answer = inquiry._answer
 
     def lingers(*args):
         answer(*args)
         time.sleep(0.05)
 
-    monkeypatch.setattr(remote, "_answer", lingers)
+    monkeypatch.setattr(inquiry, "_answer", lingers)
     with queue_on(MemoryBackend(), **SETTINGS):
         assert "gateway-queue-open" not in {one.name for one in threading.enumerate()}
 

@@ -31,7 +31,7 @@ from gateway_queue_sync import (
     limit_reader,
     serve,
 )
-from gateway_queue_sync.ledgers import remote
+from gateway_queue_sync.ledgers.shared import inquiry
 
 BOT = "123456789012345678"
 LIMIT = {"total": 1000, "remaining": 900, "reset_after": 3_650_000, "max_concurrency": 16}
@@ -311,7 +311,7 @@ def test_a_ledger_that_is_away_is_waited_for_in_acquire(kind, discord, caplog):
 @needs_redis
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="this system stops no processes")
 def test_a_server_that_is_stopped_is_logged_after_a_second(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(remote, "WARN_AFTER", 0.2)
+    monkeypatch.setattr(inquiry, "WARN_AFTER", 0.2)
     server = RedisServer(tmp_path)
     try:
         server.send(signal.SIGSTOP)
@@ -324,8 +324,8 @@ def test_a_server_that_is_stopped_is_logged_after_a_second(tmp_path, caplog, mon
 
 
 def test_a_file_that_another_process_holds_is_logged_after_a_second(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(remote, "WARN_AFTER", 0.2)
-    monkeypatch.setattr(remote, "MAX_OPEN_US", 500_000)
+    monkeypatch.setattr(inquiry, "WARN_AFTER", 0.2)
+    monkeypatch.setattr(inquiry, "MAX_OPEN_US", 500_000)
     SqliteQueue(tmp_path / "q", **SHORT).close()
     with contextlib.closing(sqlite3.connect(tmp_path / "q", isolation_level=None)) as held:
         held.execute("BEGIN IMMEDIATE")

@@ -35,6 +35,7 @@ from test_waiting import in_line, limit, order
 
 from gateway_queue_sync import AcquireTimeout, LedgerError, RedisQueue
 from gateway_queue_sync.ledgers import remote
+from gateway_queue_sync.ledgers.shared import inquiry
 from gateway_queue_sync.ledgers.shared.messages import Reply
 from gateway_queue_sync.ledgers.shared.redis import KEYS
 from gateway_queue_sync.queue import scheduler_of
@@ -863,7 +864,7 @@ def test_a_queue_on_a_silent_server_is_made_within_seconds_and_waits_for_it(
     server, make, caplog, monkeypatch
 ):
     monkeypatch.setattr(
-        remote, "WARN_AFTER", 0.2
+        inquiry, "WARN_AFTER", 0.2
     )  # before the client's own timeout, which is 1 s, too
     server.send(signal.SIGSTOP)
     begin = time.monotonic()

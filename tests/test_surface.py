@@ -42,6 +42,7 @@ FLOORS = [
     [f"ledgers.shared.{name}" for name in ("answers", "backend", "bounds", "round_trips", "store")],
     ["ledgers.shared.stored_lines"],
     [f"ledgers.shared.{name}" for name in ("session", "rows", "store_sqlite")],
+    ["ledgers.shared.inquiry"],
     ["ledgers.remote", "ledgers.shared.limits", "ledgers.shared.sqlite_file"],
     ["ledgers.shared.turns"],
     [f"ledgers.shared.{name}" for name in ("sqlite", "redis", "http")],
@@ -90,7 +91,7 @@ CORE_MODULES = (
     *("settings", "forecast", "plan", "limit_reader", "log"),
     *("ledgers", "ledgers.memory", "ledgers.remote", "ledgers.shared"),
     *(f"ledgers.shared.{name}" for name in ("messages", "answers", "backend", "session")),
-    *("ledgers.shared.round_trips", "ledgers.shared.stored_lines"),
+    *(f"ledgers.shared.{name}" for name in ("round_trips", "stored_lines", "inquiry")),
     *("observers", "future", "process", "worker", "scheduler", "queue", "policies"),
 )
 # What a module of the core takes from above for types alone: it is handed one as an argument.

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from gateway_queue_sync import forecast, process
-from gateway_queue_sync.clock import FOREVER_US, SYSTEM_CLOCK, start
+from gateway_queue_sync import process
+from gateway_queue_sync.clock import FOREVER_US
 from gateway_queue_sync.errors import LedgerError, worker_blocked
 from gateway_queue_sync.events import Event, LimitUpdated
 from gateway_queue_sync.ledgers.memory import MemoryLedger
 from gateway_queue_sync.ledgers.shared import messages
 from gateway_queue_sync.ledgers.shared.answers import Answers, LimitChange, SessionSettings
 from gateway_queue_sync.ledgers.shared.backend import Backend, Busy, Unreachable
+from gateway_queue_sync.ledgers.shared.inquiry import first_reply, seen_in
 from gateway_queue_sync.ledgers.shared.messages import MAX_COUNTER, Reply, Request
-from gateway_queue_sync.ledgers.shared.session import Session, budget_of
+from gateway_queue_sync.ledgers.shared.session import Session
 from gateway_queue_sync.ledgers.shared.stored_lines import NoLines
 from gateway_queue_sync.limits import Budget
 from gateway_queue_sync.lines import Lines, Waiter
@@ -50,9 +48,6 @@ MANY_FAILURES = 3  # in a row, until a WARNING
 MAX_BUSY_US = 200_000  # for so long, a busy ledger does not count as failed
 MAX_TRY_US = 500_000  # how long ``timeout=0`` waits for the reply
 MAX_LATE_US = 40_000  # how long after its deadline a waiter still waits for a reply under way
-MAX_OPEN_US = 5 * US_PER_SECOND  # how long the constructor waits for the first reply
-OPEN_PAUSE = 0.02  # s, until a busy ledger is asked again
-WARN_AFTER = 1.0  # s, until a WARNING says what the constructor waits for
 MAX_REQUEST_US = 5 * US_PER_SECOND  # how long ``update`` and ``snapshot`` wait for the reply
 
 
@@ -133,7 +128,6 @@ class RemoteLedger:
         self._asked: dict[int, Waiter] = {}
         self._waiting_for: list[threading.Condition] = []  # update and snapshot, for a reply
         self._look: tuple[Reply | None, int] = None, 0  # the latest, and the offset of its clock
-        self._looks = 0  # how many replies had a look
         self._failures = self._answered_us = 0
         self._failed_us: int | None = None  # since when it has failed
         self._has_uncounted = False  # whether it was logged that more is left than counts
@@ -151,7 +145,7 @@ class RemoteLedger:
         assert request is not None
         self._failed_us = self._now_us()
         try:
-            reply = self._first_reply(request)
+            reply = first_reply(self.backend, request)
         except (Unreachable, Busy) as error:
             if self._settings.when_unreachable == "raise":
                 raise
@@ -165,24 +159,6 @@ class RemoteLedger:
         self.should_read = answers.read
         for warning in answers.warnings:
             log.warning("%r: %s", self, warning)
-
-    def _first_reply(self, request: Request) -> Reply:
-        """Have a request answered, in a thread of its own: a client may have no timeout."""
-        since_us = SYSTEM_CLOCK.now_us()
-        answered: Future[Reply] = Future()
-        args = self.backend, request, answered
-        thread = threading.Thread(target=_answer, args=args, name="gateway-queue-open", daemon=True)
-        start(thread)
-        try:
-            if wait([answered], min(WARN_AFTER, MAX_OPEN_US / US_PER_SECOND)).not_done:
-                log.warning("waiting for %r", self)
-                left_us = since_us + MAX_OPEN_US + MAX_LATE_US - SYSTEM_CLOCK.now_us()
-                if wait([answered], max(0, left_us) / US_PER_SECOND).not_done:
-                    raise Unreachable(f"{self!r} did not answer within 5 s") from TimeoutError()
-            return answered.result()
-        finally:
-            if not answered.cancel():  # it is there: a fork that comes next finds no thread
-                thread.join()
 
     def before_fork(self) -> None:
         """Wait until no request is under way."""
@@ -294,12 +270,12 @@ class RemoteLedger:
 
     def snapshot(self, scheduler: Scheduler) -> QueueSnapshot:
         """Return the snapshot of all processes, after waiting for the reply."""
-        looks = self._looks
+        before = self._look
 
         def give_up() -> LedgerError:
             return LedgerError(f"{self!r} did not answer within 5 s")
 
-        self._wait(scheduler, self._session.look, lambda: self._looks > looks, give_up)
+        self._wait(scheduler, self._session.look, lambda: self._look is not before, give_up)
         reply, shift_us = self._look
         assert reply is not None
         own: dict[int, list[messages.Waiter]] = {}
@@ -450,7 +426,7 @@ class RemoteLedger:
             scheduler.limit_changed()
         events = self._pass_on(scheduler, answers, heads, now_us)
         if answers.look is not None:
-            self._look, self._looks = (reply, reply.now_us - request.sent_us), self._looks + 1
+            self._look = reply, reply.now_us - request.sent_us
         for condition in self._waiting_for:
             condition.notify()
         if answers.read and scheduler.reader is not None:
@@ -562,96 +538,6 @@ class RemoteLedger:
         return error
 
 
-def _answer(backend: Backend, request: Request, answered: Future[Reply]) -> None:
-    """Have a request answered, and complete the future of the reply unless it was cancelled."""
-    try:
-        reply = _ask_patiently(backend, request, answered.cancelled)
-    except BaseException as error:  # noqa: BLE001 - who waits for the answer raises it
-        if answered.set_running_or_notify_cancel():
-            answered.set_exception(error)
-    else:
-        if answered.set_running_or_notify_cancel():
-            answered.set_result(reply)
-
-
-def _ask_patiently(
-    backend: Backend, request: Request, stops: Callable[[], bool] = lambda: False
-) -> Reply:
-    """Have a request answered. A busy ledger has not applied it, and is asked again."""
-    give_up_us = SYSTEM_CLOCK.now_us() + MAX_OPEN_US
-    while True:
-        try:
-            return backend.ask(request)
-        except Busy:
-            if SYSTEM_CLOCK.now_us() >= give_up_us or stops():
-                raise
-        time.sleep(OPEN_PAUSE)
-
-
-def converse(backend: Backend, session: Session) -> Answers:
-    """Send all that a session without waiters has to send. Return what the last reply means.
-
-    Raises:
-        LedgerError: the ledger refuses it, or could not be reached for 5 seconds.
-    """
-    answers, now_us = Answers(), SYSTEM_CLOCK.now_us
-    give_up_us = now_us() + MAX_REQUEST_US
-    while (wake_us := session.wake_us(now_us())) < FOREVER_US:
-        time.sleep(max(0, wake_us - now_us()) / US_PER_SECOND)
-        lines = NoLines(session.max_concurrency)
-        request = session.compose(lines, now_us(), can_read=False)
-        if request is None:
-            continue
-        try:
-            reply = backend.ask(request)
-        except (Busy, Unreachable) as error:
-            if now_us() >= give_up_us:
-                raise
-            session.failed(request, error, now_us())
-            continue
-        answers = session.answered(request, reply, now_us())
-        if answers.error is not None:
-            raise LedgerError(f"{backend!r}: {answers.error}")
-    return answers
-
-
-def seen_in(
-    reply: Reply, own: dict[int, list[messages.Waiter]], reserve: int | None = None
-) -> QueueSnapshot:
-    """Return the snapshot of an account, from a reply with a look and the waiters of this process.
-
-    Of other processes the ledger knows the first two waiters of each line, and how many more there are.
-    Without a ``reserve``, that of the process that asked last for a permit counts.
-    """
-    look, left = reply.look, budget_of(reply)
-    assert look is not None
-    outlook = forecast.Outlook(
-        now_us=reply.now_us,
-        window_us=reply.interval_us + reply.margin_us,
-        period_us=look.period_us,
-        reserve=look.reserve if reserve is None else reserve,
-        max_concurrency=reply.max_concurrency,
-        ready_in_us=dict(look.ready),
-        others_ready_in_us=look.others_ready_in_us,
-        budget=left,
-        granted=reply.granted,
-        knows_limit=left is not None,
-    )
-    lines = {number: list(waiters) for number, waiters in own.items()}
-    for line in look.lines:
-        last = line.waiters[-1]
-        unknown = [last._replace(shard_id=-1)] * line.more
-        lines.setdefault(line.bucket, []).extend((*line.waiters, *unknown))
-    for waiters in lines.values():
-        waiters.sort(key=lambda one: (one.position_us, one.number))
-    snapshot = forecast.snapshot(outlook, lines)
-    buckets = (
-        replace(bucket, shards=tuple(one for one in bucket.shards if one.shard_id >= 0))
-        for bucket in snapshot.buckets
-    )
-    return replace(snapshot, buckets=tuple(buckets))
-
-
 def open_ledger(
     make_backend: Callable[[Settings], Backend], limit: SessionStartLimit | None, settings: Settings
 ) -> RemoteLedger:
@@ -687,28 +573,6 @@ def check(limit: SessionStartLimit, reserve: int) -> None:
         raise ValueError(
             f"total must be at most {MAX_COUNTER} for a shared queue, not {limit.total}"
         )
-
-
-def peek(backend: Backend, settings: Settings) -> QueueSnapshot:
-    """Return the snapshot of an account without taking part in it. Raises as ``look``."""
-    return seen_in(look(backend, settings), {})
-
-
-def look(backend: Backend, settings: Settings) -> Reply:
-    """Return the state of an account without taking part in it.
-
-    Raises:
-        LedgerError: there is no account, or it cannot be reached.
-    """
-    interval_us, margin_us, period_us = settings.timings_us
-    now_us, lease_us = settings.clock.now_us(), to_us(settings.lease)
-    wanted = interval_us, margin_us, period_us, lease_us, settings.reserve
-    reply = _ask_patiently(backend, Request(1, now_us, "", 1, *wanted, 0, 0, look=1, layout=0))
-    if reply.status == messages.REFUSED:
-        raise LedgerError(f"{backend!r}: the ledger refuses this process: {reply.error}")
-    if reply.status != messages.OK:
-        raise LedgerError(f"{backend!r} holds no account of that name") from LookupError()
-    return reply
 
 
 Ledger = MemoryLedger | RemoteLedger

@@ -1,6 +1,6 @@
 """A broker under load: its permits while many wait and many read, and its memory in storms.
 
-As a command: ``python tests/broker_load.py [--waiting N] [--readers N] [--storm N] [--seconds S]``.
+As a command: ``python -m benchmarks.load [--waiting N] [--readers N] [--storm N] [--seconds S]``.
 """
 
 from __future__ import annotations
@@ -45,15 +45,19 @@ class Served:
         self.memory = psutil.Process(self.process.pid).memory_info
 
     def close(self) -> None:
+        """Kill it."""
         self.process.kill()
         self.process.wait()
 
 
 @contextlib.contextmanager
 def served(*arguments: str) -> Iterator[Served]:
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.closing(Served(Path(folder), *arguments)) as broker:
-            yield broker
+    """Run a broker meanwhile."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(Served(Path(folder), *arguments)) as broker,
+    ):
+        yield broker
 
 
 def connect(port: int, number: int) -> socket.socket:
@@ -66,6 +70,7 @@ def connect(port: int, number: int) -> socket.socket:
 
 
 def ask(one: socket.socket, target: str) -> None:
+    """Send a request."""
     one.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
 
 
@@ -188,6 +193,7 @@ def _connections(one: socket.socket) -> int:
 
 
 def main() -> None:
+    """Print what was measured."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--waiting", type=int, default=10_000)
     options.add_argument("--readers", type=int, default=20)

@@ -31,8 +31,11 @@ def format_duration(duration: float) -> str:
 
 
 def format_exact(duration: float) -> str:
-    """Return a duration that is known to the hundredth of a second, such as that of a window."""
-    return f"{duration:.4g} s" if round(duration, 2) < 60 else format_duration(duration)
+    """Return a duration with the decimals and units that it needs: ``5.25 s``, ``1 min``, ``16 d``."""
+    if round(duration, 2) < 60:
+        return f"{duration:.4g} s"
+    number, unit, *rest = format_duration(duration).split()
+    return f"{number} {unit}" if rest[0] == "0" else " ".join([number, unit, *rest])
 
 
 def format_clock(duration: float) -> str:

@@ -54,9 +54,16 @@ def test_a_duration_is_never_shown_as_a_full_smaller_unit(duration, text):
 
 @pytest.mark.parametrize(
     ("duration", "text"),
-    [(0.0, "0 s"), (5.25, "5.25 s"), (10.5, "10.5 s"), (59.996, "1 min 0 s"), (90.5, "1 min 30 s")],
+    [
+        (0.0, "0 s"),
+        (5.25, "5.25 s"),
+        (10.5, "10.5 s"),
+        (59.996, "1 min"),
+        (90.5, "1 min 30 s"),
+        (86_400, "24 h"),
+    ],
 )
-def test_an_exact_duration_has_the_decimals_that_it_needs(duration, text):
+def test_an_exact_duration_has_the_decimals_and_units_that_it_needs(duration, text):
     assert format_exact(duration) == text
 
 

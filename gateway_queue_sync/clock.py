@@ -40,6 +40,38 @@ def if_slow(delay: float, call: Callable[[], object]) -> Iterator[None]:
             timer.join()
 
 
+def until_complete(
+    change: Callable[[], object], run: Callable[[Callable[[], None]], None] = lambda work: work()
+) -> None:
+    """Make a change as one unit, inside of ``run``.
+
+    If an exception interrupts the change, the change is repeated until it is complete. Then the
+    exception is raised. So the change must be idempotent.
+    """
+    interrupt: BaseException | None = None
+    left = MAX_INTERRUPTS
+
+    def repeat() -> None:
+        nonlocal interrupt, left
+        while left:
+            try:
+                change()
+                left = 0
+            except BaseException as error:  # noqa: BLE001 - raised below
+                interrupt, left = error, left - 1
+
+    while left:
+        try:
+            run(repeat)
+        except BaseException as error:  # noqa: BLE001 - it came before or after ``repeat``
+            interrupt, left = error, max(0, left - 1)
+    if interrupt is not None:
+        try:
+            raise interrupt
+        finally:
+            interrupt = None  # its traceback holds this frame
+
+
 class Lock(Protocol):
     """A reentrant lock that a ``threading.Condition`` can use."""
 
@@ -103,33 +135,8 @@ class OwnedLock:
                 pass  # an interrupt came before the lock was taken; it goes on from here
 
     def complete(self, change: Callable[[], object]) -> None:
-        """Make a change, including its wake-ups, as one unit.
-
-        If an exception interrupts the change, the change is repeated until it is complete, with the
-        lock still held. Then the exception is raised. So the change must be idempotent.
-        """
-        interrupt: BaseException | None = None
-        left = MAX_INTERRUPTS
-
-        def repeat() -> None:
-            nonlocal interrupt, left
-            while left:
-                try:
-                    change()
-                    left = 0
-                except BaseException as error:  # noqa: BLE001 - raised below
-                    interrupt, left = error, left - 1
-
-        while left:
-            try:
-                self.run(repeat)
-            except BaseException as error:  # noqa: BLE001 - it came before or after ``repeat``
-                interrupt, left = error, max(0, left - 1)
-        if interrupt is not None:
-            try:
-                raise interrupt
-            finally:
-                interrupt = None  # its traceback holds this frame
+        """Make a change, including its wake-ups, as one unit, with the lock held: ``until_complete``."""
+        until_complete(change, self.run)
 
     # What a Condition calls, right after it has noted who waits:
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from gateway_queue_sync.clock import SYSTEM_CLOCK, OwnedLock
+from gateway_queue_sync.clock import SYSTEM_CLOCK, OwnedLock, until_complete
 from gateway_queue_sync.models import US_PER_SECOND
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ class Server(Protocol):
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 _ledgers: weakref.WeakSet[RemoteLedger] = weakref.WeakSet()
 _forking = OwnedLock()  # held during a fork; also protects the sets
-_held: list[list[RemoteLedger]] = []  # the ledgers that are held during a fork
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
@@ -46,28 +46,30 @@ def register_server(server: Server) -> None:
     _servers.add(server)
 
 
+# If Ctrl-C interrupts one of these, Python ignores the exception and forks. So each is repeated until
+# it is complete.
+
+
 def _before_fork() -> None:
     """Hold all shared ledgers, so that the child does not get one in the middle of a request.
 
     If two threads fork at once, one waits for the other. Otherwise each could hold what the other needs.
     """
-    _forking.acquire()
-    held: list[RemoteLedger] = []
-    _held.append(held)
+    if not _forking._is_owned():
+        _forking.acquire()
     for ledger in list(_ledgers):
         ledger.before_fork()
-        held.append(ledger)
 
 
 def _after_fork_in_parent() -> None:
-    for ledger in _held.pop():
+    for ledger in list(_ledgers):
         ledger.after_fork_in_parent()
-    _forking.release()
+    if _forking._is_owned():
+        _forking.release()
 
 
 def _after_fork_in_child() -> None:
     _forking.reinit()
-    _held.clear()
     for ledger in list(_ledgers):
         ledger.begin_in_child()
     for scheduler in list(_schedulers):
@@ -119,8 +121,9 @@ def _at_exit() -> None:
 
 atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork,
-        after_in_parent=_after_fork_in_parent,
-        after_in_child=_after_fork_in_child,
-    )
+    for _ in range(2):  # an interrupt at the very beginning of ``until_complete`` ends it
+        os.register_at_fork(
+            before=partial(until_complete, _before_fork),
+            after_in_parent=partial(until_complete, _after_fork_in_parent),
+            after_in_child=partial(until_complete, _after_fork_in_child),
+        )

@@ -409,6 +409,50 @@ def test_a_child_that_a_signal_handler_forks_while_its_thread_sleeps_is_refused(
 # --- the end of the interpreter -------------------------------------------------------------------
 
 
+@needs_fork
+def test_an_interrupt_at_any_point_of_a_fork_leaves_no_lock_behind_and_no_copy_that_grants(
+    tmp_path,
+):
+    """Python ignores the exceptions of what it calls at a fork, and forks all the same."""
+    code = f"""
+import os, sys, threading, warnings
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_interruptions import Injector
+from gateway_queue_sync import LocalQueue, SqliteQueue
+
+sys.unraisablehook = lambda _: None
+warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
+local, shared = LocalQueue(), SqliteQueue({str(tmp_path / "queue.db")!r})
+sys._getframe().f_trace_opcodes = True
+def use():
+    LocalQueue()
+    shared.snapshot()
+at = missed = 0
+while missed < 5:
+    at += 1
+    injector = Injector(at)
+    sys.settrace(injector)
+    child = os.fork()
+    sys.settrace(None)
+    if child == 0:
+        try:
+            local.try_acquire(0)
+        except RuntimeError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0, at
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), injector.where
+    missed = 0 if injector.where else missed + 1
+print(at)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 20
+
+
 def test_the_interpreter_ends_while_daemon_threads_and_futures_wait():
     result = python(
         """

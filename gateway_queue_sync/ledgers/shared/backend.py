@@ -37,7 +37,7 @@ class Backend(Protocol):
         """
 
     def before_fork(self) -> None:
-        """Prepare for a fork of this process."""
+        """Prepare for a fork of this process. Like the next two, it may be repeated."""
 
     def after_fork_in_parent(self) -> None:
         """Go on after a fork."""

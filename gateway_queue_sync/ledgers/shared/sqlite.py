@@ -248,11 +248,13 @@ class SqliteBackend:
 
     def before_fork(self) -> None:
         """Wait until no transaction is under way: SQLite in the child would never see its end."""
-        self._io.acquire()
+        if not self._is_inside():
+            self._io.acquire()
 
     def after_fork_in_parent(self) -> None:
         """Go on after a fork."""
-        self._io.release()
+        if self._is_inside():
+            self._io.release()
 
     def begin_in_child(self) -> None:
         """Open the file again when it is needed. The parent's connection is neither used nor closed."""

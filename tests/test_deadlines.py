@@ -27,6 +27,7 @@ from gateway_queue_sync import (
     SqliteQueue,
     serve,
 )
+from gateway_queue_sync.aio import acquire
 from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.ledgers.shared import inquiry
 
@@ -288,3 +289,31 @@ def test_nothing_that_an_event_loop_calls_does_io(faulty):
 
     times = asyncio.run(call_all())
     assert {name: took for name, took in times.items() if took >= 0.005} == {}
+
+
+def test_an_event_loop_goes_on_while_tasks_wait_for_a_ledger_and_one_that_is_cancelled_leaves_no_waiter(
+    faulty,
+):
+    queue, _ = faulty
+
+    async def longest_pause():
+        """Return the longest time without an iteration of the loop, while tasks ask and give up."""
+        tasks = [asyncio.ensure_future(acquire(queue, shard_id)) for shard_id in range(8)]
+        tasks += [asyncio.ensure_future(acquire(queue, shard_id, 0.1)) for shard_id in range(8)]
+        before, pauses = time.monotonic(), []
+        while before < began + 0.3:
+            await asyncio.sleep(0.001)
+            pauses.append(-before + (before := time.monotonic()))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(task.cancelled() or task.exception() for task in tasks)
+        return max(pauses)
+
+    for _ in range(TRIES):
+        waiting, began = repr(queue).split()[1], time.monotonic()
+        longest = asyncio.run(longest_pause())
+        assert waiting in repr(queue)
+        if longest < 0.05:
+            return
+    pytest.fail(f"the loop paused for {longest:.3f} s")

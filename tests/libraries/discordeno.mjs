@@ -24,5 +24,5 @@ process.on('unhandledRejection', console.error);
 gateway.spawnShards();
 process.stdin.once('data', async () => {
   await gateway.shutdown(3000, 'closed');
-  process.exit(0);
+  setTimeout(() => process.exit(0), 200); // what is granted just now is given back
 });

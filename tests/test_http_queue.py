@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import re
 import traceback
 
 import pytest
@@ -13,7 +14,7 @@ from accounts import backend_of
 from proxy import Fault, Proxy
 from redis_servers import free_port, until
 from test_process import needs_fork
-from wire_clients import wait_for_line
+from wire_clients import clients_of, wait_for_line
 
 from gateway_queue_sync import (
     AcquireTimeout,
@@ -183,3 +184,22 @@ def test_a_permit_that_nobody_hears_of_is_given_back(broker, proxy, far):
     far.snapshot()
     until(lambda: broker.queue.snapshot().limit.remaining == 1000)
     assert broker.queue.snapshot().waiting == 0
+
+
+def test_the_metrics_count_all_waiters_of_all_processes(broker):
+    """A broker knows the first two of each line of another process, and how many more there are."""
+    with (
+        HttpQueue(broker.url, interval=30.0, margin=0.05) as queue,
+        clients_of(broker.port) as client,
+    ):
+        for shard_id in range(10):
+            queue.enqueue(shard_id)
+        until(lambda: queue.snapshot().waiting == 10, "the lines")
+
+        def waiting():
+            metrics = client("/metrics").read()[2].decode()
+            return sum(
+                map(int, re.findall(r"^gateway_queue_waiting{.*} (\d+)$", metrics, re.MULTILINE))
+            )
+
+        until(lambda: waiting() == 10, "the metrics")

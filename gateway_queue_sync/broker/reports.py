@@ -114,6 +114,8 @@ class Reports:
         """Yield the lines of Prometheus' text format."""
         counts, limit, reserve = list(accumulate(self._waits)), seen.limit, self._scheduler.reserve
         waiting = [(f'{{bucket="{one.bucket}"}}', len(one.shards)) for one in seen.buckets]
+        counted = seen.waiting - sum(number for _, number in waiting)
+        waiting.append(('{bucket="other"}', counted))
         most = [*WAITS, "+Inf"]
         waits = [(f'_bucket{{le="{s}"}}', n) for s, n in zip(most, counts, strict=True)]
         summed = [("_sum", round(self._waited, 6)), ("_count", counts[-1])]
@@ -121,7 +123,12 @@ class Reports:
         yield from _family(
             "granted_total", "counter", "Permits since the account was created.", seen.granted
         )
-        yield from _family("waiting", "gauge", "Shards that wait, by bucket.", *waiting)
+        yield from _family(
+            "waiting",
+            "gauge",
+            "Waiters by bucket; other: those that are only counted.",
+            *waiting,
+        )
         yield from _family("wait_seconds", "histogram", "Waits for permits here.", *waits, *summed)
         yield from _family("refused_total", "counter", "Requests refused, by status.", *refused)
         yield from _family("connections", "gauge", "Open connections.", connections)

@@ -6,8 +6,10 @@ and with ``node`` for those of npm. ``.ci/libraries`` makes it. What is not ther
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -156,9 +158,21 @@ def library(request):
     return request.param
 
 
+def of(*libraries):
+    """Run a test if these libraries are there."""
+
+    def mark(test):
+        test.libraries = libraries
+        return test
+
+    return mark
+
+
 @pytest.fixture
 def world(request, tmp_path):
     """Return what makes a gateway, its broker, and what starts bots there."""
+    for library in getattr(request.function, "libraries", ()):
+        command_of(library)
     with ExitStack() as stack:
 
         def make(shards=SHARDS, max_concurrency=CONCURRENCY, window=WINDOW, **rules):
@@ -292,9 +306,9 @@ def test_a_line_may_be_longer_than_the_heartbeat_timeout(library, world):
 # --- several libraries ----------------------------------------------------------------------------
 
 
+@of("discord.js")
 def test_an_event_loop_that_is_often_busy_sends_at_the_right_time(world):
     """At Discord's own 5 s: the loop reads a permit late by up to 0.8 s, and the next one in time."""
-    command_of("discord.js")
     gateway, broker, start = world(shards=24, window={"interval": 5.0, "margin": 0.25})
     start("discord.js", work=550, every=2000)
     wait_for(gateway, 24, within=90)
@@ -302,8 +316,8 @@ def test_an_event_loop_that_is_often_busy_sends_at_the_right_time(world):
     assert gateway.referee.accepted == 24
 
 
+@of("discord.js")
 def test_the_processes_of_a_sharding_manager_share_a_broker(world):
-    command_of("discord.js")
     gateway, broker, start = world(shards=8)
     bot = start("discord.js", manager=True)
     wait_for(gateway, 8)
@@ -312,9 +326,8 @@ def test_the_processes_of_a_sharding_manager_share_a_broker(world):
     until(lambda: broker.status()["waiting"] == 0, "an empty line")
 
 
+@of("discord.py", "discord.js")
 def test_libraries_in_two_languages_share_a_broker_through_a_storm(world):
-    for library in ("discord.py", "discord.js"):
-        command_of(library)
     gateway, broker, start = world(shards=24)
     start("discord.py", shard_ids=list(range(0, 24, 2)))
     start("discord.js", shard_ids=list(range(1, 24, 2)))
@@ -328,3 +341,25 @@ def test_libraries_in_two_languages_share_a_broker_through_a_storm(world):
     until(lambda: gateway.referee.accepted >= 48, "the second start", PATIENCE)
     wait_for(gateway, 24)
     budgets_are_equal(gateway, broker, lost=4 * CONCURRENCY)
+
+
+# --- what the README says of this ------------------------------------------------------------------
+
+
+def test_the_readme_says_which_libraries_are_run_in_what_situation():
+    situations = {
+        name.removeprefix("test_").replace("_", " "): ", ".join(getattr(test, "libraries", ["all"]))
+        for name, test in globals().items()
+        if name.startswith("test_") and "world" in inspect.signature(test).parameters
+    }
+    text = (ROOT / "gateway_queue_sync/recipes/README.md").read_text()
+    _, _, listed = text.partition("| situation | libraries |\n| --- | --- |\n")
+    rows = listed.partition("\n\n")[0].splitlines()
+    assert rows == [f"| {situation} | {which} |" for situation, which in situations.items()]
+
+
+def test_each_library_of_the_readme_is_run():
+    text = (ROOT / "gateway_queue_sync/recipes/README.md").read_text()
+    listed = re.findall(r"^\| ([^|]+) \| `[^`|]+` \|", text, re.MULTILINE)
+    libraries = {library for row in listed for library in row.split(", ")}
+    assert libraries == {name.partition(" ")[0] for name in SCRIPTS}

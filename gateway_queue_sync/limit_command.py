@@ -201,7 +201,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     change.add_argument(
         "--forget",
         action="store_true",
-        help="delete the limit and the id of the bot, so that they are new",
+        help="delete the limit and the id of the bot: the next process sets both again",
     )
     parser.add_argument("--token-file", metavar="FILE", help="a file that holds the bot's token")
     parser.add_argument(

@@ -7,28 +7,13 @@ is the median of the rounds; a percentile is that of all rounds together.
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-import gateway_queue_sync
-from benchmarks import fleet, free_path, lines, wake
+from benchmarks import fleet, free_path, lines, processes, wake
+from benchmarks.checkout import HERE, begin, finish
 from benchmarks.figures import OURS, Tail
 from benchmarks.fleet import Fleet
 from benchmarks.rounds import Case, Measured, row_of
-
-HERE = Path(gateway_queue_sync.__file__).parents[1]
-CHILD = """
-import sys
-directory, here, *task = sys.argv[1:]
-sys.path[0] = directory
-import gateway_queue_sync
-sys.path[0] = here
-from benchmarks.beside import child
-child(*task)
-"""
 
 
 def cases(*, quick: bool) -> list[Case]:
@@ -50,19 +35,9 @@ def cases(*, quick: bool) -> list[Case]:
     ]
 
 
-def child(module: str, function: str, args: str) -> None:
-    """Run one function in this process, and write its figures."""
-    measured = getattr(importlib.import_module(module), function)(*json.loads(args))
-    print(json.dumps([gateway_queue_sync.__file__, measured]))
-
-
 def measure(directory: Path, case: Case) -> Measured:
     """Run a case with the package in a directory, and the benchmarks that are here."""
-    task = case.function.__module__, case.function.__name__, json.dumps(case.args)
-    command = [sys.executable, "-c", CHILD, str(directory), str(HERE), *task]
-    result = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    file, measured = json.loads(result.stdout)
-    assert Path(file).is_relative_to(directory), f"{file} is not in {directory}"
+    measured = finish(begin(directory, case.function, *case.args), directory)
     return {name: Tail(*one) if isinstance(one, list) else one for name, one in measured.items()}
 
 
@@ -72,11 +47,19 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="the other checkout")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="with less to do")
+    parser.add_argument(
+        "--processes",
+        type=float,
+        metavar="SECONDS",
+        help="compare processes that share a ledger instead, each case for so long",
+    )
     parser.add_argument("--only", default="", help="a part of the name of what to compare")
     options = parser.parse_args()
     there = options.directory.resolve()
     print("| what | figure | there | here | here / there |\n|---|---|---|---|---|")
-    for case in (case for case in cases(quick=options.quick) if options.only in case.subject):
+    seconds = options.processes
+    chosen = cases(quick=options.quick) if seconds is None else processes.cases(seconds)
+    for case in (case for case in chosen if options.only in case.subject):
         measured: dict[Path, list[Measured]] = {there: [], HERE: []}
         for _ in range(options.rounds):
             for directory, rounds in measured.items():

@@ -22,7 +22,6 @@ from benchmarks.figures import OURS, Result, Row, Table, Tail, Target, percentil
 from benchmarks.peers import Acquire
 from benchmarks.rounds import Case, Measured, Say, interleaved, side_by_side
 from gateway_queue_sync import RedisQueue, SessionStartLimit, SqliteQueue
-from gateway_queue_sync.queue import scheduler_of
 
 NAME = "shared"
 TITLE = "Shared ledgers"
@@ -242,7 +241,7 @@ def work(kind: str, where: str, ready: str, processes: int, threads: int, times:
         acquire: Callable[[int], Any] = _MAKE[kind](where)
     else:
         queue = _queue(kind, where, LIMIT)
-        _count_trips(queue, trips)
+        count_trips(queue, trips)
         acquire = queue.acquire
     returned: list[float] = []
 
@@ -263,16 +262,21 @@ def work(kind: str, where: str, ready: str, processes: int, threads: int, times:
     return Work(returned, next(trips), time.process_time() - before)
 
 
-def _count_trips(queue: Any, trips: Iterator[int]) -> None:
-    """Count the requests to the ledger."""
-    backend = scheduler_of(queue).ledger.backend  # type: ignore[union-attr]
-    ask = backend.ask
+def count_trips(queue: Any, trips: Iterator[int]) -> None:
+    """Count the requests that are sent to the ledger, also by the first edition of this package."""
+    if hasattr(queue, "_ledger"):
+        sender, name = queue._ledger, "carry"
+    else:
+        from gateway_queue_sync.queue import scheduler_of
 
-    def counted(request: Any) -> Any:
+        sender, name = scheduler_of(queue).ledger.backend, "ask"  # type: ignore[union-attr]
+    send = getattr(sender, name)
+
+    def counted(*args: Any) -> Any:
         next(trips)
-        return ask(request)
+        return send(*args)
 
-    backend.ask = counted
+    setattr(sender, name, counted)
 
 
 def round_trips(kind: str, count: int) -> Measured:

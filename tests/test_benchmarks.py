@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from benchmarks import fairness, fleet, free_path, lines, peers, plots, report, wake
+from benchmarks import fairness, fleet, free_path, lines, peers, plots, processes, report, wake
 from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.figures import OURS, Figure, Result, Row, Table, Tail, Target, percentile
 from benchmarks.rounds import Case, row_of
@@ -84,6 +84,13 @@ def test_a_figure_is_the_median_of_its_rounds_with_its_spread():
 def test_a_p99_is_that_of_all_rounds_values_together_and_not_the_most_of_them():
     rounds = [Tail([float(n) for n in range(first, 210, 3)], 99) for first in range(3)]
     assert Figure.of_tails(rounds) == Figure(value=207.0, low=207.0, high=209.0)
+
+
+def test_processes_that_share_a_ledger_are_judged_by_when_their_permits_came():
+    measured = processes.measure("sqlite", 2, 2, 1, 0.5)
+    assert measured["permits"] > 1
+    assert measured["too close (of 100)"] == 0
+    assert measured["trips a window"] > 0
 
 
 def test_too_few_values_have_no_p99():

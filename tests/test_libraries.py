@@ -1,7 +1,8 @@
 """The recipes in the real libraries, each in a process of its own, by a broker, against the gateway.
 
 ``BOT_LIBRARIES`` names a folder with a virtual environment for each Python library, by its name on PyPI,
-and with ``node`` for those of npm. ``.ci/libraries`` makes it. What is not there is skipped.
+with ``node`` for the libraries of npm, and with ``node18`` for that Node.js. ``.ci/libraries`` makes it.
+What is not there is skipped.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ SCRIPTS = {
     "hikari": "hikari.py",
     "discord.js": "discord_js.js",
     "discord.js in workers": "discord_js.js",
+    "discord.js on Node.js 18": "discord_js.js",
     "@discordjs/ws": "discordjs_ws.mjs",
     "eris": "eris.js",
     "oceanic.js": "eris.js",
@@ -57,8 +59,10 @@ def command_of(library):
     script = HERE / "libraries" / SCRIPTS[library]
     if script.suffix != ".py":
         package = library.partition(" ")[0]
-        if shutil.which("node") and (LIBRARIES / "node/node_modules" / package).is_dir():
-            return ["node", script]
+        is_old = library.endswith("18")
+        node = shutil.which(LIBRARIES / "node18/node_modules/node/bin/node" if is_old else "node")
+        if node and (LIBRARIES / "node/node_modules" / package).is_dir():
+            return [node, script]
     elif (python := LIBRARIES / library / "bin/python").exists():
         return [python, script]
     pytest.skip(f"BOT_LIBRARIES names no folder with {library}")

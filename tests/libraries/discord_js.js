@@ -32,7 +32,7 @@ function run() {
         throttler = new BrokerThrottler(how.broker, { pause: 100, manager });
         return throttler;
       },
-      ...(how.library === 'discord.js' ? {} : { buildStrategy: build }),
+      ...(how.library === 'discord.js in workers' ? { buildStrategy: build } : {}),
     },
   });
   client.on('error', console.error);

@@ -29,8 +29,8 @@ from gateway_queue_sync import (
     ShardWaiting,
 )
 from gateway_queue_sync.clock import SYSTEM_CLOCK
-from gateway_queue_sync.ledgers.remote import peek
 from gateway_queue_sync.ledgers.shared import messages
+from gateway_queue_sync.ledgers.shared.inquiry import peek
 from gateway_queue_sync.queue import scheduler_of
 from gateway_queue_sync.scheduler import Scheduler
 from gateway_queue_sync.settings import Settings

@@ -11,6 +11,7 @@ import heapq
 import logging
 import threading
 import weakref
+from collections import deque
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -55,7 +56,7 @@ class Worker:
         self._due: list[tuple[int, int]] = []  # a heap: when to ask for the head of a bucket; which
         self._idle_since_us = clock.now_us()
         self.futures: set[Waiter] = set()
-        self.events: list[Event] = []
+        self.events: deque[Event] = deque()
 
     def is_current(self) -> bool:
         """Return whether this thread is the worker."""
@@ -126,37 +127,46 @@ class Worker:
         if not self.is_current():
             return
         forks = scheduler.forks
-        heads, events = scheduler.locked(self._to_do, scheduler)
-        for event in events:
-            scheduler.emit(event)
+        busy = bool(self.events)
+        while self.events:
+            scheduler.emit(self.events.popleft())
             if scheduler.forks != forks:
                 return  # an observer has forked, and this is the child process
-        sent = scheduler.remote is not None and scheduler.remote.exchange(scheduler, heads)
-        for waiter in heads:
-            if waiter.future is not None:
+        if scheduler.remote is not None:
+            answered: list[Waiter] = []
+            busy |= scheduler.remote.exchange(scheduler, answered)
+            for waiter in answered:
                 _serve_future(scheduler, waiter, forks)
-        if heads or events or sent:
+        else:
+            while head := scheduler.locked(self._due_head, scheduler):
+                busy = True
+                _serve_future(scheduler, head, forks)
+        if busy:
             self._idle_since_us = scheduler.now_us()
 
-    def _to_do(self, scheduler: Scheduler) -> tuple[list[Waiter], list[Event]]:
-        """Return the heads to ask for, and the events to emit."""
-        now_us, due = scheduler.now_us(), self._due
-        heads: dict[int, Waiter] = {}  # by bucket
-        while due and due[0][0] <= now_us:
-            head = _planned(scheduler, *due[0])
-            if head is not None:
-                heads[due[0][1]] = head
-            heapq.heappop(due)
-        events, self.events = self.events, []
-        return [heads[bucket] for bucket in sorted(heads)], events
+    def _due_head(self, scheduler: Scheduler) -> Waiter | None:
+        """Return a head to ask for now, if there is one. It stays planned until it has asked."""
+        at_us, head = self._next(scheduler)
+        return head if at_us <= scheduler.now_us() else None
+
+    def _next(self, scheduler: Scheduler) -> tuple[int, Waiter | None]:
+        """Return the next head to ask for, and when. Plans that are outdated are dropped."""
+        while self._due:
+            at_us, bucket = self._due[0]
+            head = scheduler.lines.head(bucket)
+            if head and head.future and head.permit is None and head.ask_at_us == at_us:
+                return at_us, head
+            heapq.heappop(self._due)
+        return FOREVER_US, None
 
     def ask_again(self, scheduler: Scheduler) -> None:
-        """Plan to ask for all heads in a second, because a turn was interrupted before it asked."""
-        if scheduler.remote is not None:
-            scheduler.remote.interrupted()
+        """Plan to ask a remote ledger for all heads in a second, because a turn was interrupted."""
+        if scheduler.remote is None:
+            return  # what was planned still is
+        scheduler.remote.interrupted()
         soon_us = scheduler.now_us() + RETRY_US
         for head in scheduler.lines.heads():
-            if head.permit is None and (head.future is not None or scheduler.remote is not None):
+            if head.permit is None:
                 head.ask_at_us = max(head.ask_at_us, soon_us)
                 scheduler.notify_head(head)
 
@@ -166,10 +176,7 @@ class Worker:
             return None
         if self.events:
             return 0
-        now_us, due = scheduler.now_us(), self._due
-        while due and _planned(scheduler, *due[0]) is None:
-            heapq.heappop(due)
-        wake_us = due[0][0] if due else FOREVER_US
+        now_us, wake_us = scheduler.now_us(), self._next(scheduler)[0]
         waiting = bool(self.futures)
         if scheduler.remote is not None:
             wake_us = min(wake_us, scheduler.remote.wake_us(closed=scheduler.closed))
@@ -181,14 +188,6 @@ class Worker:
             self.thread = None
             return None
         return rest_us
-
-
-def _planned(scheduler: Scheduler, at_us: int, bucket: int) -> Waiter | None:
-    """Return the head of a bucket if it is a future that asks at ``at_us``. The lock is held."""
-    head = scheduler.lines.head(bucket)
-    if head is None or head.future is None or head.permit is not None or head.ask_at_us != at_us:
-        return None
-    return head
 
 
 # --- futures --------------------------------------------------------------------------------------

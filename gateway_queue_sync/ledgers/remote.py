@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from gateway_queue_sync import process
 from gateway_queue_sync.clock import FOREVER_US
@@ -18,7 +18,7 @@ from gateway_queue_sync.errors import LedgerError, worker_blocked
 from gateway_queue_sync.events import Event, LimitUpdated
 from gateway_queue_sync.ledgers.memory import MemoryLedger
 from gateway_queue_sync.ledgers.shared import messages
-from gateway_queue_sync.ledgers.shared.answers import Answers, LimitChange, SessionSettings
+from gateway_queue_sync.ledgers.shared.answers import Answers, SessionSettings
 from gateway_queue_sync.ledgers.shared.backend import Backend, Busy, Unreachable
 from gateway_queue_sync.ledgers.shared.inquiry import first_reply, seen_in
 from gateway_queue_sync.ledgers.shared.messages import MAX_COUNTER, Reply, Request
@@ -40,6 +40,8 @@ from gateway_queue_sync.token_bucket import Denial
 
 if TYPE_CHECKING:
     from gateway_queue_sync.scheduler import Scheduler
+
+T = TypeVar("T")
 
 log = logging.getLogger("gateway_queue_sync")
 
@@ -244,21 +246,13 @@ class RemoteLedger:
     def update(self, scheduler: Scheduler, limit: SessionStartLimit) -> None:
         """Replace the limit, and wait for the reply."""
         check(limit, self._settings.reserve)
-        change: LimitChange | None = None
-
-        def ask() -> None:
-            nonlocal change
-            change = self._session.change_limit(limit, self._now_us())
-
-        def is_done() -> bool:
-            return change is not None and change.done
-
-        def give_up() -> LedgerError:
-            assert change is not None
-            return self._session.abandon(change)
-
-        self._wait(scheduler, ask, is_done, give_up)
-        if change is not None and change.error is not None:
+        change = self._wait(
+            scheduler,
+            lambda: self._session.change_limit(limit, self._now_us()),
+            lambda change: change.done,
+            self._session.abandon,
+        )
+        if change.error is not None:
             raise change.error
 
     def inquire(self, scheduler: Scheduler) -> LedgerError | None:
@@ -271,11 +265,12 @@ class RemoteLedger:
     def snapshot(self, scheduler: Scheduler) -> QueueSnapshot:
         """Return the snapshot of all processes, after waiting for the reply."""
         before = self._look
-
-        def give_up() -> LedgerError:
-            return LedgerError(f"{self!r} did not answer within 5 s")
-
-        self._wait(scheduler, self._session.look, lambda: self._look is not before, give_up)
+        self._wait(
+            scheduler,
+            self._session.look,
+            lambda _: self._look is not before,
+            lambda _: LedgerError(f"{self!r} did not answer within 5 s"),
+        )
         reply, shift_us = self._look
         assert reply is not None
         own: dict[int, list[messages.Waiter]] = {}
@@ -291,26 +286,26 @@ class RemoteLedger:
     def _wait(
         self,
         scheduler: Scheduler,
-        ask: Callable[[], object],
-        is_done: Callable[[], bool],
-        give_up: Callable[[], LedgerError],
-    ) -> None:
-        """Let the worker send something, and wait for the reply for 5 seconds at most."""
+        ask: Callable[[], T],
+        is_done: Callable[[T], bool],
+        give_up: Callable[[T], LedgerError],
+    ) -> T:
+        """Let the worker send what ``ask`` adds, and wait for the reply for 5 seconds at most."""
         if scheduler.worker.is_current():
             raise worker_blocked()
-        condition = self._condition(scheduler.lock)
+        condition, sent = self._condition(scheduler.lock), []
 
         def wait_for_reply() -> None:
             deadline_us = self._now_us() + MAX_REQUEST_US
-            ask()
+            sent.append(ask())
             self._session.hurry(self._now_us())
             self._waiting_for.append(condition)
             try:
                 scheduler.worker.start(scheduler)
-                while not is_done():
+                while not is_done(sent[0]):
                     left_us = deadline_us - self._now_us()
                     if left_us <= 0:
-                        error = give_up()
+                        error = give_up(sent[0])
                         error.__cause__ = self._session.failure or TimeoutError()
                         raise error
                     condition.wait(left_us / US_PER_SECOND)
@@ -318,6 +313,7 @@ class RemoteLedger:
                 self._waiting_for.remove(condition)
 
         scheduler.blocking(wait_for_reply)
+        return sent[0]
 
     # --- the exchange -----------------------------------------------------------------------------
 
@@ -377,11 +373,8 @@ class RemoteLedger:
             scheduler.limit_changed()
         now_us, reader = self._now_us(), scheduler.reader
         can_read = reader is not None and reader.can_read(now_us)
-        asked: dict[int, Waiter] = {}
-        request = self._session.compose(
-            _OwnLines(scheduler.lines, asked), now_us, can_read=can_read
-        )
-        self._asked.update(asked)
+        lines = _OwnLines(scheduler.lines, self._asked)
+        request = self._session.compose(lines, now_us, can_read=can_read)
         return request, self._waiting_events(scheduler)
 
     def _failed(self, scheduler: Scheduler, request: Request, error: LedgerError) -> list[str]:

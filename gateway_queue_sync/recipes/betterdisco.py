@@ -1,6 +1,7 @@
 """For betterdisco, under gevent: its clients identify when a queue says so.
 
-The IDENTIFY is held back; meanwhile the client reads its socket and sends heartbeats, as always.
+Only the IDENTIFY is delayed. While a client waits for its permit, it reads its socket and sends
+heartbeats as usual. You may change ``HEAD_START`` and ``LOOK``.
 """
 
 from __future__ import annotations

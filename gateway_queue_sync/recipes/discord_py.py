@@ -1,7 +1,8 @@
 """A mixin for the clients of discord.py, py-cord, nextcord and disnake.
 
-These libraries ask for their turn before they read the socket, and give up after a minute or three: in
-a longer line no shard ever starts. So the mixin holds back the IDENTIFY alone: see ``held_identify``.
+These libraries have a hook for such a wait, but call it before they read the socket, and connect again
+after one to three minutes. In a longer line no shard would ever start. So the mixin delays only the
+IDENTIFY: see ``held_identify``. There is nothing to change here.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ INVALID_SESSION = 1000  # the code that these libraries close with when the gate
 class QueuedIdentify:
     """Let a client's shards identify when a queue says so, instead of one each 5 seconds.
 
-    It stands before ``Client``, ``AutoShardedClient`` or one of the ``Bot`` classes, as in
-    ``class Bot(QueuedIdentify, discord.AutoShardedClient): ...``; then
+    Put it before ``Client``, ``AutoShardedClient`` or one of the ``Bot`` classes:
+    ``class Bot(QueuedIdentify, discord.AutoShardedClient): ...``. Then call
     ``Bot(queue, intents=discord.Intents.default()).run(token)``.
 
     Args:
-        queue: any queue of this package, which several clients may share. It is not closed here.
-        args, options: what the client takes.
+        queue: any queue of this package. Several clients may use it; you close it.
+        args, options: the arguments of the client.
     """
 
     http: Any

@@ -6,7 +6,7 @@
 //   const { queueIdentify } = require('./eris.cjs'); // this file
 //   queueIdentify(Shard, new BrokerThrottler('http://127.0.0.1:8787')); // before any client connects
 //
-// Turn the library's own limiter off, with a concurrency as large as the number of shards:
+// You may change LOOK. Turn the library's own limiter off, with a concurrency as large as the number of shards:
 // `shardConcurrency` of eris, `gateway.concurrency` of oceanic.js; of seyfert's ShardManager set
 // `connectQueue = { push: (connect) => connect() }`.
 

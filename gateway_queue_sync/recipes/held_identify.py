@@ -1,8 +1,9 @@
-"""An IDENTIFY that is held back until there is a permit for it: what recipes for asyncio share.
+"""What the recipes for asyncio libraries share: an IDENTIFY that is delayed until there is a permit.
 
-The library goes on as if it were sent. It is sent when the queue grants a permit, if its socket is still
-open then. So heartbeats are answered in the line, shards wait side by side, and a shard whose connection
-closes leaves the line. Its next connection returns to its position.
+The library continues as if the IDENTIFY were sent. It is really sent when the queue grants a permit, if
+the socket is still open then. So the library answers heartbeats while a shard waits, and all shards can
+wait at once. A shard whose connection closes leaves the line; when it has connected again, it returns to
+its position. You may change ``HEAD_START``.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class HeldIdentify:
 
 
 class HeldSocket:
-    """A WebSocket of aiohttp's that holds back the IDENTIFY."""
+    """A WebSocket of aiohttp that delays the IDENTIFY."""
 
     def __init__(self, shards: HeldIdentify, socket: Any) -> None:
         self._shards, self._socket = shards, socket
@@ -73,8 +74,6 @@ class HeldSocket:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
-
-    # As aiohttp's sockets do:
 
     async def receive(self, *args: Any, **options: Any) -> Any:
         message = await self._socket.receive(*args, **options)

@@ -1,6 +1,7 @@
 """For hikari: its shards identify when a queue says so.
 
-The IDENTIFY is held back; meanwhile the shard reads its socket and answers heartbeats, as always.
+Only the IDENTIFY is delayed. While a shard waits for its permit, it reads its socket and sends
+heartbeats as usual. You may change ``LOOK``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""A mixin for the clients of interactions.py, whose own start neither spaces its shards nor ends.
+"""A mixin for the clients of interactions.py.
 
-The IDENTIFY is held back: see ``held_identify``.
+The library's own start does not wait between IDENTIFYs, and does not end. So the mixin starts the shards
+itself, and delays each IDENTIFY: see ``held_identify``. You may change ``PAUSE``.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ PAUSE = 1.0  # s before a shard is started again
 class QueuedIdentify:
     """Let the shards of a client identify when a queue says so.
 
-    It stands before ``AutoShardedClient``, as in
-    ``class Bot(QueuedIdentify, interactions.AutoShardedClient): ...``; then
+    Put it before ``AutoShardedClient``:
+    ``class Bot(QueuedIdentify, interactions.AutoShardedClient): ...``. Then call
     ``Bot(queue, total_shards=16).start(token)``.
 
     Args:
-        queue: any queue of this package. It is not closed here.
-        args, options: what the client takes.
+        queue: any queue of this package; you close it.
+        args, options: the arguments of the client.
     """
 
     http: Any

@@ -1,7 +1,8 @@
 """A shard in two threads, for ``websocket_client`` and ``websockets_sync``, which carry its messages.
 
-One thread reads, all the time. The other one sends heartbeats, and the IDENTIFY when there is a permit.
-So heartbeats go on in the line, and a connection that closes there leaves it.
+One thread reads. The other one sends heartbeats, and the IDENTIFY when there is a permit. So heartbeats
+are sent while the shard waits, and a shard whose connection closes leaves the line. You may change
+``HEAD_START``, ``pause``, and what ``_identify`` sends.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Connection(Protocol):
 class Shard:
     """One shard: ``run`` keeps it online until the token is wrong or its queue is closed.
 
-    Override ``received`` to handle events. Whatever ``connect``, ``receive`` and ``send`` raise is taken
-    for a lost connection, if it is an ``OSError`` or ``Closed``.
+    Override ``received`` to handle events. An ``OSError`` or ``Closed`` from ``connect``, ``receive`` or
+    ``send`` means that the connection is lost.
 
     Attributes:
         pause: seconds before it connects again, at least and at most.
@@ -91,7 +92,7 @@ class Shard:
             resume_url, self._resume_url = (
                 self._resume_url,
                 None,
-            )  # if it fails it is not tried again
+            )  # one that fails is not tried again
             try:
                 connection = self._connect((resume_url or url).rstrip("/") + QUERY)
             except OSError:

@@ -1,4 +1,7 @@
-"""A shard in threads, over ``websockets``."""
+"""A shard in threads, over ``websockets``.
+
+Make a subclass of ``Shard``, and override ``received`` to handle events.
+"""
 
 from __future__ import annotations
 

@@ -146,6 +146,8 @@ class Worker:
 
     def _due_head(self, scheduler: Scheduler) -> Waiter | None:
         """Return a head to ask for now, if there is one. It stays planned until it has asked."""
+        if self.events:
+            return None  # one of them may be the head's, and comes first
         at_us, head = self._next(scheduler)
         return head if at_us <= scheduler.now_us() else None
 

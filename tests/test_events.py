@@ -10,6 +10,7 @@ import pytest
 from gateway_queue_sync import (
     AcquireTimeout,
     BudgetExhausted,
+    LargeBotQueue,
     LimitUpdated,
     LocalQueue,
     PermitReported,
@@ -135,6 +136,27 @@ def test_a_future_has_one_number(queue, clock, seen):
     future.result(0).unused()
     assert [type(event) for event in seen.of(1)] == [ShardWaiting, ShardGranted, PermitReported]
     assert len(set(seen.waiters(1))) == 1
+
+
+def test_a_future_that_a_callback_enqueues_has_its_events_in_order(clock, seen):
+    """Its bucket opens while the worker still serves others."""
+    limit = SessionStartLimit(1000, 1000, 0.0, 2)
+    with LargeBotQueue(limit, clock=clock, observer=seen.append) as queue:
+        queue.acquire(0)
+        clock.advance(2)
+        queue.acquire(1)
+        futures = [queue.enqueue(2)]
+
+        def enqueue(_):
+            futures.append(queue.enqueue(3))
+            clock.advance(2)
+
+        futures[0].add_done_callback(enqueue)
+        clock.settle(0)
+        clock.advance(3.25)
+        clock.settle(0)
+        assert futures[1].result(5).shard_id == 3
+        assert [type(event) for event in seen.of(3)] == [ShardWaiting, ShardGranted]
 
 
 def test_calls_in_two_queues_have_different_numbers(clock, seen):

@@ -157,6 +157,8 @@ class Scheduler:
         except BaseException:
             if isinstance(permit, Permit):
                 self.complete(partial(self.return_permit, permit))
+                if permit.waiter:  # its event was emitted
+                    self.emit(events.ShardLeft(shard_id, 0.0, "interrupted", permit.waiter))
             raise
 
     def _announce_free_grant(self, permit: Permit, ident: int) -> None:

@@ -159,6 +159,27 @@ def test_a_future_that_a_callback_enqueues_has_its_events_in_order(clock, seen):
         assert [type(event) for event in seen.of(3)] == [ShardWaiting, ShardGranted]
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_call_that_is_interrupted_with_its_permit_has_left(clock, crew, seen, waits):
+    def observe(event):
+        seen.append(event)
+        if isinstance(event, ShardGranted) and event.shard_id == 1:
+            raise KeyboardInterrupt
+
+    with LocalQueue(clock=clock, observer=observe) as queue:
+        if waits:
+            queue.acquire(0)
+        call = crew(queue.acquire, 1)
+        if waits:
+            clock.settle(1)
+            clock.advance(5.25)
+        with pytest.raises(KeyboardInterrupt):
+            call.now()
+    assert [type(event) for event in seen.of(1)][-2:] == [ShardGranted, ShardLeft]
+    assert seen[-1].reason == "interrupted"
+    assert len(set(seen.waiters(1))) == 1
+
+
 def test_calls_in_two_queues_have_different_numbers(clock, seen):
     for _ in range(2):
         LocalQueue(clock=clock, observer=seen.append).acquire(0)

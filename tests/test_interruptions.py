@@ -544,10 +544,15 @@ def test_interrupts_in_a_row_cannot_stop_the_leaving(clock):
 def test_ctrl_c_ends_a_wait():
     queue = LocalQueue(interval=30)
     queue.acquire(0)
-    main = threading.main_thread().ident
-    timer = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
-    timer.start()
+
+    def interrupt():
+        while not queue.snapshot().waiting:
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
         queue.acquire(1)
-    timer.join()
+    thread.join()
     assert is_whole(queue)

@@ -830,7 +830,7 @@ def test_after_a_loss_the_limit_is_read_anew(account, clock):
     queue = account.queue(limit(10, 8, 600.0), clock=clock, refresh=lambda: limit(10, 3, 500.0))
     queue.acquire(0)
     forget_all(queue)
-    queue.snapshot()
+    until(lambda: queue.snapshot().limit.remaining == 3, "the read")
     clock.advance(WINDOW)
     assert queue.acquire(0).remaining == 2
 

@@ -83,7 +83,7 @@ def reach(browser: Browser, state: str) -> None:
 
 
 def drop_failed_requests(browser: Browser) -> int:
-    """Leave the page, and return how many of its requests failed, which the console tells of anyhow."""
+    """Leave the page, and return how many of its requests failed, which the console shows in any case."""
     browser.driver.get("about:blank")
     lines = browser.console()
     assert all(line.startswith("network: ") and "Failed to load" in line for line in lines), lines
@@ -429,8 +429,7 @@ def test_waiters_of_whom_only_the_number_is_known_are_counted(
         assert browser.text("#last-at").endswith(", of those below")
         assert browser.text("#fleet-due").startswith("The last of those below is due in ")
         broker.instead["/status.json"] = 200, json.dumps(a_line(A_SHARD) | {"waiting": 1})
-        look_again(browser, "live")
-        assert browser.text("#counted") == ""
+        browser.until(lambda: browser.text("#counted") == "", "all are known")
         assert browser.text("#fleet-due").startswith("The last is due in ")
 
 

@@ -83,7 +83,7 @@ def reach(browser: Browser, state: str) -> None:
 
 
 def drop_failed_requests(browser: Browser) -> int:
-    """Leave the page, and return how many of its requests failed, which the console shows in any case."""
+    """Leave the page, and return how many of its requests failed, which the console shows."""
     browser.driver.get("about:blank")
     lines = browser.console()
     assert all(line.startswith("network: ") and "Failed to load" in line for line in lines), lines

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 
 from gateway_queue_sync.ledgers.shared import turns
 from gateway_queue_sync.ledgers.shared.messages import Reply, Request
-from gateway_queue_sync.ledgers.shared.store import LineRow, SessionRow, SharedAccount, SharedBucket
+from gateway_queue_sync.ledgers.shared.store import (
+    SILENT_US,
+    LineRow,
+    SessionRow,
+    SharedAccount,
+    SharedBucket,
+)
 
 
 class Failed(Exception):
@@ -21,13 +26,12 @@ class MemoryStore:
     """
 
     rolls_back = True
+    keeps_silent = False  # as Redis does while no time passes by its own clock
 
     def __init__(self) -> None:
         self._account: SharedAccount | None = None
         self._buckets: dict[int, SharedBucket] = {}
         self._sessions: dict[str, SessionRow] = {}
-        self._lines: dict[tuple[int, int], dict[str, LineRow]] = defaultdict(dict)
-        self._of: dict[str, set[tuple[int, int]]] = defaultdict(set)
         self._recent: dict[int, int] = {}
         self._refunded: set[int] = set()
         self.granted_to: dict[int, str] = {}  # sessions, by serial
@@ -60,8 +64,6 @@ class MemoryStore:
         self._account = copy.deepcopy(other._account)
         self._buckets = {number: copy.copy(one) for number, one in other._buckets.items()}
         self._sessions = dict(other._sessions)
-        self._lines = defaultdict(dict, {key: dict(rows) for key, rows in other._lines.items()})
-        self._of = defaultdict(set, {session: set(keys) for session, keys in other._of.items()})
         self._recent = dict(other._recent)
         self._refunded = set(other._refunded)
         self.granted_to = dict(other.granted_to)
@@ -110,43 +112,20 @@ class MemoryStore:
 
     def put_session(self, row: SessionRow) -> None:
         self._write()
+        for silent in list(self._sessions.values()):
+            is_silent = abs(row.last_request_us - silent.last_request_us) > SILENT_US
+            if is_silent and not self.keeps_silent:
+                del self._sessions[silent.session]
         self._sessions[row.session] = row
+
+    def live(self, number: int, now_us: int) -> list[LineRow]:
+        """Return the lines of a bucket that are live."""
+        bucket = self._buckets.get(number)
+        return [] if bucket is None else [one for one in bucket.lines if one.until_us > now_us]
 
     def drop_session(self, session: str) -> None:
         self._write()
         self._sessions.pop(session, None)
-        self._of.pop(session, None)
-
-    def silent(self, before_us: int, after_us: int, at_most: int) -> list[SessionRow]:
-        rows = sorted(self._sessions.values(), key=lambda row: (row.last_request_us, row.session))
-        found = [row for row in rows if not before_us <= row.last_request_us <= after_us]
-        self.rows += min(at_most, len(found))
-        return found[:at_most]
-
-    def line(self, layout: int, bucket: int, session: str) -> LineRow | None:
-        self.rows += 1
-        return self._lines[layout, bucket].get(session)
-
-    def put_line(self, row: LineRow) -> None:
-        self._write()
-        self._lines[row.layout, row.bucket][row.session] = row
-        self._of[row.session].add((row.layout, row.bucket))
-
-    def drop_line(self, row: LineRow) -> None:
-        self._write()
-        del self._lines[row.layout, row.bucket][row.session]
-        self._of[row.session].discard((row.layout, row.bucket))
-
-    def lines_of(self, session: str) -> list[LineRow]:
-        found = [self._lines[key][session] for key in sorted(self._of[session])]
-        self.rows += len(found)
-        return found
-
-    def live(self, layout: int, bucket: int, after_us: int, up_to_us: int) -> list[LineRow]:
-        rows = self._lines[layout, bucket].values()
-        found = [row for row in rows if after_us < row.until_us <= up_to_us]
-        self.rows += len(found)  # an index finds them without reading the others
-        return found
 
     def recent(self) -> dict[int, int]:
         self.rows += len(self._recent)

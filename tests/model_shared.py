@@ -238,7 +238,7 @@ class World:
         self.ledger_offset_us = rng.choice([0, 5_000 * SECOND])
         self.wall_offset_us = 0  # of the clock that resets count by
         self.lost = False  # the storage knows that it is an older one
-        self.was_lost = self.clock_was_set = self.wall_was_set = False
+        self.was_lost = self.clock_was_set = self.wall_was_set = self.was_forgotten = False
         self.snapshot = self.store.copy()
         self.interval_us = rng.choice([SECOND, SECOND // 5])
         self.margin_us = rng.choice([SECOND // 4, SECOND // 10])
@@ -413,7 +413,7 @@ class World:
             self.store.fails_after = self.random.randint(0, 6)
         now_us = self.ledger_now_us()
         before = {
-            line.bucket: self.store.live(request.layout, line.bucket, now_us, FOREVER)
+            line.bucket: self.store.live(line.bucket, now_us)
             for line in request.lines
             if self.quiet
         }
@@ -576,7 +576,8 @@ class World:
         if not self.discord or self.now_us >= self.discord[0] + self.period_us:
             self.discord = []
         self.discord.append(self.now_us)
-        if self.reads and not (self.was_lost or self.clock_was_set or self.wall_was_set):
+        unsure = self.was_lost or self.clock_was_set or self.wall_was_set or self.was_forgotten
+        if self.reads and not unsure:
             self.check(
                 len(self.discord) <= self.total, "Discord counts more session starts than the limit"
             )
@@ -655,6 +656,8 @@ class World:
             self.wall_offset_us += rng.choice([-3_600, -20, 5, 3_600]) * SECOND
         elif kind < 0.98 and self.updates and not process.stopped:
             self.update(process)
+        elif 0.98 <= kind < 0.985 and (self.updates or self.reads) and not process.stopped:
+            self.forget_limit(process)
 
     def stop(self, process: Process, for_us: int) -> None:
         for one in self.queues_of(process):
@@ -687,6 +690,14 @@ class World:
         limit = SessionStartLimit(self.total, self.total, 60.0, self.max_concurrency)
         self.log(f"{process.name} updates to {self.max_concurrency} buckets")
         process.session.change_limit(limit, process.now_us())
+        process.pump()
+
+    def forget_limit(self, process: Process) -> None:
+        """Forget the limit. If nobody reads it within a minute, Discord's default counts."""
+        self.log(f"{process.name} has the limit forgotten")
+        self.was_forgotten = True
+        limit = SessionStartLimit(1, 1, 0.0, 1)
+        process.session.change_limit(limit, process.now_us(), messages.FORGET)
         process.pump()
 
     def walk(self, steps: int) -> None:
@@ -724,7 +735,7 @@ class World:
         self.check(not starving, f"some got no permit: {starving}")
         self.run(self.now_us + 5 * SECOND)
         for process in alive:
-            rows = self.store.lines_of(process.session._id)
+            rows = [one for one in self.lines() if one.session == process.session._id]
             self.check(
                 not rows or self.was_lost, f"{process.name} has left, but not its lines: {rows[:2]}"
             )
@@ -736,12 +747,15 @@ class World:
                 self.run(self.now_us + SECOND)
         self.check_stored(alive)
 
+    def lines(self) -> list[LineRow]:
+        """Return the lines of all buckets that are live."""
+        buckets, now_us = self.store._buckets, self.ledger_now_us()
+        return [row for number in buckets for row in self.store.live(number, now_us)]
+
     def check_stored(self, alive: list[Process]) -> None:
         store = self.store
-        lines = [row for rows in store._lines.values() for row in rows.values()]
-        self.check(not lines, f"lines are left over: {lines[:2]}")
-        counts = {number: one.waiting for number, one in store._buckets.items() if one.waiting}
-        self.check(not counts, f"buckets have wrong counts: {counts}")
+        lines = self.lines()
+        self.check(not lines, f"lines are live without their processes: {lines[:2]}")
         ids = {one.session._id for one in alive}
         self.check(set(store._sessions) <= ids, "sessions are left over")
         if not self.was_lost:
@@ -859,18 +873,18 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ROWS,
         [
             (
-                "        account.default_bucket = TokenBucket(\n            last_us=self.now_us,",
-                "        account.default_bucket = TokenBucket(\n            last_us=NEVER,",
+                "default_bucket.last_us = self.now_us",
+                "default_bucket.last_us = NEVER",
             )
         ],
     ),
-    "lines of an earlier layout are not removed": (
-        TURNS,
-        [("            self._drop_lines(request.session)\n", "            pass\n")],
+    "lines outlive another number of buckets": (
+        ROWS,
+        [("account.buckets, account.max_concurrency = {}, ", "account.max_concurrency = ")],
     ),
-    "silent sessions are not removed": (
+    "silent sessions are known": (
         TURNS,
-        [("                self.remove(silent.session)\n", "                pass\n")],
+        [("abs(self.now_us - row.last_request_us) > SILENT_US", "self.now_us < 0")],
     ),
     "permits from before a loss are refunded": (
         TURNS,

@@ -19,7 +19,7 @@ from gateway_queue_sync.clock import SYSTEM_CLOCK, SystemClock
 from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.ledgers.shared import messages
 from gateway_queue_sync.ledgers.shared import redis as module
-from gateway_queue_sync.ledgers.shared.backend import Unreachable
+from gateway_queue_sync.ledgers.shared.backend import Busy, Unreachable
 from gateway_queue_sync.ledgers.shared.messages import (
     Introduction,
     Limit,
@@ -140,6 +140,90 @@ def test_a_request_that_is_repeated_takes_one_permit(server):
     assert one.again(lines=lines).permits[0].serial == serial
 
 
+# --- requests that Python computes ----------------------------------------------------------------
+
+
+def limit_of(one: Talker, remaining: int) -> Limit:
+    return Limit(messages.UPDATE, 9, remaining, 600 * S, 1, one.now_us(), one.now_us())
+
+
+def between(backend: RedisBackend, monkeypatch, acts) -> list[str]:
+    """Act before what a request has computed is stored, for the first time. Return the modes seen."""
+    run, modes = backend._run, []
+
+    def watched(request, mode, *given):
+        modes.append(mode)
+        if mode == "store" and modes.count("store") == 1:
+            acts()
+        return run(request, mode, *given)
+
+    monkeypatch.setattr(backend, "_run", watched)
+    return modes
+
+
+def test_a_limit_is_computed_again_if_a_permit_was_granted_in_between(server, monkeypatch):
+    one, other = talker(server), talker(server)
+    modes = between(one.backend, monkeypatch, other.permit)
+    reply = one.say(limit=limit_of(one, 5))
+    assert (reply.limit_result, reply.granted, reply.remaining) == (messages.APPLIED, 1, 5)
+    assert modes == ["read", "store", "store"]
+    assert one.ask().waits[0].opens_us > WINDOW - 100_000
+
+
+def test_who_has_computed_in_vain_is_next(server, monkeypatch):
+    one, other = talker(server), talker(server)
+    between(one.backend, monkeypatch, other.say)
+    run = one.backend._run
+
+    def watched(request, mode, *given):
+        found = run(request, mode, *given)
+        if mode == "store" and not found[0]:
+            with pytest.raises(Busy):
+                other.say()
+        return found
+
+    monkeypatch.setattr(one.backend, "_run", watched)
+    assert one.say(limit=limit_of(one, 5)).limit_result == messages.APPLIED
+    assert other.again().remaining == 5
+
+
+def test_who_has_computed_in_vain_and_dies_stops_the_others_for_a_second(server, monkeypatch):
+    one, other = talker(server), talker(server)
+    monkeypatch.setattr(module, "TRIES", 1)
+    between(one.backend, monkeypatch, other.say)
+    with pytest.raises(Busy):
+        one.say(limit=limit_of(one, 5))
+    with pytest.raises(Busy):
+        other.say()
+    with server.client() as client:
+        assert 0 < client.pttl("gateway_queue_sync:{default}:claim") <= 1_000
+        client.delete("gateway_queue_sync:{default}:claim")  # as it expires
+    assert other.again().remaining == 1000
+
+
+def test_a_result_that_arrives_late_is_not_stored(server):
+    one, other = talker(server), talker(server)
+    run, late = one.backend._run, []
+
+    def lost(request, mode, *given):
+        if mode == "store" and not late:
+            late.append((request, mode, *given))
+            raise Unreachable
+        return run(request, mode, *given)
+
+    one.backend._run = lost
+    with pytest.raises(Unreachable):
+        one.say(limit=limit_of(one, 5))
+    assert one.again(limit=limit_of(one, 5)).remaining == 5
+    serial = other.permit().serial
+    text, *_ = run(*late[0])
+    assert not text
+    with server.client() as client:
+        client.delete("gateway_queue_sync:{default}:claim")
+    reply = other.say()
+    assert (reply.granted, reply.remaining) == (serial, 4)
+
+
 # --- users and what they may not do ---------------------------------------------------------------
 
 
@@ -152,8 +236,8 @@ def user(server, *rights: str) -> str:
 
 
 NEEDED = (
-    "hset", "hget", "hgetall", "hmget", "hkeys", "hexists", "hdel", "zadd", "zrange",
-    "zrangebyscore", "zrangebylex", "zrem", "unlink", "time",
+    "hset", "hget", "hgetall", "zadd", "zrange", "zcount", "zscore", "zrem",
+    "zremrangebyscore", "set", "get", "unlink", "time",
 )  # fmt: skip
 
 
@@ -175,19 +259,20 @@ def test_a_right_that_is_taken_away_meanwhile_changes_nothing(server, command):
     clock.now_us = clock.wall_us = lambda: now_us  # type: ignore[method-assign]
     now_us = 1_700_000_000 * S
     dead, one = talker(url, clock), talker(url, clock)
+    now_us += S
     dead.ask(9)
     now_us += S
-    serial = one.ask(1).permits[0].serial
+    permit = one.ask(1).permits[0]
     one.ask(2)
-    now_us += 61 * S
+    now_us += S
     user(server, f"-{command}")
     before = state(server)
     number = one.number
-    report = (Report(messages.UNUSED, serial, 0, 1, now_us),)
+    report = (Report(messages.UNUSED, permit.serial, 0, permit.period, now_us),)
     line = (Line(0, 0, (Waiter(2, 0, now_us, now_us),)),)
     if command == "time":  # which is taken along here
         return
-    if command in ("zrange", "hkeys", "hexists"):  # which this request does not need
+    if command in ("hgetall", "zrange", "zcount"):  # which this request does not need
         one.backend._tried = False
     for _ in range(3):
         one.number = number
@@ -196,7 +281,7 @@ def test_a_right_that_is_taken_away_meanwhile_changes_nothing(server, command):
         assert state(server) == before
     user(server)
     one.number = number
-    assert [one.say(lines=line, reports=report).permits[0].serial] == [serial + 1]
+    assert [one.say(lines=line, reports=report).permits[0].serial] == [permit.serial + 1]
 
 
 @pytest.mark.parametrize("command", ["eval", "evalsha"])
@@ -227,14 +312,18 @@ def use_all(one: Talker) -> None:
     )
 
 
-@pytest.mark.parametrize("part", module.KEYS[:-1])
+@pytest.mark.parametrize("part", ["ledger", "recent", "session", "claim"])
 def test_another_programs_key_is_left_as_it_is(server, part):
     one = talker(server)
     one.ask()
     with server.client() as client:
-        key = f"gateway_queue_sync:{{default}}:{part}"
+        name = f"session:{one.session}" if part == "session" else part
+        key = f"gateway_queue_sync:{{default}}:{name}"
         client.delete(key)
-        client.set(key, "theirs")
+        if part in ("ledger", "recent"):
+            client.set(key, "theirs")
+        else:
+            client.rpush(key, "theirs")
     before = state(server)
     with pytest.raises(LedgerError, match="WRONGTYPE") as caught:
         use_all(one)
@@ -294,7 +383,7 @@ def test_rows_of_an_account_that_was_deleted_alone_do_not_count(server):
     one.permit()
     one.ask()
     with server.client() as client:
-        client.delete("gateway_queue_sync:{default}:account")
+        client.delete("gateway_queue_sync:{default}:ledger")
     other = talker(server)
     assert other.say(look=1).look.lines == ()
     assert one.ask().status == messages.INTRODUCE

@@ -37,7 +37,7 @@ from gateway_queue_sync import AcquireTimeout, LedgerError, RedisQueue
 from gateway_queue_sync.ledgers import remote
 from gateway_queue_sync.ledgers.shared import inquiry
 from gateway_queue_sync.ledgers.shared.messages import Reply
-from gateway_queue_sync.ledgers.shared.redis import KEYS
+from gateway_queue_sync.ledgers.shared.store_redis import KEYS
 from gateway_queue_sync.queue import scheduler_of
 from gateway_queue_sync.testing import Referee
 
@@ -339,11 +339,9 @@ def test_a_line_stands_where_the_data_was_kept(keeping, make, clock, crew):
 @pytest.mark.parametrize(
     "lost",
     [
-        *((name,) for name in KEYS),
-        tuple(name for name in KEYS if name != "account"),
-        ("session", "bucket"),
-        ("session", "line"),
-        ("account", "recent"),
+        *((name,) for name in KEYS if name not in ("replaced", "probe")),
+        ("session", "recent"),
+        ("ledger", "recent"),
     ],
     ids=" ".join,
 )
@@ -367,18 +365,19 @@ def test_whatever_keys_are_lost_nothing_comes_early(server, make, clock, crew, l
         for _ in range(6):
             at_rest(clock, *calls)
             clock.advance(WINDOW / 3)
-            client.delete(*map(key, lost))
+            for name in lost:
+                client.delete(key(name), *client.keys(key(f"{name}:*")))
         drive(clock, *calls)
     assert all(call.exception() is None for call in calls)
     assert referee.refused == 0
 
 
-def test_buckets_that_are_lost_alone_are_closed_for_one_window(server, make, clock):
+def test_a_ledger_that_is_lost_alone_is_closed_for_one_window(server, make, clock):
     one = begun(make, server.url, clock)
     other = make(server.url, clock=clock, lease=NEVER_HEARD_OF)
     take(one, 0)
     with server.client() as client:
-        client.delete(key("bucket"))
+        client.delete(key("ledger"))
     assert other.try_acquire(1) is None
     clock.advance(WINDOW - MOMENT)
     assert other.try_acquire(1) is None
@@ -393,7 +392,7 @@ def test_a_report_on_a_permit_of_a_lost_account_opens_no_window(server, make, cl
     other = make(server.url, clock=clock, lease=NEVER_HEARD_OF)
     old = take(one, 0)
     with server.client() as client:
-        client.delete(key("account"))
+        client.delete(key("ledger"))
     other.snapshot()
     clock.advance(WINDOW)
     new = take(other, 1)
@@ -477,7 +476,7 @@ def test_a_server_that_evicts_keys_grants_nothing_early(own, make, clock):
         for step in range(60):
             for number in range(80) if step % 15 == 7 else ():
                 client.set(f"other:{step}:{number}", "x" * 20_000)
-            evictions += not client.exists(key("account"))
+            evictions += not client.exists(key("ledger"))
             if queue.try_acquire(0) is not None:
                 referee.identify(0)
             clock.advance(1)
@@ -1118,7 +1117,7 @@ def fail_over(proxy, replica):
 def promote(replica):
     """Make a primary of a replica that has seen the account, and will see no more of it."""
     with replica.client() as client:
-        until(lambda: client.exists(key("account")), "the replica's copy")
+        until(lambda: client.exists(key("ledger")), "the replica's copy")
         client.replicaof("NO", "ONE")
 
 
@@ -1198,9 +1197,9 @@ def test_a_bucket_that_is_ahead_of_the_server_costs_one_window_at_most(server, m
     queue = begun(make, server.url, clock)
     take(queue, 0)
     with server.client() as client:
-        row = json.loads(client.hget(key("bucket"), "0"))
-        row[0] = clock.now_us() + 3_600_000_000
-        client.hset(key("bucket"), "0", json.dumps(row))
+        row = json.loads(client.hget(key("ledger"), "0"))
+        row["last_us"] = clock.now_us() + 3_600_000_000
+        client.hset(key("ledger"), "0", json.dumps(row))
     assert queue.try_acquire(0) is None
     clock.advance(WINDOW)
     assert queue.try_acquire(0) is not None
@@ -1272,7 +1271,8 @@ def test_who_left_before_a_restart_does_not_wait_after_it(saving, make, clock, c
 def test_a_server_that_tells_its_run_for_the_first_time_is_no_other_one(own, make, clock, rights):
     queue = begun(make, own.url, clock)
     with own.client() as client:
-        client.hset(key("account"), mapping={"run": "", "replid": ""})
+        row = json.loads(client.hget(key("ledger"), "account"))
+        client.hset(key("ledger"), "account", json.dumps(row | {"run": "", "replid": ""}))
         client.execute_command("ACL SETUSER", "bob", "on", f">{SECRET}", "~*", *rights)
     bob = make(with_a_password(own, SECRET, "bob"), clock=clock, lease=NEVER_HEARD_OF)
     take(bob, 0)

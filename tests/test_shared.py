@@ -770,7 +770,7 @@ def forget_all(queue):
     if hasattr(account, "_path"):
         account._path.unlink()
     else:
-        account._client.delete(*account._keys)
+        account._client.flushall()
 
 
 def test_an_account_that_is_new_grants_nothing_for_a_window(account, clock):
@@ -851,7 +851,7 @@ def copy_of(queue):
     account = backend_of(queue)
     if hasattr(account, "_path"):
         return account._path.read_bytes()
-    return {key: account._client.dump(key) for key in account._keys}
+    return {key: account._client.dump(key) for key in account._client.keys("*")}
 
 
 def put_back(queue, copy):
@@ -861,10 +861,9 @@ def put_back(queue, copy):
         account._closed = False
         account._path.write_bytes(copy)
         return
+    account._client.flushall()
     for key, value in copy.items():
-        account._client.delete(key)
-        if value is not None:
-            account._client.restore(key, 0, value)
+        account._client.restore(key, 0, value)
 
 
 # --- replies that are lost, ledgers out of reach --------------------------------------------------

@@ -26,13 +26,14 @@ from gateway_queue_sync.ledgers.shared.messages import (
     to_wire,
 )
 from gateway_queue_sync.ledgers.shared.redis import RedisBackend
+from gateway_queue_sync.ledgers.shared.store import SharedBucket
 
 pytestmark = needs_redis
 
 S = 1_000_000
 LIVES = 30  # accounts, one after the other; the environment may say another number
 REQUESTS = 400  # in each
-HUGE = (1 << 53) - 1
+DEFAULTS = ("last_us", "closed_until_us", "rejections")
 
 
 class SetClock(SystemClock):
@@ -234,73 +235,52 @@ def stored_in_python(store: MemoryStore) -> dict[str, object]:
     for name in ("patience_us", "buckets", "recent"):
         del flat[name]
     default = flat.pop("default_bucket")
-    flat |= {name: default[name] for name in ("last_us", "closed_until_us", "rejections")}
+    flat |= {name: default[name] for name in DEFAULTS}
     flat["other_reset_us"], flat["other_read_us"] = flat.pop("other_reset") or (None, None)
     flat["refresh_owed"] = int(flat["refresh_owed"])
     if flat["read_due_us"] > 1 << 59:
         flat["read_due_us"] = 1 << 60
-    names = [
-        *("last_us", "serial", "previous_us", "previous_serial", "closed_until_us", "rejections"),
-        *("rejected_serial", "opened_us", "waiting"),
-    ]
-    buckets = {
-        number: [getattr(one, name) for name in names] for number, one in store._buckets.items()
-    }
-    sessions = {
-        row.session: [row.number, row.last_request_us, row.layout, row.reply]
-        for row in store._sessions.values()
-    }
-    lines = {
-        (row.layout, row.bucket, row.session): [row.until_us, row.more, to_wire(row.waiters)]
-        for rows in store._lines.values()
-        for row in rows.values()
-    }
     return {
         "account": flat,
-        "bucket": buckets,
-        "session": sessions,
-        "line": lines,
+        "bucket": {number: as_stored(one) for number, one in store._buckets.items()},
+        "session": {
+            row.session: [row.number, row.last_request_us, row.reply]
+            for row in store._sessions.values()
+        },
         "recent": dict(store._recent),
     }
+
+
+def as_stored(bucket: SharedBucket) -> dict[str, object]:
+    return asdict(bucket) | {"lines": sorted(to_wire(row) for row in bucket.lines)}
 
 
 def stored_in_redis(client, name: str) -> dict[str, object]:
     def key(part: str) -> str:
         return f"gateway_queue_sync:{{{name}}}:{part}"
 
-    account = {}
-    for field_name, text in client.hgetall(key("account")).items():
-        if field_name not in ("run", "replid"):
-            account[field_name] = text
-            if field_name not in ("bot", "reader"):
-                account[field_name] = int(text) if text else None
-    if not account:
+    ledger = {part: json.loads(text) for part, text in client.hgetall(key("ledger")).items()}
+    if not ledger:
         assert not client.keys(key("*"))
         return {}
+    account = {
+        part: None if value is False else value for part, value in ledger.pop("account").items()
+    }
+    for part in ("run", "replid", "changed", "created"):
+        del account[part]
+    account |= {part: account.pop(f"default_{part}") for part in DEFAULTS}
     if account["read_due_us"] > 1 << 59:
         account["read_due_us"] = 1 << 60
     sessions = {}
-    for session, text in client.hgetall(key("session")).items():
-        *numbers, reply = json.loads(text)
-        sessions[session] = [*numbers, json.dumps(reply, separators=(",", ":"))]
-    lines, live, of = {}, set(), set()
-    for place, text in client.hgetall(key("line")).items():
-        layout, bucket, session = place.split(":", 2)
-        row = lines[int(layout), int(bucket), session] = json.loads(text)
-        live.add(f"{layout}:{bucket}:{row[0]:016}:{session}")
-        of.add(f"{session} {layout}:{bucket}:")
-    assert set(client.zrange(key("live"), 0, -1)) == live
-    assert set(client.zrange(key("of"), 0, -1)) == of
-    heard = dict(client.zrange(key("heard"), 0, -1, withscores=True))
-    assert heard == {session: row[1] for session, row in sessions.items()}
-    assert not client.exists(key("probe"))
-    buckets = client.hgetall(key("bucket"))
-    assert buckets.pop("kept") == ""
+    for session_key in client.keys(key("session:*")):
+        number, last_request_us, _, reply = client.get(session_key).split(" ", 3)
+        assert 0 < client.pttl(session_key) <= 60_000
+        sessions[session_key.rpartition(":")[2]] = [int(number), int(last_request_us), reply]
+    assert not client.exists(key("probe"), key("claim"))
     return {
         "account": account,
-        "bucket": {int(number): json.loads(text) for number, text in buckets.items()},
+        "bucket": {int(at): row | {"lines": sorted(row["lines"])} for at, row in ledger.items()},
         "session": sessions,
-        "line": lines,
         "recent": {
             int(serial): int(at)
             for serial, at in client.zrange(key("recent"), 0, -1, withscores=True)
@@ -344,7 +324,7 @@ def assert_same(found: dict[str, object], expected: dict[str, object], at: str) 
 
 def live_once(seed: int, client) -> set[str]:
     world, store, clock, name, kinds = World(seed), MemoryStore(), SetClock(), f"t{seed}", set()
-    backend = RedisBackend(client, name, clock)
+    backend, store.keeps_silent = RedisBackend(client, name, clock), True
     applied: dict[str, tuple[Line, ...]] = {}  # what each session has asked under its latest number
     for count in range(REQUESTS):
         world.later()
@@ -352,8 +332,10 @@ def live_once(seed: int, client) -> set[str]:
         speaker, request = world.request()
         lost = world.dice.random() < 0.005 and store._account is not None
         if lost:
-            where = f"gateway_queue_sync:{{{name}}}:account"
-            client.hset(where, world.dice.choice(("run", "replid")), "another")
+            where = f"gateway_queue_sync:{{{name}}}:ledger"
+            account = json.loads(client.hget(where, "account"))
+            account[world.dice.choice(("run", "replid"))] = "another"
+            client.hset(where, "account", json.dumps(account))
         row = store._sessions.get(request.session)
         repeats = row is not None and row.number == request.number
         before = stored_in_python(store)

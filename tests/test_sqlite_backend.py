@@ -215,15 +215,6 @@ def until_granted(talker):
 # --- the same replies as a store in memory --------------------------------------------------------
 
 
-class Ordered(MemoryStore):
-    """Sessions that were last heard at one time are in the order of their ids, as in an index."""
-
-    def silent(self, before_us, after_us, at_most):
-        rows = sorted(self._sessions.values(), key=lambda row: (row.last_request_us, row.session))
-        found = [row for row in rows if not before_us <= row.last_request_us <= after_us]
-        return found[:at_most]
-
-
 class Walk:
     """Requests of several sessions, most of them sensible."""
 
@@ -320,23 +311,21 @@ class Walk:
 def rows_of(path):
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         store = SqliteStore(connection, "default", Kept("", "", "", 0, 0))
-        account, sessions = store.account(), store.silent(1 << 62, 1 << 62, 10_000)
-        lines = {line for one in sessions for line in store.lines_of(one.session)}
-        assert connection.execute("SELECT count(*) FROM line").fetchone() == (len(lines),)
-        return account, store.buckets(), set(sessions), lines, store.recent()
+        ids = connection.execute("SELECT session FROM session").fetchall()
+        sessions = {store.session(one) for (one,) in ids}
+        return store.account(), store.buckets(), sessions, store.recent()
 
 
 def rows_of_memory(memory):
     account = replace(memory.account(), recent=None)
     account.default_bucket = replace(account.default_bucket, rejected_serial=-1)  # it is not used
     sessions = set(memory._sessions.values())
-    lines = {line for rows in memory._lines.values() for line in rows.values()}
-    return account, memory._buckets, sessions, lines, memory._recent
+    return account, memory._buckets, sessions, memory._recent
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_every_reply_is_the_same_as_that_of_a_store_in_memory(path, make, clock, seed):
-    walk, memory, backends = Walk(seed, clock), Ordered(), [make(), make()]
+    walk, memory, backends = Walk(seed, clock), MemoryStore(), [make(), make()]
     statuses, permits = set(), 0
     for step in range(800):
         walk.time()
@@ -434,20 +423,15 @@ def test_a_head_that_asks_again_takes_few_statements(talk):
 
 def add_dead_sessions(path, count):
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("session", "line"):
-            columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
-            (row,) = connection.execute(f"SELECT * FROM {table} LIMIT 1").fetchall()
-            row = dict(zip(columns, row, strict=True))
-            rows = [
-                tuple((row | {"session": f"dead{one}", "last_request_us": one}).values())[
-                    : len(row)
-                ]
-                if table == "session"
-                else tuple((row | {"session": f"dead{one}", "until_us": one}).values())
-                for one in range(count)
-            ]
-            marks = ", ".join("?" * len(columns))
-            connection.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+        columns = [row[1] for row in connection.execute("PRAGMA table_info(session)")]
+        (row,) = connection.execute("SELECT * FROM session LIMIT 1").fetchall()
+        row = dict(zip(columns, row, strict=True))
+        rows = [
+            tuple((row | {"session": f"dead{one}", "last_request_us": one}).values())
+            for one in range(count)
+        ]
+        marks = ", ".join("?" * len(columns))
+        connection.executemany(f"INSERT INTO session VALUES ({marks})", rows)
 
 
 def test_thousands_of_dead_sessions_are_removed_in_steps(path, talk):
@@ -458,7 +442,6 @@ def test_thousands_of_dead_sessions_are_removed_in_steps(path, talk):
     for _ in range(50):
         talker.ask()
     assert sql(path, "SELECT count(*) FROM session") == [(2_001 - 200,)]
-    assert sql(path, "SELECT count(*) FROM line") == [(2_001 - 200,)]
 
 
 def test_no_statement_reads_a_whole_table(path, talk):
@@ -474,7 +457,6 @@ def test_no_statement_reads_a_whole_table(path, talk):
         if statement.split()[0] in {"SELECT", "DELETE", "UPDATE"}:
             plans += [row[3] for row in sql(path, f"EXPLAIN QUERY PLAN {statement}")]
     assert any("session_heard" in plan for plan in plans)
-    assert any("line_turn" in plan for plan in plans)
     scans = [plan for plan in plans if plan.startswith("SCAN") and "subquery" not in plan.lower()]
     assert scans == []
 
@@ -862,7 +844,6 @@ def test_without_a_boot_id_a_machine_is_known_by_when_it_began(path, make, monke
     assert one.ask().lost == 0
     written_over(path)
     assert one.backend.ask(one.latest).lost == 1  # a copy, of the same clock
-    assert sql(path, "SELECT count(*) FROM line") == [(1,)]
     (began,) = sql(path, "SELECT clock FROM account")[0]
     kept_by(path, clock=str(int(began) - 3_600 * S))
     assert one.ask().lost == 1

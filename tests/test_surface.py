@@ -41,7 +41,7 @@ FLOORS = [
     ["ledgers.memory", "ledgers.shared", "ledgers.shared.messages"],
     [f"ledgers.shared.{name}" for name in ("answers", "backend", "bounds", "round_trips", "store")],
     ["ledgers.shared.stored_lines"],
-    [f"ledgers.shared.{name}" for name in ("session", "rows", "store_sqlite")],
+    [f"ledgers.shared.{name}" for name in ("session", "rows", "store_sqlite", "store_redis")],
     ["ledgers.shared.inquiry"],
     ["ledgers.remote", "ledgers.shared.limits", "ledgers.shared.sqlite_file"],
     ["ledgers.shared.turns"],

@@ -11,7 +11,7 @@ from gateway_queue_sync.ledgers.shared.rows import MAX_PERIODS_BACK, READ_CLAIM_
 from gateway_queue_sync.ledgers.shared.store import SharedAccount
 from gateway_queue_sync.limits import CONFIRM_US
 from gateway_queue_sync.models import US_PER_SECOND, SessionStartLimit
-from gateway_queue_sync.token_bucket import NEVER, UNSEEN_US, TokenBucket, unseen_us
+from gateway_queue_sync.token_bucket import UNSEEN_US, TokenBucket, unseen_us
 
 FRESH_READ_US = 60 * US_PER_SECOND  # a process that starts uses a read of this age
 FORGOTTEN_US = 60 * US_PER_SECOND  # in which a process that can read a forgotten limit has to do so
@@ -54,15 +54,14 @@ def change(rows: Rows, limit: Limit) -> tuple[int, int]:
     if limit.kind == messages.FORGET:
         _forget(account, rows.wall_us)
         return messages.APPLIED, uncounted
-    divides = limit.max_concurrency != account.max_concurrency
     if limit.kind != messages.UPDATE:
         account.reader = "" if account.reader == rows.request.session else account.reader
         is_late = rows.request.sent_us - limit.asked_us > UNSEEN_US  # so not all grants since count
         before_reset = limit.reset_after_us > 0 and not given.reset_after
         if before_reset or (is_late and account.total is not None):
             return messages.NOT_APPLIED, uncounted
-    if divides:
-        rows.load_for_division()
+    if limit.max_concurrency != account.max_concurrency:
+        rows.divide(limit.max_concurrency)
     if limit.kind == messages.UPDATE:
         session_limits.adopt(account, given, rows.wall_us)
     else:
@@ -70,14 +69,12 @@ def change(rows: Rows, limit: Limit) -> tuple[int, int]:
         asked_us = rows.wall_us - (rows.request.sent_us - limit.asked_us)
         settled = session_limits.read(account, given, asked_us, rows.wall_us)
         rows.store.drop_recent_before(asked_us - unseen_us(account))
-        if rows.request.can_read or account.read_us > NEVER:  # else nobody reads at a reset
+        if rows.request.can_read or account.has_reader:  # else nobody reads at a reset
             account.read_us = rows.now_us
         again_us = (rows.request.reread_us or FOREVER_US) if settled else CONFIRM_US
         account.read_due_us = rows.now_us + again_us
         theirs = limit.remaining - len(account.recent)
         uncounted = theirs if theirs > account.remaining else -1
-    if divides:
-        rows.divide()
     return messages.APPLIED, uncounted
 
 
@@ -85,7 +82,7 @@ def _forget(account: SharedAccount, wall_us: int) -> None:
     """Delete the limit and the bot. If it was read before, processes have a minute to read it."""
     _adopt_default(account, wall_us)
     account.bot = ""
-    if account.read_us > NEVER:
+    if account.has_reader:
         account.total, account.remaining, account.refresh_owed = None, 0, True
         account.resets_at_us = wall_us + FORGOTTEN_US
 
@@ -112,9 +109,8 @@ def open_with(rows: Rows, limit: Limit) -> None:
     account, given = rows.kept, _as_now(rows.request, limit)
     left = session_limits.budget(account, rows.wall_us)
     period, owed = account.period, account.refresh_owed
-    divides = given.max_concurrency != account.max_concurrency
-    if divides:
-        rows.load_for_division()
+    if given.max_concurrency != account.max_concurrency:
+        rows.divide(given.max_concurrency)
     runs = left is not None and left.resets_in_us > 0
     if left is not None and runs:
         resets_in = left.resets_in_us / US_PER_SECOND
@@ -127,8 +123,6 @@ def open_with(rows: Rows, limit: Limit) -> None:
     session_limits.adopt(account, given, rows.wall_us)
     if runs:
         account.period, account.refresh_owed, account.used = period, owed, used
-    if divides:
-        rows.divide()
 
 
 def reads(rows: Rows, *, reset_denied: bool) -> int:

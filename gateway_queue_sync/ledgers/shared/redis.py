@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from gateway_queue_sync.clock import SYSTEM_CLOCK, Clock
 from gateway_queue_sync.errors import LedgerError
-from gateway_queue_sync.ledgers.shared.backend import Unreachable
-from gateway_queue_sync.ledgers.shared.bounds import check_reply
+from gateway_queue_sync.ledgers.shared.backend import Busy, Unreachable
+from gateway_queue_sync.ledgers.shared.bounds import check_reply, refusal
 from gateway_queue_sync.ledgers.shared.messages import Reply, Request, from_wire, to_wire
+from gateway_queue_sync.ledgers.shared.store_redis import KEYS, RedisStore, as_text
+from gateway_queue_sync.ledgers.shared.turns import answer, look
 
 try:
     import redis
@@ -39,15 +41,14 @@ log = logging.getLogger("gateway_queue_sync")
 
 SCRIPT = importlib.resources.files(__package__).joinpath("answer.lua").read_text("utf-8")
 SHA1 = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
-KEYS = ("account", "bucket", "session", "heard", "line", "live", "of", "recent", "probe")
+TRIES = 3  # of a request that Python computes; others can come between the first two only
 SOCKET_TIMEOUT = 1.0  # s, of a client that is made from a URL
 
-# Runs commands on the last key, and deletes it. Returns the first one that fails, with the error; and
+# Runs commands on a key, and deletes it. Returns the first one that fails, with the error; and
 # whether an id can be read that shows restarts and failovers.
 TRY_COMMANDS = """
-local key = KEYS[#KEYS]
+local key = KEYS[1]
 local refused = {}
-redis.pcall('UNLINK', key)
 for line in string.gmatch(ARGV[1], '[^,]+') do
   local words = {}
   for word in string.gmatch(line, '%S+') do words[#words + 1] = word == 'key' and key or word end
@@ -66,9 +67,9 @@ end
 return {ids, unpack(refused)}
 """
 COMMANDS = (
-    "HSET key f 1,HGET key f,HGETALL key,HMGET key f,HKEYS key,HEXISTS key f,HDEL key f,"
-    "ZADD key 0 m,ZRANGE key 0 -1,ZRANGEBYSCORE key 0 1,ZRANGEBYLEX key - +,ZREM key m,"
-    "UNLINK key,TIME"
+    "UNLINK key,HSET key f 1,HGET key f,HGETALL key,UNLINK key,"
+    "ZADD key 0 m,ZRANGE key 0 -1,ZCOUNT key 0 1,ZSCORE key m,ZREM key m,ZREMRANGEBYSCORE key 1 0,"
+    "UNLINK key,SET key 1,GET key,TIME"
 )
 
 # Errors of a server that may be able to answer later; redis-py has classes for some of them.
@@ -83,7 +84,7 @@ PASSES = (
 )
 REFUSED = (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError)
 FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
-NO_REDIS = (TypeError, ValueError, LookupError)
+INVALID = (ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
 
 
 class RedisBackend:
@@ -107,7 +108,7 @@ class RedisBackend:
         self._client: Client | None = made_from(given) if isinstance(given, str) else given
         self._make = maker(given)
         self._where = address(self._client) + ("" if name == "default" else f" ({name})")
-        self._keys = [f"gateway_queue_sync:{{{name}}}:{key}" for key in KEYS]
+        self._prefix = f"gateway_queue_sync:{{{name}}}"
         self._clock = None if clock is SYSTEM_CLOCK else clock
         self._tried = self._warned = False
         self._parents: list[Client] = []
@@ -123,43 +124,79 @@ class RedisBackend:
         """Send a request to the script and return its reply."""
         try:
             return self._ask(request)
+        except Busy:
+            raise
         except FAILURES as error:
             self._tried = False
             raise self._failure(error) from error
         except BaseException as error:
             if self._client is not None:
                 disconnect(self._client)  # a reply may be on its way in the connection
-            if isinstance(error, NO_REDIS):
+            if isinstance(error, INVALID):
                 raise LedgerError(f"{self!r} sent an invalid reply: {error}") from error
             raise
 
     def _ask(self, request: Request) -> Reply:
-        given = [json.dumps(to_wire(request), separators=(",", ":"))]
-        if self._clock is not None:
-            given += [str(self._clock.now_us()), str(self._clock.wall_us())]
         if self._client is None:
             self._client = self._make()
         if not self._tried:
             self._try_commands()
-        reply = from_wire(Reply, json.loads(self._run(SCRIPT, SHA1, given)))
-        if (reply.attempt, reply.number) != (request.attempt, request.number):
-            # An interrupt came between a request and its reply, which is still in the connection.
-            raise Unreachable(f"{self!r} answered another request")
+        rare = not request.session or request.introduction or request.limit or refusal(request)
+        text, *rows = self._run(request, "read" if rare else "apply")
+        if not text:
+            reply = self._compute(request, rows)
+        else:
+            reply = from_wire(Reply, json.loads(text))
+            if rows:
+                store = _store(request, rows)
+                reply = reply._replace(look=look(store, request, store.now_us, store.wall_us))
         check_reply(request, reply)
         return reply
 
-    def _run(self, script: str, sha1: str, given: list[str]) -> Any:
+    def _compute(self, request: Request, rows: list[Any]) -> Reply:
+        """Answer a request by what is stored, and store the result unless that has changed meanwhile."""
+        for _ in range(TRIES):
+            store = _store(request, rows)
+            reply = answer(store, request, store.now_us, store.wall_us, lost=store.lost)
+            if not store.writes:
+                return reply
+            text, *rows = self._run(request, "store", store.changed, json.dumps(store.writes))
+            if text:
+                return reply
+        raise Busy(f"{self!r} changes again and again")
+
+    def _run(self, request: Request, mode: str, changed: str = "", writes: str = "") -> list[Any]:
+        """Run the script. Return the reply as JSON, if it has one, and the rows that it read."""
         assert self._client is not None
-        count = len(self._keys)
+        keys = self._keys(request)
+        given = [json.dumps(to_wire(request), separators=(",", ":")), mode, changed, writes]
+        if self._clock is not None:
+            given += [str(self._clock.now_us()), str(self._clock.wall_us())]
         try:
-            return self._client.evalsha(sha1, count, *self._keys, *given)
+            found = self._client.evalsha(SHA1, len(keys), *keys, *given)
         except redis.exceptions.NoScriptError:  # it was restarted, flushed or failed over to
-            return self._client.eval(script, count, *self._keys, *given)
+            found = self._client.eval(SCRIPT, len(keys), *keys, *given)
+        tag, text, *rows = as_text(found)
+        attempt, _, session = tag.partition(" ")
+        if (int(attempt), session) != (request.attempt, request.session):
+            # An interrupt came between a request and its answer, which is still in the connection.
+            raise Unreachable(f"{self!r} answered another request")
+        if text == "busy":
+            raise Busy(f"{self!r}: another process changes it")
+        return [text, *rows]
+
+    def _keys(self, request: Request) -> list[str]:
+        new = request.introduction
+        names = {
+            "session": f"session:{request.session}",
+            "replaced": f"session:{new.replaces if new else ''}",
+        }
+        return [f"{self._prefix}:{names.get(key, key)}" for key in KEYS]
 
     def _try_commands(self) -> None:
         """Check that this user may run the commands that the script needs."""
         assert self._client is not None
-        ids, *refused = self._client.eval(TRY_COMMANDS, len(self._keys), *self._keys, COMMANDS)
+        ids, *refused = self._client.eval(TRY_COMMANDS, 1, f"{self._prefix}:probe", COMMANDS)
         if refused:
             command, why = (one.decode() if isinstance(one, bytes) else one for one in refused)
             if PASSING.search(why):
@@ -207,6 +244,11 @@ class RedisBackend:
         """Close a client that was made from a URL. One that was passed belongs to its owner."""
         if self._made and self._client is not None:
             self._client.close()
+
+
+def _store(request: Request, rows: list[Any]) -> RedisStore:
+    new = request.introduction
+    return RedisStore(rows, request.session, new.replaces if new else "")
 
 
 def made_from(url: str) -> redis.Redis:

@@ -13,7 +13,6 @@ from gateway_queue_sync.ledgers.shared.messages import Request
 from gateway_queue_sync.ledgers.shared.store import SharedAccount, SharedBucket, Store
 from gateway_queue_sync.limits import CONFIRM_US
 from gateway_queue_sync.models import US_PER_SECOND
-from gateway_queue_sync.token_bucket import TokenBucket
 
 MAX_SETTINGS_US = MAX_LEASE_US + MAX_INTERVAL_US + MAX_MARGIN_US
 MAX_NOTICE_US = 2 * US_PER_SECOND
@@ -27,15 +26,12 @@ class Rows:
 
     Attributes:
         account: the account; ``None`` in a new ledger.
-        divided: the number of buckets has changed, so stored buckets and lines do not count.
+        divided: all buckets were replaced, so those that are stored do not count.
     """
 
     def __init__(self, store: Store, request: Request, now_us: int, wall_us: int) -> None:
         self.store, self.request, self.now_us, self.wall_us = store, request, now_us, wall_us
         self.divided = False
-        # If the buckets are replaced: the longest row of rejections, the waiters of other sessions, and
-        # how many buckets there were.
-        self._rejections = self._others = self._were = 0
         self.account = store.account()
         if self.account is not None:
             self._bound_times(self.account)
@@ -84,6 +80,9 @@ class Rows:
                     rejected_serial=0,  # a new bucket's serial is 0, too, so the row continues
                 )
             bucket.opened_us = min(bucket.opened_us, self.now_us + MAX_NOTICE_US)
+            # A session whose head was passed over may not have asked again yet: its line stays a while.
+            after_us, up_to_us = self.now_us - MAX_NOTICE_US, self.now_us + MAX_LEASE_US
+            bucket.lines = tuple(row for row in bucket.lines if after_us < row.until_us <= up_to_us)
             buckets[number] = bucket
         return bucket
 
@@ -92,15 +91,27 @@ class Rows:
         for number in () if self.divided else self.store.buckets():
             self.bucket(number)
 
-    def divide(self) -> None:
-        """Drop all stored lines and buckets, because the number of buckets has changed."""
-        self.store.drop_buckets()
-        default = self.kept.default_bucket
-        default.rejections = self._rejections
+    def divide(self, max_concurrency: int) -> None:
+        """Replace all buckets, with their lines, by new ones that are closed as long as any of them.
+
+        So all sessions send their lines again. If the number of buckets changes, they get time for it.
+        """
+        self.load_all()
+        account, others = self.kept, 0
+        default = account.default_bucket
+        for bucket in account.buckets.values():
+            assert isinstance(bucket, SharedBucket)
+            others += bucket.waiting(but_for=self.request.session)
+            default.last_us = max(default.last_us, bucket.last_us)
+            default.closed_until_us = max(default.closed_until_us, bucket.closed_until_us)
+            if bucket.rejected_serial in (bucket.serial, bucket.previous_serial):
+                default.rejections = max(default.rejections, bucket.rejections)
         begins = self.request.introduction is not None  # many in a row must not stop all
-        if self._others > 0 and not begins and self.kept.max_concurrency != self._were:
-            self.kept.settle_until_us = self.now_us + self.notice_us
-        self.kept.layout += 1
+        if others and not begins and max_concurrency != account.max_concurrency:
+            account.settle_until_us = self.now_us + self.notice_us
+        self.store.drop_buckets()
+        account.buckets, account.max_concurrency = {}, max_concurrency
+        account.layout += 1
         self.divided = True
 
     def due_us(self, bucket: SharedBucket) -> int:
@@ -109,23 +120,6 @@ class Rows:
         due_us = now_us + token_bucket.closed_for_us(account, bucket, now_us)
         return max(due_us, account.settle_until_us)
 
-    def load_for_division(self) -> None:
-        """Load all buckets, and note what goes on in them, before their number changes."""
-        self.load_all()
-        known = self.kept.buckets.values()
-        going_on = [
-            bucket.rejections
-            for bucket in known
-            if bucket.rejected_serial in (bucket.serial, bucket.previous_serial)
-        ]
-        self._rejections = max(self.kept.default_bucket.rejections, *going_on, 0)
-        own, layout = self.store.lines_of(self.request.session), self.kept.layout
-        self._others = -sum(row.waiting for row in own if row.layout == layout)
-        self._were = self.kept.max_concurrency
-        for bucket in self.kept.buckets.values():
-            assert isinstance(bucket, SharedBucket)
-            self._others += bucket.waiting
-
     def lose(self, period: int = 0) -> None:
         """Close all buckets for one window, and ask for all lines, because requests were lost.
 
@@ -133,14 +127,8 @@ class Rows:
         before the loss, and permits from before cannot be given back.
         """
         account = self.kept
-        self.load_for_division()
-        buckets = [account.default_bucket, *account.buckets.values()]
-        account.default_bucket = TokenBucket(
-            last_us=self.now_us,
-            closed_until_us=max(bucket.closed_until_us for bucket in buckets),
-        )
-        account.buckets = {}
-        self.divide()
+        self.divide(account.max_concurrency)
+        account.default_bucket.last_us = self.now_us
         account.period = max(max(account.period, period) + MAX_PERIODS_BACK, self.wall_us)
 
     def save(self) -> None:

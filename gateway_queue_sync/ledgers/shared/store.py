@@ -6,15 +6,34 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from gateway_queue_sync.ledgers.shared.messages import Waiter
+from gateway_queue_sync.models import US_PER_SECOND
 from gateway_queue_sync.token_bucket import NEVER, Account, TokenBucket
+
+
+class LineRow(NamedTuple):
+    """A session's line for a bucket, with times by the ledger's clock; live until ``until_us``."""
+
+    session: str
+    until_us: int
+    more: int
+    waiters: tuple[Waiter, ...]
 
 
 @dataclass(slots=True)
 class SharedBucket(TokenBucket):
-    """A bucket. Graces count from ``opened_us``; ``waiting`` counts the waiters of all sessions."""
+    """A bucket, with the lines of all sessions that wait for it.
+
+    Attributes:
+        opened_us: graces do not count from earlier, because the bucket opened early then.
+        lines: at most one of each session.
+    """
 
     opened_us: int = NEVER
-    waiting: int = 0
+    lines: tuple[LineRow, ...] = ()
+
+    def waiting(self, but_for: str = "") -> int:
+        """Return how many wait for it, in all sessions but one."""
+        return sum(len(row.waiters) + row.more for row in self.lines if row.session != but_for)
 
 
 @dataclass(slots=True)
@@ -26,11 +45,12 @@ class SharedAccount(Account):
         interval_us, margin_us: the largest of all live processes; together the window.
         interval_until_us, margin_until_us: until when a smaller one does not count.
         differs_until_us: until when replies say that processes have different ones.
-        layout: the number of the division into buckets; lines for an earlier one do not count.
+        layout: the number of the division into buckets; a request's lines must be for the latest.
         opened_us: graces do not count from earlier, because session starts came back then.
         settle_until_us: no permit is granted until then, because sessions send their lines again.
         reader, reader_until_us: the session that reads the limit, and until when no other may.
-        read_us, read_due_us: when the limit was read, and when it should be again.
+        read_us, read_due_us: when the limit was read, and when it should be again. Only a process that
+            can read it sets the first, so that others know that there is one.
     """
 
     bot: str = ""
@@ -47,6 +67,15 @@ class SharedAccount(Account):
     read_us: int = NEVER
     read_due_us: int = NEVER
 
+    @property
+    def has_reader(self) -> bool:
+        """Whether a process that can read the limit uses this account, or has used it."""
+        return self.read_us > NEVER
+
+
+SILENT_US = 60 * US_PER_SECOND
+"""How long after its last request a session counts as removed."""
+
 
 class SessionRow(NamedTuple):
     """A session: the number of its latest request, and the reply to it as JSON."""
@@ -54,24 +83,7 @@ class SessionRow(NamedTuple):
     session: str
     number: int
     last_request_us: int
-    layout: int
     reply: str
-
-
-class LineRow(NamedTuple):
-    """A session's line for a bucket, with times by the ledger's clock; live until ``until_us``."""
-
-    layout: int
-    bucket: int
-    session: str
-    until_us: int
-    more: int
-    waiters: tuple[Waiter, ...]
-
-    @property
-    def waiting(self) -> int:
-        """How many wait in it."""
-        return len(self.waiters) + self.more
 
 
 class Store(Protocol):
@@ -96,31 +108,13 @@ class Store(Protocol):
         """Delete all buckets."""
 
     def session(self, session: str) -> SessionRow | None:
-        """Return a session."""
+        """Return a session, if it is stored."""
 
     def put_session(self, row: SessionRow) -> None:
-        """Store a session."""
+        """Store a session. The store may delete sessions that are silent (``SILENT_US``) then."""
 
     def drop_session(self, session: str) -> None:
-        """Delete a session's row, not its lines."""
-
-    def silent(self, before_us: int, after_us: int, at_most: int) -> list[SessionRow]:
-        """Return sessions whose last request was before the first time or after the second."""
-
-    def line(self, layout: int, bucket: int, session: str) -> LineRow | None:
-        """Return a session's line."""
-
-    def put_line(self, row: LineRow) -> None:
-        """Store a session's line."""
-
-    def drop_line(self, row: LineRow) -> None:
-        """Delete a session's line."""
-
-    def lines_of(self, session: str) -> list[LineRow]:
-        """Return all lines of a session."""
-
-    def live(self, layout: int, bucket: int, after_us: int, up_to_us: int) -> list[LineRow]:
-        """Return the lines for a bucket that are live until a time between these two."""
+        """Delete a session."""
 
     def recent(self) -> dict[int, int]:
         """Return when the latest permits were granted, by serial."""

@@ -1,18 +1,26 @@
-"""The rows of one account in an SQLite file: a ``store.Store`` of five tables."""
+"""The rows of one account in an SQLite file: a ``store.Store`` of four tables."""
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from gateway_queue_sync.ledgers.shared.messages import Waiter
-from gateway_queue_sync.ledgers.shared.store import LineRow, SessionRow, SharedAccount, SharedBucket
+from gateway_queue_sync.ledgers.shared.messages import from_wire, to_wire
+from gateway_queue_sync.ledgers.shared.store import (
+    SILENT_US,
+    LineRow,
+    SessionRow,
+    SharedAccount,
+    SharedBucket,
+)
 from gateway_queue_sync.token_bucket import NEVER, TokenBucket
 
 APPLICATION_ID = 0x47515359  # "GQSY": the file is this library's
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+MAX_REMOVED = 4  # silent sessions that one request deletes
 
 
 class Kept(NamedTuple):
@@ -36,7 +44,7 @@ class Kept(NamedTuple):
 _NOT_COLUMNS = {"buckets", "default_bucket", "recent", "patience_us", "other_reset"}
 _ACCOUNT = [field.name for field in fields(SharedAccount) if field.name not in _NOT_COLUMNS]
 _DEFAULT = ("last_us", "closed_until_us", "rejections")
-_BUCKET = [field.name for field in fields(SharedBucket)]
+_BUCKET = [field.name for field in fields(SharedBucket)]  # the lines, which are JSON, come last
 _account_values, _default_values, _bucket_values = (
     attrgetter(*columns) for columns in (_ACCOUNT, _DEFAULT, _BUCKET)
 )
@@ -46,15 +54,10 @@ _ALL_OF_ACCOUNT = (
     *("other_reset_us", "other_read_us"),
     *Kept._fields,
 )
-_LINE = (
-    *("session", "layout", "bucket", "until_us", "more"),
-    *(f"{which}_{field}" for which in ("first", "second") for field in Waiter._fields),
-)
 _TABLES = {  # the rest of the key after ``name``, and the columns
     "account": ("", _ALL_OF_ACCOUNT),
     "bucket": (", number", ("number", *_BUCKET)),
     "session": (", session", SessionRow._fields),
-    "line": (", session, layout, bucket", _LINE),
     "recent": (", serial", ("serial", "wall_us")),
 }
 CREATE = (
@@ -63,7 +66,6 @@ CREATE = (
         for table, (key, columns) in _TABLES.items()
     ),
     "CREATE INDEX session_heard ON session (name, last_request_us)",
-    "CREATE INDEX line_turn ON line (name, layout, bucket, until_us)",
     "CREATE INDEX recent_wall ON recent (name, wall_us)",
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
@@ -72,11 +74,11 @@ _PUT, _SELECT = {}, {}
 for _table, (_, _columns) in _TABLES.items():
     _PUT[_table] = f"INSERT OR REPLACE INTO {_table} VALUES (?{', ?' * len(_columns)})"
     _SELECT[_table] = f"SELECT {', '.join(_columns)} FROM {_table} WHERE name = ?"
-_SILENT = (
-    f"SELECT * FROM ({_SELECT['session']} AND last_request_us < ? ORDER BY last_request_us LIMIT ?) "
-    f"UNION ALL "
-    f"SELECT * FROM ({_SELECT['session']} AND last_request_us > ? ORDER BY last_request_us LIMIT ?) "
-    "ORDER BY last_request_us, session LIMIT ?"
+_SOME = (
+    "SELECT * FROM (SELECT session FROM session WHERE name = ? AND last_request_us %s ? LIMIT ?)"
+)
+_DELETE_SILENT = (
+    f"DELETE FROM session WHERE name = ? AND session IN ({_SOME % '<'} UNION ALL {_SOME % '>'})"
 )
 _OF_ANOTHER_CLOCK = [
     *("opened_us", "settle_until_us", "interval_until_us", "margin_until_us", "differs_until_us"),
@@ -110,8 +112,8 @@ class SqliteStore:
         self.kept = None if row is None else Kept(*row[-len(Kept._fields) :])
 
     def reinit(self) -> None:
-        """Delete sessions, lines, buckets and all times of the monotonic clock, since it has changed."""
-        for table in ("bucket", "session", "line"):
+        """Delete sessions, buckets and all times of the monotonic clock, since it has changed."""
+        for table in ("bucket", "session"):
             self._run(f"DELETE FROM {table} WHERE name = ?", (self._name,))
         never = ", ".join(f"{column} = {NEVER}" for column in _OF_ANOTHER_CLOCK)
         self._run(
@@ -155,10 +157,14 @@ class SqliteStore:
 
     def _as_bucket(self, row: tuple[Any, ...]) -> SharedBucket:
         self._unchanged[row[0]] = row
-        return SharedBucket(*row[1:])
+        *values, lines = row[1:]
+        bucket = SharedBucket(*values)
+        bucket.lines = from_wire(tuple[LineRow, ...], json.loads(lines))
+        return bucket
 
     def put_bucket(self, number: int, bucket: SharedBucket) -> None:
-        row = (number, *_bucket_values(bucket))
+        *values, lines = _bucket_values(bucket)
+        row = (number, *values, json.dumps(to_wire(lines), separators=(",", ":")))
         if self._unchanged.get(number) != row:
             self._run(_PUT["bucket"], (self._name, *row))
             self._unchanged[number] = row
@@ -174,43 +180,13 @@ class SqliteStore:
         return None if row is None else SessionRow(*row)
 
     def put_session(self, row: SessionRow) -> None:
+        name, now_us = self._name, row.last_request_us
+        before = (name, now_us - SILENT_US, MAX_REMOVED)
+        self._run(_DELETE_SILENT, (name, *before, name, now_us + SILENT_US, MAX_REMOVED))
         self._run(_PUT["session"], (self._name, *row))
 
     def drop_session(self, session: str) -> None:
         self._run("DELETE FROM session WHERE name = ? AND session = ?", (self._name, session))
-
-    def silent(self, before_us: int, after_us: int, at_most: int) -> list[SessionRow]:
-        name = self._name
-        values = (name, before_us, at_most, name, after_us, at_most, at_most)
-        return [SessionRow(*row) for row in self._run(_SILENT, values)]
-
-    # --- lines ------------------------------------------------------------------------------------
-
-    def _lines(self, condition: str, *values: object) -> list[LineRow]:
-        found = self._run(f"{_SELECT['line']} AND {condition}", (self._name, *values))
-        return [_line(row) for row in found]
-
-    def line(self, layout: int, bucket: int, session: str) -> LineRow | None:
-        found = self._lines("session = ? AND layout = ? AND bucket = ?", session, layout, bucket)
-        return found[0] if found else None
-
-    def put_line(self, row: LineRow) -> None:
-        first, second = (*row.waiters, (None,) * len(Waiter._fields))[:2]
-        values = (row.session, row.layout, row.bucket, row.until_us, row.more, *first, *second)
-        self._run(_PUT["line"], (self._name, *values))
-
-    def drop_line(self, row: LineRow) -> None:
-        self._run(
-            "DELETE FROM line WHERE name = ? AND session = ? AND layout = ? AND bucket = ?",
-            (self._name, row.session, row.layout, row.bucket),
-        )
-
-    def lines_of(self, session: str) -> list[LineRow]:
-        return self._lines("session = ? ORDER BY layout, bucket", session)
-
-    def live(self, layout: int, bucket: int, after_us: int, up_to_us: int) -> list[LineRow]:
-        condition = "layout = ? AND bucket = ? AND until_us > ? AND until_us <= ?"
-        return self._lines(condition, layout, bucket, after_us, up_to_us)
 
     # --- recent permits ---------------------------------------------------------------------------
 
@@ -226,12 +202,3 @@ class SqliteStore:
 
     def drop_recent_before(self, wall_us: int) -> None:
         self._run("DELETE FROM recent WHERE name = ? AND wall_us < ?", (self._name, wall_us))
-
-
-def _line(row: tuple[Any, ...]) -> LineRow:
-    session, layout, bucket, until_us, more, *numbers = row
-    size = len(Waiter._fields)
-    waiters: tuple[Waiter, ...] = (Waiter(*numbers[:size]),)
-    if numbers[size] is not None:
-        waiters += (Waiter(*numbers[size:]),)
-    return LineRow(layout, bucket, session, until_us, more, waiters)

@@ -28,7 +28,7 @@ import json
 from gateway_queue_sync import limits as session_limits
 from gateway_queue_sync import token_bucket
 from gateway_queue_sync.ledgers.shared import limits, messages
-from gateway_queue_sync.ledgers.shared.bounds import MAX_LEASE_US, refusal
+from gateway_queue_sync.ledgers.shared.bounds import refusal
 from gateway_queue_sync.ledgers.shared.messages import (
     Granted,
     Introduction,
@@ -46,6 +46,7 @@ from gateway_queue_sync.ledgers.shared.messages import (
 )
 from gateway_queue_sync.ledgers.shared.rows import DIFFERS_US, MAX_PERIODS_BACK, Rows
 from gateway_queue_sync.ledgers.shared.store import (
+    SILENT_US,
     LineRow,
     SessionRow,
     SharedAccount,
@@ -56,8 +57,6 @@ from gateway_queue_sync.models import US_PER_SECOND, Permit
 from gateway_queue_sync.token_bucket import NEVER, UNSEEN_US, Denial, Reason
 
 MAX_GRACE_US = US_PER_SECOND // 10
-SILENT_US = 60 * US_PER_SECOND  # without a request, after which a session is removed
-MAX_REMOVED = 4  # sessions that one request removes
 PATIENCE_US = 5 * US_PER_SECOND  # how long permits wait for a read after a reset
 READ_AGAIN_US = US_PER_SECOND // 2  # after which a head asks again whether the limit was read
 RECENT_US = 2 * UNSEEN_US
@@ -72,7 +71,7 @@ def answer(
     ``lost``: the storage was replaced by another or an older one, or was restarted.
     """
     step = _Step(store, request, now_us, wall_us)
-    account, row = step.rows.account, None
+    account = step.rows.account
     if lost and account is not None:
         step.lost = 1
         step.rows.lose()
@@ -81,24 +80,27 @@ def answer(
     error = refusal(request) or step.other_bot()
     if error:
         return step.reply(messages.REFUSED, error)
-    if not request.session:
-        return step.reply(messages.INTRODUCE if account is None else messages.OK)
-    if account is not None:
-        row = store.session(request.session)
-    introduces = request.introduction is not None
+    if account is not None and not request.session:
+        return step.with_look(step.reply(messages.OK))
+    introduces, row = request.introduction is not None, step.session_row()
     if row is not None and row.number == request.number:
-        return step.replay(row)
-    if introduces and row is None:
-        return step.apply(row)
+        return step.with_look(step.replay(row))
+    if introduces and row is None and request.session:
+        return step.apply()
     if not introduces and row is not None:
         if request.number == row.number + 1:
-            return step.apply(row)
+            return step.apply()
         if request.number > row.number:
             step.lost = 1
             step.rows.lose()
-            step.remove(request.session)
+            store.drop_session(request.session)
             step.rows.save()
     return step.reply(messages.INTRODUCE)
+
+
+def look(store: Store, request: Request, now_us: int, wall_us: int) -> Look:
+    """Return who waits in other sessions, and when buckets open. There must be an account."""
+    return _Step(store, request, now_us, wall_us).look()
 
 
 class _Step:
@@ -117,6 +119,12 @@ class _Step:
 
     # --- the whole request ------------------------------------------------------------------------
 
+    def session_row(self) -> SessionRow | None:
+        """Return the session of the request, if it is known and not silent."""
+        row = None if self.rows.account is None else self.store.session(self.request.session)
+        is_silent = row is not None and abs(self.now_us - row.last_request_us) > SILENT_US
+        return None if is_silent else row
+
     def other_bot(self) -> str:
         """Return why the bot of this process may not use the account; empty if it may."""
         introduction, account = self.request.introduction, self.rows.account
@@ -129,36 +137,22 @@ class _Step:
             "of its own (`limit --forget` frees this one)"
         )
 
-    def apply(self, row: SessionRow | None) -> Reply:
+    def apply(self) -> Reply:
         """Apply the request."""
-        request, store = self.request, self.store
+        request = self.request
         if request.introduction is not None:
             self._introduce(request.introduction)
-        elif row is not None and row.layout != self.rows.kept.layout == request.layout:
-            self._drop_lines(request.session)
-            row = row._replace(layout=request.layout)
-        account = self.rows.kept
-        if row is None:
-            row = SessionRow(request.session, 1, self.now_us, account.layout, "")
         self._settings()
         self._reports()
-        if request.layout == account.layout:
+        if request.layout == self.rows.kept.layout:
             for line in request.lines:
                 self._replace_line(line)
         read = limits.reads(self.rows, reset_denied=self.reset_denied)
         reply = self.reply(messages.OK, read=read)
-        written = json.dumps(to_wire(reply._replace(look=None)), separators=(",", ":"))
-        store.put_session(
-            row._replace(number=request.number, last_request_us=self.now_us, reply=written)
-        )
-        before_us, after_us = self.now_us - SILENT_US, self.now_us + SILENT_US
-        for silent in store.silent(before_us, after_us, MAX_REMOVED):
-            if silent.last_request_us > self.now_us:  # the ledger's clock was set back since
-                store.put_session(silent._replace(last_request_us=self.now_us))
-            else:
-                self.remove(silent.session)
+        written = json.dumps(to_wire(reply), separators=(",", ":"))
+        self.store.put_session(SessionRow(request.session, request.number, self.now_us, written))
         self.rows.save()
-        return reply
+        return self.with_look(reply)
 
     def replay(self, row: SessionRow) -> Reply:
         """Return the stored reply, with ages as of now. Nothing changes."""
@@ -173,14 +167,16 @@ class _Step:
             waits=tuple(
                 one._replace(wait_us=max(0, one.wait_us - since_us)) for one in reply.waits
             ),
-            look=self._look() if self.request.look else None,
         )
+
+    def with_look(self, reply: Reply) -> Reply:
+        """Return a reply with who waits, if the request asked for it. Nothing is stored after that."""
+        return reply._replace(look=self.look()) if self.request.look else reply
 
     def reply(self, status: int, error: str = "", *, read: int = 0) -> Reply:
         """Return the reply as of now."""
         account = self.rows.account or SharedAccount(0, 0)
         left = session_limits.budget(account, self.wall_us)
-        looks = self.request.look and status == messages.OK
         return Reply(
             self.request.attempt,
             self.request.number,
@@ -204,14 +200,11 @@ class _Step:
             tuple(self.rejections),
             tuple(self.permits),
             tuple(self.waits),
-            self._look() if looks else None,
         )
 
-    def _look(self) -> Look:
+    def look(self) -> Look:
+        """Return who waits in other sessions, and when buckets open."""
         account, now_us = self.rows.kept, self.now_us
-        since_us = (
-            now_us - self.rows.notice_us
-        )  # a head that was passed over may not have asked again yet
         self.rows.load_all()
         ready = tuple(
             Ready(number, max(0, self.rows.due_us(self.rows.bucket(number)) - now_us))
@@ -219,18 +212,13 @@ class _Step:
         )
         others_us = token_bucket.closed_for_us(account, account.default_bucket, now_us)
         lines = tuple(
-            Line(row.bucket, row.more, row.waiters)
+            Line(number, row.more, row.waiters)
             for number in sorted(account.buckets)
-            for row in sorted(self._others(number, since_us), key=lambda row: row.session)
+            for row in sorted(self.rows.bucket(number).lines)
+            if row.session != self.request.session
         )
         others_us = max(0, others_us, account.settle_until_us - now_us)
         return Look(ready, others_us, lines, account.reserve, account.period_us)
-
-    def _others(self, number: int, since_us: int) -> list[LineRow]:
-        """Return the lines of other sessions for a bucket that were live at ``since_us`` or later."""
-        until_us = self.now_us + MAX_LEASE_US
-        live = self.store.live(self.rows.kept.layout, number, since_us, until_us)
-        return [row for row in live if row.session != self.request.session]
 
     # --- sessions ---------------------------------------------------------------------------------
 
@@ -250,12 +238,10 @@ class _Step:
         account = self.rows.kept
         account.bot = account.bot or new.bot
         if new.replaces and self.store.session(new.replaces) is not None:
-            self.remove(new.replaces)
-
-    def remove(self, session: str) -> None:
-        """Delete a session and its lines."""
-        self._drop_lines(session)
-        self.store.drop_session(session)
+            self.store.drop_session(new.replaces)
+            self.rows.load_all()
+            for bucket in account.buckets:
+                self._put_line(self.rows.bucket(bucket), new.replaces, None)
 
     def _settings(self) -> None:
         """Use the largest interval and the largest margin of all live processes."""
@@ -314,7 +300,7 @@ class _Step:
         """Undo a grant. If the limit was read since, without this permit, nothing is refunded."""
         account = self.rows.kept
         recent, is_recent = account.recent, self.store.drop_recent(permit.serial)
-        account.recent = None if is_recent or account.read_us == NEVER else {}
+        account.recent = None if is_recent or not account.has_reader else {}
         token_bucket.unused(account, permit)
         account.recent = recent
 
@@ -322,16 +308,16 @@ class _Step:
 
     def _replace_line(self, line: Line) -> None:
         """Replace a session's line, and answer its head."""
-        account, store, request = self.rows.kept, self.store, self.request
-        if any(one.shard_id % account.max_concurrency != line.bucket for one in line.waiters):
+        request, buckets = self.request, self.rows.kept.max_concurrency
+        if any(one.shard_id % buckets != line.bucket for one in line.waiters):
             return
-        old = store.line(account.layout, line.bucket, request.session)
-        stored = {} if old is None else {one.number: one for one in old.waiters}
+        bucket = self.rows.bucket(line.bucket)
+        own = [row for row in bucket.lines if row.session == request.session]
+        stored = {one.number: one for row in own for one in row.waiters}
         waiters = [self._by_own_clock(one, stored.get(one.number)) for one in line.waiters]
-        others = self._others(line.bucket, self.now_us) if waiters else []
         wait = None
         while waiters:
-            answered = self._ask(line.bucket, waiters[0], others)
+            answered = self._ask(line.bucket, waiters[0])
             if isinstance(answered, Granted):
                 self.permits.append(answered)
                 wait = None
@@ -340,23 +326,16 @@ class _Step:
                 if not waiters[0].once:
                     break
             del waiters[0]
-        before = 0 if old is None else old.waiting
-        row = LineRow(
-            account.layout,
-            line.bucket,
-            request.session,
-            self.now_us + request.lease_us,
-            line.more if waiters else 0,
-            tuple(waiters),
-        )
-        if waiters:
-            store.put_line(row)
-        elif old is not None:
-            store.drop_line(old)
-        bucket = self.rows.bucket(line.bucket)
-        bucket.waiting += row.waiting - before
+        until_us = self.now_us + request.lease_us
+        new = LineRow(request.session, until_us, line.more, tuple(waiters)) if waiters else None
+        self._put_line(bucket, request.session, new)
         if wait is not None:
-            self.waits.append(wait._replace(waiting=bucket.waiting))
+            self.waits.append(wait._replace(waiting=bucket.waiting()))
+
+    def _put_line(self, bucket: SharedBucket, session: str, row: LineRow | None) -> None:
+        """Replace a session's line."""
+        others = tuple(one for one in bucket.lines if one.session != session)
+        bucket.lines = others if row is None else (*others, row)
 
     def _by_own_clock(self, waiter: Waiter, stored: Waiter | None) -> Waiter:
         """Return a waiter with times by the ledger's clock; its position never becomes worse."""
@@ -369,19 +348,18 @@ class _Step:
             position_us = min(position_us, stored.position_us)
         return waiter._replace(arrived_us=arrived_us, position_us=position_us)
 
-    def _drop_lines(self, session: str) -> None:
-        for row in self.store.lines_of(session):
-            self.store.drop_line(row)
-            if row.layout == self.rows.kept.layout:
-                self.rows.bucket(row.bucket).waiting -= row.waiting
-
-    def _ask(self, number: int, head: Waiter, others: list[LineRow]) -> Granted | Wait:
+    def _ask(self, number: int, head: Waiter) -> Granted | Wait:
         """Grant a permit to the head of a line if it is its turn, or say how long to wait."""
         limits.replace_forgotten(self.rows)
         account, request, now_us, wall_us = self.rows.kept, self.request, self.now_us, self.wall_us
         bucket, resets_at_us = self.rows.bucket(number), account.resets_at_us
         position = head.position_us, request.session
-        ahead = [row for row in others if (row.waiters[0].position_us, row.session) < position]
+        ahead = [
+            row
+            for row in bucket.lines
+            if row.until_us > now_us and (row.waiters[0].position_us, row.session) < position
+            if row.session != request.session
+        ]
         late_us = len(ahead) * min(MAX_GRACE_US, account.window_us // 5)
         due_us = self.rows.due_us(bucket)
         turn_us = self._turn_us(bucket, head, due_us, late_us) if ahead else due_us
@@ -389,8 +367,8 @@ class _Step:
             return self._wait(number, READ_AGAIN_US, messages.RESET)
         waited_us = PATIENCE_US if resets_at_us is None else wall_us - resets_at_us
         reset_us, account.reserve = self._reset_us(), request.reserve
-        if reset_us > NEVER and account.read_us > NEVER:
-            account.recent = limits.recent(self.rows)
+        if reset_us > NEVER and account.has_reader:
+            account.recent = self.store.recent()
         answered = token_bucket.take(
             account,
             head.shard_id,
@@ -413,8 +391,7 @@ class _Step:
         if resets_at_us is not None and account.resets_at_us != resets_at_us:
             account.opened_us = max(account.opened_us, reset_us)
         for row in ahead:
-            others.remove(row)
-            self.store.put_line(row._replace(until_us=now_us))
+            self._put_line(bucket, row.session, row._replace(until_us=now_us))
         self.store.put_recent(answered.serial, wall_us)
         self.store.drop_recent_before(wall_us - RECENT_US)
         remaining = -1 if answered.remaining is None else answered.remaining
@@ -429,7 +406,7 @@ class _Step:
 
     def _can_read(self) -> bool:
         """Return whether this process can read the limit, or another one probably can."""
-        return bool(self.request.can_read) or self.rows.kept.read_us > NEVER
+        return bool(self.request.can_read) or self.rows.kept.has_reader
 
     def _reset_us(self) -> int:
         """Return since when heads may take permits after a due reset; ``NEVER`` if none is due."""

@@ -817,7 +817,7 @@ def test_closing_does_not_wait_for_who_does_not_read(queue):
         deaf(client, 300)
         until(lambda: _is_sending(broker), "a full buffer")
         _, took = timed(broker.close)
-        assert took < 1.0
+        assert took < PATIENCE / 4
         assert not broker._service.connections
 
 
@@ -969,7 +969,7 @@ def test_a_timeout_holds_while_a_queue_that_raises_has_nothing_left(clock):
     with queue, serve(queue, port=0) as broker, clients_of(broker.port) as client:
         ended, took = timed(client("/?shard=0&timeout=0.2").is_closed_without_a_byte)
         assert ended
-        assert took < 5.0
+        assert took < PATIENCE / 4
 
 
 def test_a_place_is_kept_while_a_queue_that_raises_has_nothing_left(clock, monkeypatch):
@@ -1010,7 +1010,7 @@ def test_closing_grants_nobody_any_more(queue, clock):
         _, took = timed(broker.close)
         assert legacy.is_closed_without_a_byte()
         assert ours.read()[0] == 503
-        assert took < 1.0
+        assert took < PATIENCE / 4
         assert queue.snapshot().waiting == 0
         clock.advance(WINDOW)
         assert queue.snapshot().granted == 1

@@ -503,7 +503,7 @@ def test_a_server_that_hangs_stops_grants_and_nothing_else(serving, tmp_path):
                 probe = client("/healthz")
                 for _ in range(10):
                     status, took = timed(lambda: client("/status").read()[0])
-                    assert (status, took < 0.5) == (200, True)
+                    assert (status, took < 2.0) == (200, True)
                 assert probe.read()[0] == 503
                 assert all(one.is_silent() for one in waiting)
             finally:

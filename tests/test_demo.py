@@ -239,6 +239,50 @@ def test_ctrl_c_ends_it_at_once() -> None:
     assert (process.returncode, err) == (130, b"\ninterrupted\n")
 
 
+INTERRUPTED_ANYWHERE = """
+import io, sys
+from gateway_queue_sync.cli import main
+from gateway_queue_sync.demo import display
+show, stdout = display.LineDisplay.show, sys.stdout
+
+def strike(frame, event, _):
+    global left
+    left -= 1
+    if left == 0:
+        sys.settrace(None)
+        raise KeyboardInterrupt
+    return strike
+
+def shown(*args):
+    show(*args)
+    sys.settrace(strike)
+    frame = sys._getframe(1)
+    frame.f_trace = strike
+
+display.LineDisplay.show = shown
+codes = []
+for at in range(1, 60):
+    left, sys.stdout = at, io.StringIO()
+    options = ["--interval", "1000", "--shards", "2", "--max-concurrency", "1"]
+    codes.append(main(["demo", *options]))
+    sys.settrace(None)
+print(codes, file=stdout)
+"""
+
+
+def test_ctrl_c_at_any_point_of_its_wait_ends_it() -> None:
+    """Such as right after a lock was taken that the shards need for their end."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_ANYWHERE],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert set(json.loads(done.stdout)) == {130}
+
+
 @pytest.mark.parametrize("options", [[], ["--no-queue"]])
 def test_ctrl_c_leaves_no_shard_behind(
     options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ shards. ``display`` shows their progress, ``summary`` the result.
 from __future__ import annotations
 
 import argparse
+import time
 from typing import TYPE_CHECKING
 
 from gateway_queue_sync.demo.display import choose_display
@@ -61,8 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
         queue,  # is closed first, so that no shard waits in it when the others end
     ):
         fleet.start()
-        while not fleet.finished.wait(FRAME):
+        while not fleet.is_finished:
             display.show(fleet.results)
+            time.sleep(FRAME)
         display.show(fleet.results)
 
     print(summary(fleet.results, referee, interval), flush=True)

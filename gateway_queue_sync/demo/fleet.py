@@ -40,7 +40,6 @@ class Fleet:
         self, queue: GatewayQueue, address: tuple[str, int], shards: int, interval: float
     ) -> None:
         self.results: list[Result] = []  # in the order in which the shards ended
-        self.finished = threading.Event()
         self._queue = queue
         self._address = address
         self._shards = shards
@@ -48,6 +47,14 @@ class Fleet:
         self._began = 0.0
         self._leaving = threading.Event()
         self._threads: list[threading.Thread] = []
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all shards have ended.
+
+        No ``Event`` says so: Ctrl-C in ``Event.wait`` can leave its lock locked, which they would need.
+        """
+        return len(self.results) == self._shards
 
     def start(self) -> None:
         """Start all shards."""
@@ -67,8 +74,6 @@ class Fleet:
             failure = f"{type(error).__name__}: {error}"
             result = Result(shard_id, self._elapsed(), failure=failure)
         self.results.append(result)
-        if len(self.results) == self._shards:
-            self.finished.set()
 
     def _start_session(self, shard_id: int) -> tuple[float, int]:
         """Identify with a permit, and again after a pause if the gateway refuses.

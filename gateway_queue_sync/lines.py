@@ -75,6 +75,7 @@ class Line:
 
     def add(self, entry: Entry) -> None:
         """Add the entry of a waiter."""
+        entry[2].entry = entry  # assigned first: an interrupt can come after the call
         heapq.heappush(self._heap, entry)
         self._last = max(self._last, entry[:2])
 
@@ -126,23 +127,19 @@ class Lines:
 
     __slots__ = ("by_bucket", "max_concurrency")
 
-    def __init__(self, max_concurrency: int, entries: Iterable[Entry] = ()) -> None:
+    def __init__(self, max_concurrency: int, waiters: Iterable[Waiter] = ()) -> None:
         self.max_concurrency = max_concurrency
         self.by_bucket: dict[int, Line] = {}
-        for entry in entries:
-            self._add(entry)
+        for waiter in waiters:
+            self.join(waiter)
 
-    def _add(self, entry: Entry) -> None:
-        number = entry[2].shard_id % self.max_concurrency
+    def join(self, waiter: Waiter) -> None:
+        """Add a waiter to the line of its bucket. If it is in other lines, these stay as they are."""
+        number = waiter.shard_id % self.max_concurrency
         line = self.by_bucket.get(number)
         if line is None:
             line = self.by_bucket[number] = Line()
-        line.add(entry)
-
-    def join(self, waiter: Waiter) -> None:
-        """Add a waiter to the line of its bucket."""
-        waiter.entry = waiter.position_us, waiter.number, waiter
-        self._add(waiter.entry)  # last: an interrupt can come after a call
+        line.add(waiter.entry or (waiter.position_us, waiter.number, waiter))
 
     def leave(self, waiter: Waiter) -> Waiter | None:
         """Remove a waiter. Return the new head if the waiter came before it, also when repeated."""
@@ -173,13 +170,10 @@ class Lines:
         heads = (line.head for line in self.by_bucket.values())
         return [head for head in heads if head is not None]
 
-    def entries(self) -> list[Entry]:
-        """Return the entries of all waiters, by position."""
-        return sorted(entry for line in self.by_bucket.values() for entry in line.entries())
-
     def waiters(self) -> list[Waiter]:
         """Return all waiters, by position."""
-        return [entry[2] for entry in self.entries()]
+        entries = (entry for line in self.by_bucket.values() for entry in line.entries())
+        return [entry[2] for entry in sorted(entries)]
 
     def copy(self) -> dict[int, list[Entry]]:
         """Return the entries of each bucket, unordered, without heads that have their permit."""

@@ -240,7 +240,7 @@ class Scheduler:
             patience_us = remote.patience_us(waiter) if remote is not None and is_asked else 0
             if left_us + patience_us <= 0:
                 raise self._timed_out(waiter, timeout or 0.0)
-            event = self.waiting_event(waiter, left_us)
+            event = self.waiting_event(waiter, left_us) if self.listens() else None
             if event is not None:
                 return event
             left_us += patience_us
@@ -316,7 +316,7 @@ class Scheduler:
     def limit_changed(self) -> None:
         """Let all heads ask again. If the number of buckets has changed, make new lines first."""
         if self.ledger.max_concurrency != self.lines.max_concurrency:
-            self.lines = Lines(self.ledger.max_concurrency, self.lines.entries())
+            self.lines = Lines(self.ledger.max_concurrency, self.lines.waiters())
         self.observers.log.limit_changed()
         self._ask_again(self.lines.heads())
 
@@ -371,11 +371,15 @@ class Scheduler:
             raise errors.QueueClosed
         if waiter.entry is None:
             return False
+        local = self.local
+        if local is None:
+            self._remove(waiter)
+            return True
         # The new head cannot have a permit before the window ends. But if the limit is used up, it asks
         # at once, so that observers and callers learn that now.
         was_last = permit.remaining is not None and permit.remaining <= self.reserve
-        self._remove(waiter, 0 if was_last else self.now_us() + self.ledger.window_us)
-        return self.local is None or self.local.restamp(self.local.account, permit, self.now_us())
+        self._remove(waiter, 0 if was_last else self.now_us() + local.account.window_us)
+        return local.restamp(local.account, permit, self.now_us())
 
     def return_permit(self, permit: Permit) -> None:
         """Give a permit back, and wake the heads that may get one now. Idempotent."""
@@ -444,12 +448,12 @@ class Scheduler:
         return few or self._observed or shards.isEnabledFor(logging.INFO)
 
     def waiting_event(self, waiter: Waiter, left_us: int) -> events.Event | None:
-        """Return the ``ShardWaiting`` of a waiter, once, if it is needed. The lock is held.
+        """Return the ``ShardWaiting`` of a waiter, once. The lock is held.
 
         With a remote ledger the position is not known yet, so the worker emits the event later.
         """
         tries = self.remote is not None and waiter.once
-        if tries or not self.listens() or not self.observers.follow_wait(waiter, left_us):
+        if tries or not self.observers.follow_wait(waiter, left_us):
             return None
         if self.remote is not None:
             self.remote.unseen.append(waiter)

@@ -139,7 +139,10 @@ def take(
         or bucket.closed_until_us > now_us
         or not_before_us > now_us
     ):
-        wait_us = max(_wait_us(account, bucket, now_us), not_before_us - now_us)
+        wait_us = closed_for_us(account, bucket, now_us)
+        bucket.last_us = min(last_us, now_us)  # a clock that was set back costs one window, once
+        bucket.closed_until_us = min(bucket.closed_until_us, now_us + wait_us)
+        wait_us = max(wait_us, not_before_us - now_us)
     period, resets_at_us, remaining = account.period, account.resets_at_us, None
     left = used = 0
     if account.total is not None:
@@ -246,14 +249,6 @@ def closed_for_us(account: Account, bucket: TokenBucket, now_us: int) -> int:
     max_us = _max_closure_us(account, bucket.rejections)
     closed_until_us = min(bucket.closed_until_us, now_us + max_us)
     return max(last_us + account.window_us, closed_until_us) - now_us
-
-
-def _wait_us(account: Account, bucket: TokenBucket, now_us: int) -> int:
-    """Return how long the bucket is still closed. A clock that was set back costs one window, once."""
-    wait_us = closed_for_us(account, bucket, now_us)
-    bucket.last_us = min(bucket.last_us, now_us)
-    bucket.closed_until_us = min(bucket.closed_until_us, now_us + wait_us)
-    return wait_us
 
 
 def _max_closure_us(account: Account, rejections: int) -> int:

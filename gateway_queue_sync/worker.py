@@ -230,7 +230,7 @@ def enqueue(
 def _join(scheduler: Scheduler, waiter: Waiter) -> None:
     """Join the line, and let the worker emit the event."""
     scheduler.join(waiter)
-    event = scheduler.waiting_event(waiter, FOREVER_US)
+    event = scheduler.waiting_event(waiter, FOREVER_US) if scheduler.listens() else None
     if event is not None:
         scheduler.worker.events.append(event)
     if event is not None or not scheduler.worker.is_alive():

@@ -344,6 +344,17 @@ def test_an_interrupted_update_is_complete_before_another_thread_may_take_a_perm
     assert run_interrupted_everywhere(update, check, prepare) > 5
 
 
+def test_an_interrupt_at_any_point_of_joining_a_line_leaves_the_number_of_waiters_right(clock):
+    queue = LargeBotQueue(limit(10**6, 10**6), clock=clock, interval=1e6, period=1e9)
+    queue.acquire(0)
+    queue.enqueue(0)
+
+    def check(outcome, injector):
+        assert f"waiting={queue.snapshot().waiting} " in repr(queue), injector.where
+
+    assert run_interrupted_everywhere(lambda: queue.enqueue(0).cancel(), check) > 20
+
+
 def test_an_interrupt_at_any_point_of_an_enqueue_loses_nothing(clock):
     queue = LargeBotQueue(limit(1000, 1000, 0.0), clock=clock, period=1e9)
     check, lost = tracks_what_is_lost(queue, clock)

@@ -87,8 +87,11 @@ class NoLedger(MemoryLedger):
     """Grants each permit at once."""
 
     take = staticmethod(token_bucket.grant)
-    restamp = staticmethod(lambda *_: True)  # there is no window
-    window_us = 0
+    restamp = staticmethod(lambda *_: True)
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.account.window_us = 0
 
     def report(self, permit: Permit, report: Report) -> int:  # noqa: ARG002 - the signature of the base class
         return 0

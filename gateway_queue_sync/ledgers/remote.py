@@ -26,6 +26,7 @@ from gateway_queue_sync.ledgers.shared.session import Session
 from gateway_queue_sync.ledgers.shared.stored_lines import NoLines
 from gateway_queue_sync.limits import Budget
 from gateway_queue_sync.lines import Lines, Waiter
+from gateway_queue_sync.log import rejected_often
 from gateway_queue_sync.models import (
     US_PER_SECOND,
     Permit,
@@ -36,7 +37,7 @@ from gateway_queue_sync.models import (
     to_us,
 )
 from gateway_queue_sync.settings import Settings
-from gateway_queue_sync.token_bucket import Denial
+from gateway_queue_sync.token_bucket import MANY_REJECTIONS, Denial
 
 if TYPE_CHECKING:
     from gateway_queue_sync.scheduler import Scheduler
@@ -344,8 +345,11 @@ class RemoteLedger:
             failure = error if isinstance(error, LedgerError) else self._wrapped(error)
             warnings = scheduler.locked(self._failed, scheduler, request, failure)
         else:
-            found = scheduler.locked(self._take_in, scheduler, request, reply, heads)
-            warnings, events = found
+            answers, warnings, events = scheduler.locked(
+                self._take_in, scheduler, request, reply, heads
+            )
+            for shard_id in answers.rejected_often:
+                rejected_often(MANY_REJECTIONS, shard_id, shard_id % self.max_concurrency)
         for warning in warnings:
             log.warning("%s", warning)
         if scheduler.reader is not None:
@@ -398,8 +402,8 @@ class RemoteLedger:
 
     def _take_in(
         self, scheduler: Scheduler, request: Request, reply: Reply, heads: list[Waiter]
-    ) -> tuple[list[str], list[Event]]:
-        """Apply a reply. Return the warnings to log and the events to emit."""
+    ) -> tuple[Answers, list[str], list[Event]]:
+        """Apply a reply. Return what it means, the warnings to log, and the events to emit."""
         now_us = self._answered_us = self._now_us()
         answers = self._session.answered(request, reply, now_us)
         warnings = [f"{self!r}: {warning}" for warning in answers.warnings]
@@ -409,7 +413,7 @@ class RemoteLedger:
             if self._refusal != str(error):
                 warnings.append(str(error))
             self._refusal = str(error)
-            return warnings, []
+            return answers, warnings, []
         self._refusal = ""
         if self._failures >= MANY_FAILURES and self._failed_us is not None:
             away = (now_us - self._failed_us) / US_PER_SECOND
@@ -425,7 +429,7 @@ class RemoteLedger:
         if answers.read and scheduler.reader is not None:
             scheduler.reader.read(scheduler, now_us)
         warnings += self._warnings(answers)
-        return warnings, events + self._waiting_events(scheduler)
+        return answers, warnings, events + self._waiting_events(scheduler)
 
     def _pass_on(
         self, scheduler: Scheduler, answers: Answers, heads: list[Waiter], now_us: int

@@ -72,7 +72,7 @@ class Answers:
         limit_changed: the session start limit or the buckets may have changed.
         read: this process should read the limit now.
         uncounted: how many session starts a read says are left, if more than count; else ``None``.
-        rejections: how many permits in a row were rejected, by serial.
+        rejected_often: the shards whose rejected permit was the tenth in a row of its bucket.
         look: the waiters of all processes, if the request asked for them.
         error: the ledger refuses this process, or its latest request.
         refused: the waiters of the refused request, by number; ``None``: all waiters of this process.
@@ -85,7 +85,7 @@ class Answers:
     limit_changed: bool = False
     read: bool = False
     uncounted: int | None = None
-    rejections: dict[int, int] = field(default_factory=dict)
+    rejected_often: list[int] = field(default_factory=list)
     look: Look | None = None
     error: LedgerError | None = None
     refused: list[int] | None = None

@@ -45,6 +45,7 @@ from gateway_queue_sync.ledgers.shared.round_trips import RoundTrips
 from gateway_queue_sync.ledgers.shared.stored_lines import NoLines, StoredLines
 from gateway_queue_sync.limits import Budget
 from gateway_queue_sync.models import US_PER_SECOND, Permit, SessionStartLimit, to_us
+from gateway_queue_sync.token_bucket import MANY_REJECTIONS
 
 FIRST_PAUSE_US = 50_000  # before a failed request is sent again; doubled each time
 BUSY_PAUSE_US = 5_000  # the same, if another process has locked the ledger
@@ -293,7 +294,9 @@ class Session:
         is_read = any(one.limit.kind == messages.READ for one in self._changes)  # but not sent yet
         answers.read, answers.look = bool(reply.read) and not is_read, reply.look
         answers.uncounted = None if reply.uncounted < 0 else reply.uncounted
-        answers.rejections = dict(reply.rejections)
+        often = {one.serial for one in reply.rejections if one.in_a_row == MANY_REJECTIONS}
+        rejected = (one for one in flying.reports if one.kind == messages.REJECTED)
+        answers.rejected_often = [one.shard_id for one in rejected if one.serial in often]
         return answers
 
     def _refused(self, request: Request, answers: Answers, now_us: int) -> None:

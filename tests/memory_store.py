@@ -113,7 +113,7 @@ class MemoryStore:
     def put_session(self, row: SessionRow) -> None:
         self._write()
         for silent in list(self._sessions.values()):
-            is_silent = abs(row.last_request_us - silent.last_request_us) > SILENT_US
+            is_silent = row.last_request_us - silent.last_request_us > SILENT_US
             if is_silent and not self.keeps_silent:
                 del self._sessions[silent.session]
         self._sessions[row.session] = row

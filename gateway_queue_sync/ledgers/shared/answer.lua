@@ -378,7 +378,7 @@ if ARGV[2] == 'store' then
   return {tag, 'stored'}
 end
 local number, at, created = string.match(session or '', '^(%d+) (%d+) (%S+)')
-local is_next = number and request.number == number + 1 and math.abs(now - at) <= SILENT
+local is_next = number and request.number == number + 1 and now - at <= SILENT
 local is_known = account and account.created == created -- else its account was deleted alone
 if ARGV[2] == 'read' or not is_next or not is_known or lost() or is_forgotten() then return rows('') end
 local text = apply()

@@ -74,11 +74,9 @@ _PUT, _SELECT = {}, {}
 for _table, (_, _columns) in _TABLES.items():
     _PUT[_table] = f"INSERT OR REPLACE INTO {_table} VALUES (?{', ?' * len(_columns)})"
     _SELECT[_table] = f"SELECT {', '.join(_columns)} FROM {_table} WHERE name = ?"
-_SOME = (
-    "SELECT * FROM (SELECT session FROM session WHERE name = ? AND last_request_us %s ? LIMIT ?)"
-)
 _DELETE_SILENT = (
-    f"DELETE FROM session WHERE name = ? AND session IN ({_SOME % '<'} UNION ALL {_SOME % '>'})"
+    "DELETE FROM session WHERE name = ? AND session IN "
+    "(SELECT session FROM session WHERE name = ? AND last_request_us < ? LIMIT ?)"
 )
 _OF_ANOTHER_CLOCK = [
     *("opened_us", "settle_until_us", "interval_until_us", "margin_until_us", "differs_until_us"),
@@ -180,9 +178,8 @@ class SqliteStore:
         return None if row is None else SessionRow(*row)
 
     def put_session(self, row: SessionRow) -> None:
-        name, now_us = self._name, row.last_request_us
-        before = (name, now_us - SILENT_US, MAX_REMOVED)
-        self._run(_DELETE_SILENT, (name, *before, name, now_us + SILENT_US, MAX_REMOVED))
+        before_us = row.last_request_us - SILENT_US
+        self._run(_DELETE_SILENT, (self._name, self._name, before_us, MAX_REMOVED))
         self._run(_PUT["session"], (self._name, *row))
 
     def drop_session(self, session: str) -> None:

@@ -122,7 +122,7 @@ class _Step:
     def session_row(self) -> SessionRow | None:
         """Return the session of the request, if it is known and not silent."""
         row = None if self.rows.account is None else self.store.session(self.request.session)
-        is_silent = row is not None and abs(self.now_us - row.last_request_us) > SILENT_US
+        is_silent = row is not None and self.now_us - row.last_request_us > SILENT_US
         return None if is_silent else row
 
     def other_bot(self) -> str:

@@ -30,7 +30,7 @@ ROOT = HERE.parent
 LIBRARIES = Path(os.environ.get("BOT_LIBRARIES", "/nowhere"))
 PATIENCE = 30.0
 SHARDS, CONCURRENCY = 16, 4
-INTERVAL, MARGIN = 0.2, 0.4
+INTERVAL, MARGIN = 0.2, 0.6
 WINDOW = {"interval": INTERVAL, "margin": MARGIN}
 
 SCRIPTS = {

@@ -224,6 +224,17 @@ def test_a_result_that_arrives_late_is_not_stored(server):
     assert (reply.granted, reply.remaining) == (serial, 4)
 
 
+@pytest.mark.parametrize("name", ["interval_us", "margin_us", "lease_us", "period_us", "reread_us"])
+def test_a_process_that_checks_no_bounds_is_refused(server, monkeypatch, name):
+    one = talker(server)
+    monkeypatch.setattr(module, "refusal", lambda _: "")
+    for wrong in (-1, 400 * 86_400 * S):
+        before = state(server)
+        assert one.say(**{name: wrong}).status == messages.REFUSED
+        one.number -= 1
+        assert state(server) == before
+
+
 # --- users and what they may not do ---------------------------------------------------------------
 
 

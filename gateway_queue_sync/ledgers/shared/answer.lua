@@ -349,6 +349,14 @@ local function lost() -- whether this is another server than the account's, or w
   return other_run or account.replid ~= '' and replid ~= '' and account.replid ~= replid
 end
 
+local function is_bounded() -- as bounds.py, which a process asks first: more would stop all other processes
+  local day, is_fine = 86400 * S, true
+  for name, most in pairs({
+    interval_us = 60 * S, margin_us = 10 * S, lease_us = 60 * S, period_us = 2 * day, reread_us = 366 * day,
+  }) do is_fine = is_fine and request[name] >= 0 and request[name] <= most end
+  return is_fine
+end
+
 local function is_forgotten() -- whether Discord's default may have to count, as nobody has read a limit
   return not account.total and request.can_read == 0 and is_reset_due()
 end
@@ -380,6 +388,7 @@ end
 local number, at, created = string.match(session or '', '^(%d+) (%d+) (%S+)')
 local is_next = number and request.number == number + 1 and now - at <= SILENT
 local is_known = account and account.created == created -- else its account was deleted alone
-if ARGV[2] == 'read' or not is_next or not is_known or lost() or is_forgotten() then return rows('') end
+local is_plain = is_next and is_known and is_bounded() and not lost() and not is_forgotten()
+if ARGV[2] == 'read' or not is_plain then return rows('') end
 local text = apply()
 return request.look ~= 0 and rows(text) or {tag, text}

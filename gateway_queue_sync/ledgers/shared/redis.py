@@ -1,4 +1,7 @@
-"""The ledger in a Redis server, which runs ``answer.lua`` for each request.
+"""The ledger in a Redis server.
+
+``answer.lua`` answers frequent requests there. For all others it returns what is stored,
+``turns.answer`` computes the reply, and the script stores the result if nothing has changed meanwhile.
 
 The client is redis-py's, with its own pool, retries, TLS, Sentinel or Cluster. The server's clock
 counts, so the clocks of the machines need not agree.

@@ -3,7 +3,7 @@
 ``token_bucket.py`` decides whether a bucket may grant; this module decides to which process, and applies
 each request exactly once. No thread, clock or I/O: the time is an argument, and the state is in the rows
 of a ``Store``. A ledger calls ``answer`` in one atomic step; if it raises, nothing is stored.
-``PROTOCOL.md`` describes the rules; the script for Redis has the same functions.
+``PROTOCOL.md`` describes the rules. The script for Redis has those for frequent requests once more.
 
 Turns: the heads of all sessions for a bucket stand in one line, ordered by position. A head has *rank* r
 if r heads of other sessions come before it. It may take a permit r *graces* after the bucket has opened.

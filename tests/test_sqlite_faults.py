@@ -36,7 +36,7 @@ from gateway_queue_sync import (
 )
 from gateway_queue_sync.clock import SystemClock
 from gateway_queue_sync.ledgers import remote
-from gateway_queue_sync.ledgers.shared import session, sqlite, sqlite_file, turns
+from gateway_queue_sync.ledgers.shared import inquiry, session, sqlite, sqlite_file, turns
 from gateway_queue_sync.ledgers.shared.store_sqlite import SCHEMA_VERSION
 from gateway_queue_sync.queue import scheduler_of
 from gateway_queue_sync.testing import Referee
@@ -267,7 +267,7 @@ def test_a_queue_opens_on_a_file_that_stays_locked_and_says_so(
     path, queue, hold, crew, caplog, monkeypatch
 ):
     holder = hold()
-    monkeypatch.setattr(remote, "MAX_OPEN_US", 200_000)
+    monkeypatch.setattr(inquiry, "MAX_OPEN_US", 200_000)
     began = time.monotonic()
     with SqliteQueue(path, **QUICK) as late:
         assert 0.2 <= time.monotonic() - began < PATIENCE / 4

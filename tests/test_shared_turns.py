@@ -828,7 +828,7 @@ def test_pauses_after_failures_double_up_to_two_seconds(alone):
 
 
 def test_a_ledger_that_is_busy_is_asked_again_sooner(alone):
-    assert pauses_after(Busy(), alone, 10) == [*(5_000 << n for n in range(9)), 2 * S]
+    assert pauses_after(Busy(), alone, 10) == [*(5_000 << n for n in range(6)), *[200_000] * 4]
 
 
 def given(serial=1) -> Permit:

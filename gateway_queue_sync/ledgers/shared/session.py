@@ -50,6 +50,7 @@ from gateway_queue_sync.token_bucket import MANY_REJECTIONS
 FIRST_PAUSE_US = 50_000  # before a failed request is sent again; doubled each time
 BUSY_PAUSE_US = 5_000  # the same, if another process has locked the ledger
 MAX_PAUSE_US = 2 * US_PER_SECOND
+MAX_BUSY_PAUSE_US = 200_000
 FORGOTTEN_US = 50 * US_PER_SECOND  # a ledger removes sessions that are silent for 60 s
 KINDS = {models.Report.SENT: 0, models.Report.UNUSED: 1, models.Report.REJECTED: 2}
 UNKNOWN_FATE = "the limit may or may not have been applied"
@@ -250,8 +251,10 @@ class Session:
             return
         self.failure = error
         self._failures += 1
-        first_us = BUSY_PAUSE_US if isinstance(error, Busy) else FIRST_PAUSE_US
-        pause_us = min(MAX_PAUSE_US, first_us << min(self._failures - 1, 16))
+        first_us, most_us = FIRST_PAUSE_US, MAX_PAUSE_US
+        if isinstance(error, Busy):
+            first_us, most_us = BUSY_PAUSE_US, MAX_BUSY_PAUSE_US
+        pause_us = min(most_us, first_us << min(self._failures - 1, 16))
         self._retry_us = now_us + int(pause_us * self._uniform(0.5, 1.0))
 
     def interrupted(self, now_us: int) -> None:

@@ -1014,8 +1014,7 @@ def test_a_child_forked_by_a_handler_amid_a_transaction_does_not_end_that(path):
         + """
 import signal
 from gateway_queue_sync import LedgerError
-from gateway_queue_sync.ledgers.remote import _OwnLines
-from gateway_queue_sync.lines import Lines
+from gateway_queue_sync.ledgers.shared.stored_lines import NoLines
 children, parent = [], os.getpid()
 signal.signal(signal.SIGUSR1, lambda *_: children.append(os.fork()))
 inside, outside = os.pipe()
@@ -1029,7 +1028,7 @@ def forks(*args, **kwargs):
 other = SqliteQueue(path, interval=0.05, margin=0.05)
 ledger = scheduler_of(other).ledger
 ledger._session.reinit()
-request = ledger._session.compose(_OwnLines(Lines(1), {}), ledger._now_us(), can_read=False)
+request = ledger._session.compose(NoLines(1), ledger._now_us(), can_read=False)
 sqlite.answer = forks
 try:
     ledger.backend.ask(request)  # in this thread, which handles signals

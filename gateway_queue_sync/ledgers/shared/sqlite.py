@@ -54,7 +54,7 @@ class SqliteBackend:
         self._io = threading.RLock()
         self._file: OpenFile | None = None
         self._closer: weakref.finalize[..., SqliteBackend] | None = None
-        self._closes = False
+        self._closes = self._asks = False
         self._warnings: list[str] = []
 
     def __repr__(self) -> str:
@@ -76,8 +76,10 @@ class SqliteBackend:
         try:
             with self._io:
                 try:
+                    self._asks = True
                     return self._try(request, same_clock)
                 finally:
+                    self._asks = False
                     if self._closes:
                         self._disconnect()
         finally:  # not earlier: a log may be slow, and others wait for the file
@@ -253,7 +255,7 @@ class SqliteBackend:
 
     def after_fork_in_parent(self) -> None:
         """Go on after a fork."""
-        if self._is_inside():
+        if self._is_inside() and not self._asks:  # else the fork came amid a request of this thread
             self._io.release()
 
     def begin_in_child(self) -> None:

@@ -17,6 +17,7 @@ import pytest
 from test_waiting import in_line, limit
 
 from gateway_queue_sync import AcquireTimeout, LargeBotQueue, LocalQueue, Report
+from gateway_queue_sync.lines import Lines, Waiter
 from gateway_queue_sync.queue import scheduler_of
 
 SEED = 20261123
@@ -344,15 +345,18 @@ def test_an_interrupted_update_is_complete_before_another_thread_may_take_a_perm
     assert run_interrupted_everywhere(update, check, prepare) > 5
 
 
-def test_an_interrupt_at_any_point_of_joining_a_line_leaves_the_number_of_waiters_right(clock):
-    queue = LargeBotQueue(limit(10**6, 10**6), clock=clock, interval=1e6, period=1e9)
-    queue.acquire(0)
-    queue.enqueue(0)
+def test_an_interrupt_at_any_point_of_joining_a_line_leaves_the_number_of_waiters_right():
+    lines, waiters = Lines(1), []
+    lines.join(Waiter(0, 0, 0))
 
     def check(outcome, injector):
-        assert f"waiting={queue.snapshot().waiting} " in repr(queue), injector.where
+        lines.leave(waiters.pop())
+        assert len(lines) == 1, injector.where
 
-    assert run_interrupted_everywhere(lambda: queue.enqueue(0).cancel(), check) > 20
+    def prepare():
+        waiters.append(Waiter(1, 1, 1))
+
+    assert run_interrupted_everywhere(lambda: lines.join(waiters[0]), check, prepare) > 2
 
 
 def test_an_interrupt_at_any_point_of_an_enqueue_loses_nothing(clock):

@@ -29,7 +29,8 @@ shared = pytest.mark.accounts("sqlite", "redis")
 
 @pytest.fixture
 def log(caplog):
-    caplog.set_level(logging.INFO, "gateway_queue_sync")
+    for logger in ("gateway_queue_sync", SHARDS):  # the command serve may have set this one's level
+        caplog.set_level(logging.INFO, logger)
     return caplog
 
 

@@ -61,7 +61,9 @@ def by_futures(shard_ids, limit, **settings):
         clock.settle(0)
         etas = [bucket.shards[0].eta for bucket in queue.snapshot().buckets if bucket.shards]
         next_in = min(etas, default=0.0)
-        clock.advance(max(0.0, next_in - 1.0))  # so that the worker is on time then, as in real time
+        clock.advance(
+            max(0.0, next_in - 1.0)
+        )  # so that the worker is on time then, as in real time
         clock.settle(0)
         clock.advance(min(next_in, 1.0))
     return [future.result() for future in futures], queue

@@ -277,7 +277,7 @@ class Scheduler:
             self.return_permit(permit)
         if self.remote is not None:
             self.remote.joined(waiter)
-            self.worker.start(self)  # the ledger learns of those behind the head, too
+            self.worker.start(self)  # the ledger also counts waiters behind the head
         if self.lines.is_head(waiter):
             self.notify_head(waiter)
 

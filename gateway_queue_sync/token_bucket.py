@@ -314,7 +314,7 @@ def rejected(account: Account, permit: Permit, now_us: int) -> int:
 
     The maximum is a minute, from the tenth on 15 minutes, because 16 buckets that are rejected once a
     minute would use up a day's limit in an hour. A permit that is not rejected before its bucket's next
-    grant ends the row.
+    grant ends the series.
     """
     bucket = bucket_of(account, permit.shard_id)
     if bucket.rejected_serial == permit.serial:

@@ -567,12 +567,12 @@ def made_a_loop(path):
 @pytest.mark.parametrize(
     ("name", "make_it", "words"),
     [
-        ("folder", Path.mkdir, "is no regular file"),
-        ("pipe", made_a_pipe, "is no regular file"),
+        ("folder", Path.mkdir, "is not a regular file"),
+        ("pipe", made_a_pipe, "is not a regular file"),
         ("loop", made_a_loop, "symbolic links"),
         ("missing/bot", None, "No such file or directory"),
         ("x" * 300, None, "name too long"),
-        ("/dev/null", None, "is no regular file"),
+        ("/dev/null", None, "is not a regular file"),
         ("/dev/null/bot", None, "Not a directory"),
     ],
 )

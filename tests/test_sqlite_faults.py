@@ -572,10 +572,10 @@ def made_anothers(path):
 
 
 SPOILT = {
-    halved: "malformed; to begin anew move it away",
-    cut_by_a_page: "malformed; to begin anew move it away",
-    garbled: "not a database; to begin anew move it away",
-    made_a_folder: "is no regular file",
+    halved: "malformed; to begin anew, move it away",
+    cut_by_a_page: "malformed; to begin anew, move it away",
+    garbled: "not a database; to begin anew, move it away",
+    made_a_folder: "is not a regular file",
     made_anothers: "belongs to another program",
 }
 
@@ -583,7 +583,7 @@ SPOILT = {
 def test_a_file_that_is_spoilt_below_its_header_opens_no_queue(path, make):
     make().close()
     garbled_below_the_header(path)
-    with pytest.raises(LedgerError, match="malformed; to begin anew move it away"):
+    with pytest.raises(LedgerError, match="malformed; to begin anew, move it away"):
         SqliteQueue(path)
 
 
@@ -823,7 +823,7 @@ def test_another_schema_is_refused_with_both_versions_and_left_alone(path, make,
     with pytest.raises(LedgerError) as caught:
         SqliteQueue(path)
     assert str(path) in str(caught.value)
-    assert f"schema {version}; this version reads {SCHEMA_VERSION}" in str(caught.value)
+    assert f"(schema {version}; this one uses {SCHEMA_VERSION})" in str(caught.value)
     assert path.read_bytes() == before
 
 

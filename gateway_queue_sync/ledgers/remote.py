@@ -360,7 +360,7 @@ class RemoteLedger:
         return True
 
     def _close_if_done(self, scheduler: Scheduler) -> None:
-        """Let go of the ledger if the queue is closed, and there is nothing more to send."""
+        """Close the ledger if the queue is closed, and there is nothing more to send."""
         waiting = scheduler.lines.by_bucket
         if scheduler.closed and not waiting and self.wake_us(closed=True) >= FOREVER_US:
             self.backend.close()

@@ -18,7 +18,7 @@ from gateway_queue_sync.queue import GatewayQueue
 
 IDENTIFY = 2
 HEAD_START = 60.0  # s that a shard which had a session before is ahead of a cold start
-LOOK = 0.25  # s between two looks at whether a shard that waits is still connected
+LOOK = 0.25  # s between two checks whether a shard that waits is still connected
 
 
 def queue_identify(queue: GatewayQueue) -> None:

@@ -11,7 +11,7 @@
 // `connectQueue = { push: (connect) => connect() }`.
 
 const INVALID_SESSION = 9; // an opcode
-const LOOK = 250; // ms between two looks at whether a connection is open
+const LOOK = 250; // ms between two checks whether a connection is open
 
 /** Let all shards of a library ask a throttler before they identify. */
 function queueIdentify(Shard, throttler) {

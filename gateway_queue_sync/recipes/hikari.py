@@ -20,7 +20,7 @@ from gateway_queue_sync.recipes.held_identify import IDENTIFY, HeldIdentify
 
 log = logging.getLogger("gateway_queue_sync.recipes")
 
-LOOK = 0.25  # s between two looks at whether a shard that waits is still connected
+LOOK = 0.25  # s between two checks whether a shard that waits is still connected
 
 
 def queue_identify(queue: GatewayQueue) -> None:

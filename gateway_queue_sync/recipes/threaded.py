@@ -21,7 +21,7 @@ from gateway_queue_sync.errors import GatewayQueueError
 from gateway_queue_sync.models import Permit
 from gateway_queue_sync.queue import GatewayQueue
 
-FATAL = {4004, 4010, 4011, 4012, 4013, 4014}  # close codes: no use in trying again
+FATAL = {4004, 4010, 4011, 4012, 4013, 4014}  # close codes: a new connection would be refused, too
 QUERY = "/?v=10&encoding=json"
 HEAD_START = 60.0  # s that a shard which had a session before is ahead of a cold start
 
@@ -119,7 +119,7 @@ class Shard:
 
 
 class _Conversation:
-    """What is said over one connection."""
+    """The messages of one connection."""
 
     def __init__(self, shard: Shard, connection: Connection) -> None:
         self._shard, self._connection = shard, connection

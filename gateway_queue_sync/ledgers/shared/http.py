@@ -93,7 +93,7 @@ class HttpBackend:
             failure = LedgerError if ends else Unreachable  # it may have been cut
             raise failure(f"{self!r} sent an invalid answer: {said}") from error
         if (reply.attempt, reply.number) != (request.attempt, request.number):
-            self._disconnect()  # what mixes up answers has met them all
+            self._disconnect()  # the same fault may have hit the other connections
             mismatch = ValueError(f"an answer to attempt {reply.attempt}, not {request.attempt}")
             raise Unreachable(f"{self!r} answered another request") from mismatch
         return reply
@@ -119,7 +119,7 @@ class HttpBackend:
             try:
                 return self._exchange(connection, body, give_up)
             except TimeoutError:
-                self._disconnect()  # what made this one silent has met them all
+                self._disconnect()  # the same fault may have hit the others
                 raise
             except _STALE:
                 continue

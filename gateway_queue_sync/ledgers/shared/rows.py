@@ -77,7 +77,7 @@ class Rows:
                     default.last_us,
                     closed_until_us=default.closed_until_us,
                     rejections=default.rejections,
-                    rejected_serial=0,  # a new bucket's serial is 0, too, so the row continues
+                    rejected_serial=0,  # a new bucket's serial is 0, too, so the series continues
                 )
             bucket.opened_us = min(bucket.opened_us, self.now_us + MAX_NOTICE_US)
             # A session whose head was passed over may not have asked again yet: its line stays a while.

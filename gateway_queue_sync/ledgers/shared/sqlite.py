@@ -31,7 +31,7 @@ IN_USE_US = 60 * US_PER_SECOND  # a file counts as in use for so long after its 
 TRIES = 3  # if the file is replaced meanwhile
 BUSY = sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED
 SPOILT = sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB
-ADVICE = "; to begin anew move it away, and give the limit that is left"
+ADVICE = "; to begin anew, move it away and pass the limit that is left"
 
 
 class SqliteBackend:

@@ -68,7 +68,7 @@ class OpenFile:
         """Return the file system if machines may share it. Raise if the file cannot be used safely."""
         path, found = self._path, self._found
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(None, "is no regular file")
+            raise OSError(None, "is not a regular file")
         if self.writes and hasattr(os, "geteuid") and found.st_uid != os.geteuid():
             raise OSError(None, f"belongs to user {found.st_uid}, not to {os.geteuid()}")
         if found.st_nlink > 1:
@@ -105,7 +105,8 @@ class OpenFile:
             raise LedgerError(f"{where} belongs to another program") from ValueError(application)
         if tables:
             raise LedgerError(
-                f"{where} holds schema {version}; this version reads {SCHEMA_VERSION}"
+                f"{where} was written by another version of this package (schema {version}; this one "
+                f"uses {SCHEMA_VERSION}); to begin anew, move it away"
             ) from ValueError(version)
         return False
 

@@ -189,10 +189,10 @@ def test_fault_15_processes_of_a_fleet_read_once(kind, request, discord, tmp_pat
     command = [sys.executable, "-c", code, where, discord.url]
     fleet = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(8)
+        for _ in range(16)
     ]
     results = [process.communicate(timeout=60) for process in fleet]
-    assert results == [("900\n", "")] * 8
+    assert results == [("900\n", "")] * 16
     assert (len(discord.times), discord.refused) == (1, 0)
 
 

@@ -30,6 +30,7 @@ from gateway_queue_sync.ledgers.shared.messages import (
     Waiter,
 )
 from gateway_queue_sync.ledgers.shared.redis import RedisBackend, maker, portable
+from gateway_queue_sync.testing import FakeClock
 
 pytestmark = needs_redis
 
@@ -168,6 +169,16 @@ def test_a_limit_is_computed_again_if_a_permit_was_granted_in_between(server, mo
     assert (reply.limit_result, reply.granted, reply.remaining) == (messages.APPLIED, 1, 5)
     assert modes == ["read", "store", "store"]
     assert one.ask().waits[0].opens_us > WINDOW - 100_000
+
+
+def test_two_changes_by_one_process_at_one_instant_are_two(server, monkeypatch):
+    clock = FakeClock()
+    one, other = talker(server, clock), talker(server, clock)
+    clock.advance(1)
+    other.say()
+    between(one.backend, monkeypatch, other.ask)
+    reply = one.say(limit=limit_of(one, 5))
+    assert (reply.granted, reply.remaining) == (1, 5)
 
 
 def test_who_has_computed_in_vain_is_next(server, monkeypatch):

@@ -49,6 +49,7 @@ for at, name in ipairs({
   'reread_us', 'can_read', 'look', 'layout', 'lines', 'reports',
 }) do request[name] = given[at] end
 
+local tag = whole(request.attempt) .. ' ' .. request.session -- of the request that this is the answer to
 local time = redis.call('TIME')
 local now = tonumber(ARGV[5]) or time[1] * S + time[2]
 local wall, shift_us = tonumber(ARGV[6]) or now, now - request.sent_us
@@ -331,7 +332,7 @@ local function apply()
     if request.layout == account.layout then replace_line(unpack(line)) end
   end
   local text = reply(reads(uses))
-  account.changed = at .. ' ' .. request.session
+  account.changed = at .. ' ' .. tag
   if account.run == '' then account.run = run end
   if account.replid == '' then account.replid = replid end
   write('HSET', LEDGER, 'account', object(account))
@@ -360,8 +361,6 @@ end
 local function is_forgotten() -- whether Discord's default may have to count, as nobody has read a limit
   return not account.total and request.can_read == 0 and is_reset_due()
 end
-
-local tag = whole(request.attempt) .. ' ' .. request.session -- of the request that this is the answer to
 
 local function rows(text) -- what is stored
   return {

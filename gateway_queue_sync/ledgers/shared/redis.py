@@ -151,7 +151,7 @@ class RedisBackend:
         else:
             reply = from_wire(Reply, json.loads(text))
             if rows:
-                store = _store(request, rows)
+                store = RedisStore(rows, request)
                 reply = reply._replace(look=look(store, request, store.now_us, store.wall_us))
         check_reply(request, reply)
         return reply
@@ -159,7 +159,7 @@ class RedisBackend:
     def _compute(self, request: Request, rows: list[Any]) -> Reply:
         """Answer a request by what is stored, and store the result unless that has changed meanwhile."""
         for _ in range(TRIES):
-            store = _store(request, rows)
+            store = RedisStore(rows, request)
             reply = answer(store, request, store.now_us, store.wall_us, lost=store.lost)
             if not store.writes:
                 return reply
@@ -247,11 +247,6 @@ class RedisBackend:
         """Close a client that was made from a URL. One that was passed belongs to its owner."""
         if self._made and self._client is not None:
             self._client.close()
-
-
-def _store(request: Request, rows: list[Any]) -> RedisStore:
-    new = request.introduction
-    return RedisStore(rows, request.session, new.replaces if new else "")
 
 
 def made_from(url: str) -> redis.Redis:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from gateway_queue_sync.ledgers.shared.messages import from_wire, to_wire
+from gateway_queue_sync.ledgers.shared.messages import Request, from_wire, to_wire
 from gateway_queue_sync.ledgers.shared.store import (
     SILENT_US,
     LineRow,
@@ -36,11 +36,10 @@ class RedisStore:
 
     Args:
         rows: what the script returned, without the reply.
-        session: the id in the request.
-        replaces: the id of the session that it replaces, if any.
+        request: the request that it was given.
     """
 
-    def __init__(self, rows: Sequence[Any], session: str, replaces: str) -> None:
+    def __init__(self, rows: Sequence[Any], request: Request) -> None:
         now, wall, self._run, self._replid, own, replaced, ledger, recent = rows
         self.now_us, self.wall_us = int(now), int(wall)
         self._rows = dict(_pairs(ledger))  # as JSON
@@ -49,7 +48,9 @@ class RedisStore:
         if self._account is None:
             recent = []  # of an account that was deleted alone
         self._recent = {int(serial): int(float(at_us)) for serial, at_us in _pairs(recent)}
-        self._session = session
+        session, new = request.session, request.introduction
+        replaces = new.replaces if new else ""
+        self._changes = f"{now} {request.attempt} {session}"  # as in the script: no other has this
         self._sessions = {replaces: replaced, session: own}
         self._keys = {replaces: _REPLACED, session: _SESSION}
         self._created = self._account["created"] if self._account else str(self.now_us)
@@ -80,7 +81,6 @@ class RedisStore:
         return account
 
     def put_account(self, account: SharedAccount) -> None:
-        changed = f"{self.now_us} {self._session}"
         before = self._account or {"run": "", "replid": ""}
         row = {name: getattr(account, name) for name in _ACCOUNT}
         row["refresh_owed"] = int(account.refresh_owed)
@@ -90,7 +90,7 @@ class RedisStore:
             "run": self._run or before["run"],
             "replid": self._replid or before["replid"],
             "created": self._created,
-            "changed": changed,
+            "changed": self._changes,
         }
         row = {name: False if value is None else value for name, value in row.items()}
         self._account = row

@@ -83,7 +83,7 @@ local function get_bucket(number)
   }
   bucket.opened_us = min(bucket.opened_us, now + 2 * S)
   for _, line in ipairs(bucket.lines) do
-    if now - 2 * S < line[UNTIL] and line[UNTIL] <= now + 60 * S then lines[#lines + 1] = line end
+    if now - notice_us < line[UNTIL] and line[UNTIL] <= now + 60 * S then lines[#lines + 1] = line end
   end
   bucket.lines, buckets[number] = lines, bucket
   return bucket

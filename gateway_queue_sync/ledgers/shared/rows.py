@@ -81,7 +81,7 @@ class Rows:
                 )
             bucket.opened_us = min(bucket.opened_us, self.now_us + MAX_NOTICE_US)
             # A session whose head was passed over may not have asked again yet: its line stays a while.
-            after_us, up_to_us = self.now_us - MAX_NOTICE_US, self.now_us + MAX_LEASE_US
+            after_us, up_to_us = self.now_us - self.notice_us, self.now_us + MAX_LEASE_US
             bucket.lines = tuple(row for row in bucket.lines if after_us < row.until_us <= up_to_us)
             buckets[number] = bucket
         return bucket

@@ -106,7 +106,7 @@ class OwnedLock:
         self.reinit()
 
     def reinit(self) -> None:
-        """Release the lock in a forked child, where the thread that held it may not exist."""
+        """Begin with a new lock: in a forked child, the thread that held the old one may not exist."""
         self._lock: Any = threading.RLock()
         self.acquire, self.release = self._lock.acquire, self._lock.release
         self.owner = 0
@@ -138,7 +138,7 @@ class OwnedLock:
         """Make a change, including its wake-ups, as one unit, with the lock held: ``until_complete``."""
         until_complete(change, self.run)
 
-    # What a Condition calls, right after it has noted who waits:
+    # What a ``Condition`` calls:
 
     def _release_save(self) -> object:
         self.owner = 0

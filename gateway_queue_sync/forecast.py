@@ -106,24 +106,26 @@ def starts(outlook: Outlook, lines: Mapping[int, int]) -> Iterator[tuple[int, in
 
 
 def eta_us(outlook: Outlook, number: int, before: int, lines: int, waiting: int) -> int | None:
-    """Return about when a position gets its permit. The cost does not grow with the waiters.
+    """Return in about how many microseconds a waiter with so many ``before`` it gets its permit.
 
-    If the session starts do not suffice for all that are ``waiting``, the ``lines`` are assumed to be
-    equally long. ``None`` if no permit will ever come, or if it is unknown.
+    If the session starts do not suffice for all that are ``waiting``, the ``lines`` (so many) are
+    assumed to be equally long: otherwise the cost would grow with the waiters. ``None`` if no permit
+    will ever come, or if it is unknown when.
     """
     if not outlook.knows_limit:
         return None
     at_us = outlook.ready(number) + before * outlook.window_us
-    kept = outlook.budget
-    if kept is None or waiting <= kept.remaining - outlook.reserve:
+    left = outlook.budget
+    if left is None or waiting <= left.remaining - outlook.reserve:
         return at_us
-    if kept.total <= outlook.reserve:
+    if left.total <= outlook.reserve:
         return None
-    after = before - max(0, kept.remaining - outlook.reserve) // lines
+    # How many before it in its line get their permits after the reset:
+    after = before - max(0, left.remaining - outlook.reserve) // lines
     if after < 0:
         return at_us
-    periods, after = divmod(after, -(-(kept.total - outlook.reserve) // lines))
-    resets_in_us = (kept.resets_in_us or outlook.period_us) + periods * outlook.period_us
+    periods, after = divmod(after, -(-(left.total - outlook.reserve) // lines))
+    resets_in_us = (left.resets_in_us or outlook.period_us) + periods * outlook.period_us
     return max(at_us, resets_in_us + after * outlook.window_us)
 
 

@@ -1,4 +1,9 @@
-"""The future of a permit."""
+"""The future of a permit.
+
+It differs from other futures in three ways. Cancelling it leaves the line. If an interrupt (such as
+Ctrl-C) comes in one of its methods, its lock is released. If one comes in a callback, the other
+callbacks are called, too.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +25,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Here(threading.local):
-    """The interrupt that a callback has raised in this thread."""
+class _Raised(threading.local):
+    """The interrupt that a callback has raised in this thread, until it is raised in the caller."""
 
     interrupt: BaseException | None = None
 
 
-_here = _Here()
+_raised = _Raised()
 
 
 def _unlocked_at_exit(method: Callable[P, T]) -> Callable[P, T]:
@@ -45,7 +50,7 @@ def _unlocked_at_exit(method: Callable[P, T]) -> Callable[P, T]:
             return method(*args, **kwargs)
         except BaseException as error:
             if is_outer:
-                with contextlib.suppress(RuntimeError):  # it is free
+                with contextlib.suppress(RuntimeError):  # raised when it is free
                     while True:
                         condition.release()
             interrupt = unmasked(error)
@@ -84,7 +89,7 @@ class PermitFuture(Future[Permit]):
             finally:
                 if self.on_cancel is not None:  # it was interrupted before
                     self._leave()
-        if _here.interrupt is not None:
+        if _raised.interrupt is not None:
             _raise_interrupt()
         return cancelled
 
@@ -97,7 +102,7 @@ class PermitFuture(Future[Permit]):
     def add_done_callback(self, fn: Callable[[Future[Permit]], object]) -> None:
         """Call ``fn`` with the future when that is done, even if another callback raises."""
         super().add_done_callback(functools.partial(_call_back, fn))
-        if _here.interrupt is not None:  # the future is done: it was called at once
+        if _raised.interrupt is not None:  # the future is done: it was called at once
             _raise_interrupt()
 
     @_unlocked_at_exit
@@ -115,7 +120,7 @@ class PermitFuture(Future[Permit]):
             self._process = os.getpid()
             super().set_result(result)
         finally:
-            self._process, _here.interrupt = 0, None
+            self._process, _raised.interrupt = 0, None
 
     @_unlocked_at_exit
     def set_exception(self, exception: BaseException | None) -> None:
@@ -123,7 +128,7 @@ class PermitFuture(Future[Permit]):
         try:
             super().set_exception(exception)
         finally:
-            _here.interrupt = None
+            _raised.interrupt = None
 
     def has_permit(self) -> bool:
         """Return whether it was completed with a permit."""
@@ -137,7 +142,7 @@ class PermitFuture(Future[Permit]):
 
 
 def _call_back(fn: Callable[[Future[Permit]], object], future: PermitFuture) -> None:
-    """Call a callback. An interrupt in it is logged, and raised after all callbacks in a caller."""
+    """Call a callback. An interrupt in it is logged; a caller raises it after the other callbacks."""
     if future._process not in (0, os.getpid()):
         return  # an earlier callback has forked: this is the child, and the permit its parent's
     try:
@@ -146,12 +151,12 @@ def _call_back(fn: Callable[[Future[Permit]], object], future: PermitFuture) -> 
         raise  # any future logs that
     except BaseException as error:
         log.exception("a callback of %r raised; the others are called", future)
-        _here.interrupt = error
+        _raised.interrupt = error
 
 
 def _raise_interrupt() -> None:
     """Raise the interrupt of a callback in this thread."""
-    interrupt, _here.interrupt = _here.interrupt, None
+    interrupt, _raised.interrupt = _raised.interrupt, None
     try:
         if interrupt is not None:
             raise interrupt

@@ -51,12 +51,12 @@ class LimitReader:
         self._pause_us = self._sent_us = 0
         self.reading = self.outdated = self._warned = False
         self.error: BaseException | None = None
-        self._has_limit = True  # when the latest read began
+        self._has_limit = True  # whether there was one when the latest read began
         self.due_us = min(self._now_us() + self._reread_us, FOREVER_US)
         self._unlogged: tuple[int, BaseException, int] | None = None  # the latest failure
 
     def can_read(self, now_us: int) -> bool:
-        """Return whether permits should wait for a read: none has failed just now or takes too long."""
+        """Return whether permits should wait for a read: no if one failed just now or takes too long."""
         resting = self._pause_us > 0 and now_us < self.due_us
         return not resting and not (self.reading and now_us - self._sent_us >= PATIENCE_US)
 

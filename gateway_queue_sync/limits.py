@@ -1,7 +1,8 @@
 """The session start limit of an account: what is left, and how a limit that was read changes it.
 
 Pure arithmetic. Discord's answer may lag, other programs may start sessions with the same token, and a
-proxy may answer for Discord. So of what was counted and what was read, the smaller number counts.
+proxy may answer for Discord. So the smaller number counts: what this account says is left, or what was
+read.
 """
 
 from __future__ import annotations
@@ -78,15 +79,18 @@ def rebucket(account: Account, max_concurrency: int) -> None:
 def read(account: Account, limit: SessionStartLimit, sent_us: int, now_us: int) -> bool:
     """Take in a limit that was read: the request was sent at ``sent_us`` and answered at ``now_us``.
 
-    What is left is the smaller of ``total`` less all own permits of the period, and ``remaining``
-    less those of the last minute before the request, which Discord may not have seen. So each permit
-    counts, and so do the session starts of other programs. Of two resets that are at most 5 minutes
-    apart, the later counts. Another reset counts only if a second read a minute later shows it again;
-    until then the smaller numbers count. Otherwise a bot that crashes in a loop would get session
-    starts from an answer that lags.
+    What is left is the smaller of two numbers: ``total`` less all permits that this account has granted
+    in the period, and ``remaining`` less those that it granted less than a minute before the request,
+    because Discord may not have counted these yet. So each permit counts, and so do the session starts
+    of other programs.
+
+    The known reset and the one that was read count as the same if they are at most 5 minutes apart; the
+    later one is stored. A reset that differs by more counts only if a second read, a minute later or
+    more, shows it again. Until then the smaller numbers count. Otherwise a bot that crashes in a loop
+    would get session starts from an answer that lags.
 
     Returns false if the limit should be read again in a minute: to confirm a reset, or because permits
-    were granted too shortly before the read to know what is left.
+    were granted so shortly before the read that it does not show how many are left.
     """
     since_us = sent_us - unseen_us(account)
     recent = {
@@ -97,6 +101,8 @@ def read(account: Account, limit: SessionStartLimit, sent_us: int, now_us: int) 
     resets_at_us = now_us + to_us(limit.reset_after)
     if known_us is not None and now_us >= known_us:
         return _begin_period(account, limit, 0, now_us)
+    # A period began without a read, or no limit is known. An answer without a reset is from before the
+    # period if permits of it were used.
     if account.refresh_owed and not (account.used and limit.reset_after == 0):
         return _begin_period(account, limit, account.used, now_us)
     if known_us is not None and abs(resets_at_us - known_us) <= SAME_RESET_US:
@@ -106,7 +112,7 @@ def read(account: Account, limit: SessionStartLimit, sent_us: int, now_us: int) 
             account.max_reset_us = max(account.max_reset_us, to_us(limit.reset_after))
         own, theirs = limit.total - account.used, limit.remaining - len(recent)
         _take_in(account, limit, limit.total, max(0, min(own, theirs)))
-        return not recent or own <= theirs  # else some may have been counted twice: not for long
+        return not recent or own <= theirs  # else some may count twice: read again soon
     other = account.other_reset
     if known_us is not None and (other is None or abs(resets_at_us - other[0]) > SAME_RESET_US):
         account.other_reset = other = (resets_at_us, now_us)
@@ -119,12 +125,12 @@ def read(account: Account, limit: SessionStartLimit, sent_us: int, now_us: int) 
 
 
 def ignored(account: Account, limit: SessionStartLimit) -> int:
-    """Return how many session starts are left by the read, but not by the account."""
+    """Return how many more session starts a read says are left than the account does."""
     return max(0, limit.remaining - len(account.recent or ()) - account.remaining)
 
 
 def _begin_period(account: Account, limit: SessionStartLimit, used: int, now_us: int) -> bool:
-    """Begin the period that was read, of which this account has used so many session starts."""
+    """Begin the period that was read. This account has ``used`` so many session starts of it."""
     recent = len(account.recent or ())
     left = max(0, min(limit.total - used, limit.remaining - recent))
     if limit.reset_after == 0 and limit.remaining < limit.total:  # an answer from before the reset

@@ -96,8 +96,8 @@ class Line:
             entry, at = heapq.heappop(unseen)
             if entry[2].entry is entry:
                 found.append(entry[2])
-            for below in range(2 * at + 1, min(2 * at + 3, len(self._heap))):
-                heapq.heappush(unseen, (self._heap[below], below))
+            for child in range(2 * at + 1, min(2 * at + 3, len(self._heap))):
+                heapq.heappush(unseen, (self._heap[child], child))
         return found
 
     def entries(self) -> Iterator[Entry]:
@@ -105,7 +105,7 @@ class Line:
         return (entry for entry in self._heap if entry[2].entry is entry)
 
     def position(self, waiter: Waiter, at_most: int | None = None) -> int:
-        """Return how many waiters come before this one, which is or was here; at most ``at_most``."""
+        """Return how many waiters come before one that is or was in this line; at most ``at_most``."""
         key = waiter.position_us, waiter.number
         if key >= self._last:
             return len(self) - (waiter.entry is not None)
@@ -134,7 +134,7 @@ class Lines:
             self.join(waiter)
 
     def join(self, waiter: Waiter) -> None:
-        """Add a waiter to the line of its bucket. If it is in other lines, these stay as they are."""
+        """Add a waiter to the line of its bucket. Another ``Lines`` that has it stays as it is."""
         number = waiter.shard_id % self.max_concurrency
         line = self.by_bucket.get(number)
         if line is None:
@@ -142,7 +142,7 @@ class Lines:
         line.add(waiter.entry or (waiter.position_us, waiter.number, waiter))
 
     def leave(self, waiter: Waiter) -> Waiter | None:
-        """Remove a waiter. Return the new head if the waiter came before it, also when repeated."""
+        """Remove a waiter. If it was the head, return the new one, also if this is repeated."""
         number = waiter.shard_id % self.max_concurrency
         line = self.by_bucket.get(number)
         if line is None:

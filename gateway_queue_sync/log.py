@@ -19,7 +19,7 @@ from gateway_queue_sync.token_bucket import NEVER
 MIN_WAIT = 30.0  # s; only waits that take longer are logged
 MAX_LINES = 5  # of one kind in a minute; after that, only the 8th, the 16th, the 32nd and so on
 MINUTE_US = 60 * US_PER_SECOND
-ALL = 1 << 62
+ALL = 1 << 62  # as ``grants_up_to``: the log ignores no ``ShardGranted``
 
 shards = logging.getLogger("gateway_queue_sync.shards")
 limits = logging.getLogger("gateway_queue_sync.budget")

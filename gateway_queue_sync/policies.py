@@ -403,7 +403,7 @@ class HttpQueue(_ReadsLimit):
     forked child.
 
     Args:
-        url: the broker's, such as ``http://127.0.0.1:8787``; ``https://`` through a proxy that has it.
+        url: the broker's, such as ``http://127.0.0.1:8787``; ``https://``, if a proxy has TLS.
         limit: as for ``SqliteQueue``.
         secret: the broker's secret, if it has one; it is in no log, repr or error.
         name: must be left out, since a broker has one account.

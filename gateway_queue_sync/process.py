@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gateway_queue_sync.ledgers.remote import RemoteLedger
     from gateway_queue_sync.scheduler import Scheduler
 
-MAX_EXIT_US = 500_000
+MAX_EXIT_US = 500_000  # how long the end of a process waits for the workers of its queues
 
 
 class Server(Protocol):

@@ -52,7 +52,7 @@ class Scheduler:
         lines: the waiters.
         worker: serves futures, and a remote ledger.
         closed: whether the queue was closed.
-        forks: how often a process was forked since the queue was made; 0 where it was made.
+        forks: how many forks lie between the process that made the queue and this one.
     """
 
     def __init__(self, ledger: Ledger, settings: Settings, owner: str) -> None:
@@ -86,7 +86,7 @@ class Scheduler:
     # --- who may call -----------------------------------------------------------------------------
 
     def blocking(self, work: Callable[[], None]) -> None:
-        """Call ``work``, which waits, with the lock held; signal handlers cannot call the queue then."""
+        """Call ``work``, which waits, with the lock held. No signal handler can call the queue then."""
         ident = self._get_ident()
         with self.clock.inside():
             try:
@@ -140,7 +140,7 @@ class Scheduler:
                 try:
                     lock.release()
                 except RuntimeError:
-                    pass  # as in ``locked``
+                    pass  # as in ``OwnedLock.run``
             if self.reader is not None:
                 self.reader.log_failure()
             if type(permit) is not Permit:
@@ -192,8 +192,8 @@ class Scheduler:
     ) -> Permit:
         """Wait in line until the calling thread has a permit. ``late`` is a permit that came too late.
 
-        Every exit without a permit calls ``leave``. The outer call is for an interrupt at the very
-        beginning of the inner one.
+        Every exit without a permit calls ``leave``, and calls it again in case an interrupt came at the
+        very beginning of the first call.
         """
         ident, forks = self._get_ident(), self.forks
         waiter = self.waiter(shard_id, None, priority_us, late)
@@ -294,7 +294,8 @@ class Scheduler:
         if self.remote is None:
             self._ask_again((head,), opens_at_us)
         else:
-            self.notify_head(head)  # if it was the head before, it keeps its answer
+            # ``ask_at_us`` stays: if this waiter was the head once before, it has its answer already.
+            self.notify_head(head)
 
     def _ask_again(self, heads: Iterable[Waiter], at_us: int = 0) -> None:
         """Let heads ask the ledger again, now or later, because its last answer may be outdated."""
@@ -366,7 +367,10 @@ class Scheduler:
         return self.observers.exhausted(answer, now_us)
 
     def hand_over(self, waiter: Waiter, permit: Permit) -> bool:
-        """Leave the line with a permit. False if the waiter was in none, or its bucket was replaced."""
+        """Leave the line with a permit. False if the waiter was in none, or the permit is outdated.
+
+        That is one whose bucket has granted again, or was replaced.
+        """
         if self.closed:
             raise errors.QueueClosed
         if waiter.entry is None:
@@ -385,7 +389,7 @@ class Scheduler:
         """Give a permit back, and wake the heads that may get one now. Idempotent."""
         self._record_report(permit, Report.UNUSED)
         left = self.ledger.budget()
-        used_up = left is not None and left.remaining <= self.reserve + 1  # before it was refunded
+        used_up = left is not None and left.remaining <= self.reserve + 1  # before the refund
         head = self.lines.head(permit.shard_id)
         self._ask_again(self.lines.heads() if used_up else (head,) if head else ())
 
@@ -424,7 +428,7 @@ class Scheduler:
             log.warning("%r was reported %s: that changes nothing now", permit, report.value)
 
     def restart_window(self, permit: Permit) -> None:
-        """Start a permit's window now, unless there is a report on it: its IDENTIFY may come yet."""
+        """Start the window of a permit without a report now, because its IDENTIFY may still come."""
 
         def restart() -> None:
             if permit.reported is None:

@@ -28,7 +28,7 @@ REREAD_AFTER = 600.0
 """Seconds after which a queue that is used reads the limit again: others may start sessions, too."""
 
 DEFAULT_LEASE = 5.0
-"""Seconds without a request after which a process counts as dead. Waiting ones send three."""
+"""Seconds without a request after which a process counts as dead. One that waits sends three."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

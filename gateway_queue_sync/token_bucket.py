@@ -1,8 +1,8 @@
-"""The rules of session starts as pure arithmetic: a token bucket per bucket, reports, re-bucketing.
+"""The rules of session starts as pure arithmetic: when a bucket may grant, and what a report changes.
 
 No thread, clock, lock or I/O: the time is an argument, in integer microseconds, and an ``Account`` is
-the whole state. Windows run on a clock that is never set (``now_us``), the session start limit on one
-that outlives the process (``wall_us``). What a limit that was read means is in ``limits.py``.
+the whole state. Windows are measured by a clock that is never set (``now_us``), the session start limit
+by one that goes on when the process ends (``wall_us``). ``limits.py`` has what a new limit changes.
 
 Source of the rules: https://discord.com/developers/docs/topics/gateway (*Rate Limiting*, *Session
 Start Limit*). What Discord does not document is decided safely: a window starts with the latest
@@ -56,15 +56,15 @@ class Account:
     Attributes:
         window_us, period_us: the time between permits of a bucket, and between resets of the limit.
         reserve: session starts that are never used.
-        patience_us: how long, after a reset, permits wait until the limit is read.
+        patience_us: how long permits wait for a read of the limit after a reset, at most.
         max_concurrency: how many buckets there are.
         buckets: those that have granted; all others are like ``default_bucket``.
         total, remaining: session starts of this period (``None``: there is no limit), and what is left.
         resets_at_us: when the period ends, on the wall clock; ``None`` until its first grant.
-        max_reset_us: the longest possible time until the reset, in case the clock is set back.
+        max_reset_us: the reset is never further away than this, even if the clock is set back.
         period: the number of this period; a permit is refunded only to the period that was charged.
         refresh_owed: the limit should be read, because the latest reset passed without a read. Without
-            a ``total``, no permit is granted until then.
+            a ``total``, no permit is granted before a read.
         granted: permits granted; also the serial number of the latest.
         used: permits charged to this period and not given back.
         recent: when the latest permits were granted, by serial; ``None`` if the limit is never read.
@@ -201,7 +201,7 @@ def _next_period(account: Account, wall_us: int, due: bool) -> tuple[int, int]:
     account.max_reset_us = account.period_us
     if due:
         account.other_reset = None
-        if account.recent is not None:  # what is older counts in no read, and gets no refund
+        if account.recent is not None:  # older permits matter neither to a read nor to a refund
             since_us, account.refresh_owed = wall_us - unseen_us(account), True
             account.recent = {key: at for key, at in account.recent.items() if at >= since_us}
     return wall_us + account.period_us, account.period + due
@@ -220,8 +220,9 @@ def _early(account: Account) -> int:
 
 
 def _used_up(account: Account, wait_us: int, wall_us: int, early: int) -> Denial:
+    """Return the denial of a used-up limit."""
     resets_in_us = resets_in(account, wall_us)
-    if not resets_in_us:  # no reset will help
+    if not resets_in_us:  # the reset is due, and too few are left even after it
         resets_in_us = account.max_reset_us = account.period_us
         if early and account.total is not None:  # a period begins, with these used of it
             account.remaining, account.used = max(0, account.total - early), early
@@ -257,7 +258,7 @@ def _max_closure_us(account: Account, rejections: int) -> int:
 
 
 def bucket_of(account: Account, shard_id: int) -> TokenBucket:
-    """Return the bucket that the shard belongs to now (re-bucketing may have moved it)."""
+    """Return the bucket of a shard. A permit of that shard may have been granted in another one."""
     number = shard_id % account.max_concurrency
     bucket = account.buckets.get(number)
     if bucket is None:
@@ -272,7 +273,7 @@ def bucket_of(account: Account, shard_id: int) -> TokenBucket:
 
 
 def restamp(account: Account, permit: Permit, now_us: int) -> bool:
-    """Start the window of a permit at its handing over, now. False if its bucket has granted again."""
+    """Start the window now, when a permit is handed over. False if its bucket has granted again."""
     bucket = account.buckets.get(permit.bucket)
     if bucket is None or bucket.serial != permit.serial:
         return False
@@ -299,7 +300,7 @@ def unused(account: Account, permit: Permit) -> None:
     remaining, used, recent = account.remaining, account.used, account.recent
     if account.total is not None and account.period == permit.period:
         used = max(0, used - 1)
-        if recent is None or permit.serial in recent:  # else the limit was read since, without it
+        if recent is None or permit.serial in recent:  # else a read since did not count it
             remaining = min(remaining + 1, account.total)
     # From here on there are only assignments: no interrupt can come between them.
     permit.returned = True

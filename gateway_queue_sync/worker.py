@@ -1,7 +1,7 @@
 """The worker: the one background thread of a queue.
 
 It completes futures, and only it sends requests to a shared ledger. It starts on demand. It ends when it
-had nothing to do for some seconds, or when the queue is deleted (it has only a weak reference to it).
+has had nothing to do for some seconds, or when the queue, to which it has a weak reference, is deleted.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ RETRY_US = 1 * US_PER_SECOND
 
 
 class Worker:
-    """Asks for the heads that are futures, and with a remote ledger for all heads.
+    """Asks the ledger for the heads that are futures; if the ledger is remote, for all heads.
 
     Its methods are called with the scheduler's lock held, except ``emit_later``, ``turn``,
     ``is_current``, ``is_alive`` and ``join``.
 
     Attributes:
         thread: the thread, ``None`` if there is none.
-        futures: the waiters in lines that are futures.
+        futures: the waiters that are futures.
         events: events to emit in this thread, because they must not be emitted where they happened.
     """
 
@@ -69,8 +69,8 @@ class Worker:
         self._condition.notify()
 
     def _start(self, scheduler: Scheduler) -> None:
-        # Registered before it is started: a thread whose start was interrupted may run nevertheless. If
-        # another one was registered meanwhile, it ends.
+        # ``thread`` is set first, because a thread may run even if its start was interrupted. One that
+        # finds another thread there ends.
         visit = self._clock.inside(worker=True)
         self.thread = threading.Thread(
             target=_serve,
@@ -86,7 +86,7 @@ class Worker:
         try:
             start(self.thread)
         except RuntimeError:
-            visit.__exit__(None, None, None)  # no thread can be started
+            visit.__exit__(None, None, None)  # no thread can be started, so none will leave it
             raise
 
     def wake(self, scheduler: Scheduler) -> None:

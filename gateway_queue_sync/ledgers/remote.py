@@ -109,7 +109,7 @@ class RemoteLedger:
         self.backend = backend
         self._settings = settings
         self._now_us = settings.clock.now_us
-        self._condition: Callable[..., threading.Condition] = settings.clock.condition
+        self._new_condition: Callable[..., threading.Condition] = settings.clock.condition
         self._session = Session(
             SessionSettings(
                 interval_us=interval_us,
@@ -130,7 +130,7 @@ class RemoteLedger:
         self.unseen: list[Waiter] = []
         self._asked: dict[int, Waiter] = {}
         self._waiting_for: list[threading.Condition] = []  # update and snapshot, for a reply
-        self._look: tuple[Reply | None, int] = None, 0  # the latest, and the offset of its clock
+        self._look: tuple[Reply | None, int] = None, 0  # the latest reply; its clock's offset
         self._failures = self._answered_us = 0
         self._failed_us: int | None = None  # since when it has failed
         self._has_uncounted = False  # whether it was logged that more is left than counts
@@ -294,7 +294,7 @@ class RemoteLedger:
         """Let the worker send what ``ask`` adds, and wait for the reply for 5 seconds at most."""
         if scheduler.worker.is_current():
             raise worker_blocked()
-        condition, sent = self._condition(scheduler.lock), []
+        condition, sent = self._new_condition(scheduler.lock), []
 
         def wait_for_reply() -> None:
             deadline_us = self._now_us() + MAX_REQUEST_US
@@ -324,10 +324,10 @@ class RemoteLedger:
             return FOREVER_US  # a closed queue does not repeat its last request
         return self._session.wake_us(self._now_us())
 
-    def exchange(self, scheduler: Scheduler, heads: list[Waiter]) -> bool:
+    def exchange(self, scheduler: Scheduler, answered: list[Waiter]) -> bool:
         """Send a request, without the lock, and apply the reply. False if there was nothing to send.
 
-        Futures that got a permit or an error are added to ``heads``.
+        Futures that were answered are added to ``answered``: with a permit, a wait or an error.
         """
         forks = scheduler.forks
         request, events = scheduler.locked(self._compose, scheduler)
@@ -346,7 +346,7 @@ class RemoteLedger:
             warnings = scheduler.locked(self._failed, scheduler, request, failure)
         else:
             answers, warnings, events = scheduler.locked(
-                self._take_in, scheduler, request, reply, heads
+                self._take_in, scheduler, request, reply, answered
             )
             for shard_id in answers.rejected_often:
                 rejected_often(MANY_REJECTIONS, shard_id, shard_id % self.max_concurrency)
@@ -382,14 +382,14 @@ class RemoteLedger:
         return request, self._waiting_events(scheduler)
 
     def _failed(self, scheduler: Scheduler, request: Request, error: LedgerError) -> list[str]:
-        """Note that an attempt has failed, and fail the waiters that do not wait any longer."""
+        """Note that an attempt has failed, and wake the heads: some do not wait any longer."""
         now_us = self._now_us()
         self._session.failed(request, error, now_us)
         error.__traceback__ = None  # which refers to the request
         since_us = self._failed_us = now_us if self._failed_us is None else self._failed_us
         for head in scheduler.lines.heads():
             if isinstance(error, Busy) and head.once:
-                continue  # it waits a little for a reply under way
+                continue  # it waits a little until the ledger is asked again
             head.ask_at_us = self._session.wake_us(now_us)
             if head.condition is not None:
                 head.condition.notify()
@@ -401,7 +401,7 @@ class RemoteLedger:
         return []
 
     def _take_in(
-        self, scheduler: Scheduler, request: Request, reply: Reply, heads: list[Waiter]
+        self, scheduler: Scheduler, request: Request, reply: Reply, answered: list[Waiter]
     ) -> tuple[Answers, list[str], list[Event]]:
         """Apply a reply. Return what it means, the warnings to log, and the events to emit."""
         now_us = self._answered_us = self._now_us()
@@ -409,7 +409,7 @@ class RemoteLedger:
         warnings = [f"{self!r}: {warning}" for warning in answers.warnings]
         if answers.error is not None:
             error = LedgerError(f"{self!r}: {answers.error}")
-            self._fail(scheduler, error, answers.refused, heads)
+            self._fail(scheduler, error, answers.refused, answered)
             if self._refusal != str(error):
                 warnings.append(str(error))
             self._refusal = str(error)
@@ -421,7 +421,7 @@ class RemoteLedger:
         self._failures, self._failed_us = 0, None
         if answers.limit_changed:
             scheduler.limit_changed()
-        events = self._pass_on(scheduler, answers, heads, now_us)
+        events = self._pass_on(scheduler, answers, answered, now_us)
         if answers.look is not None:
             self._look = reply, reply.now_us - request.sent_us
         for condition in self._waiting_for:
@@ -432,7 +432,7 @@ class RemoteLedger:
         return answers, warnings, events + self._waiting_events(scheduler)
 
     def _pass_on(
-        self, scheduler: Scheduler, answers: Answers, heads: list[Waiter], now_us: int
+        self, scheduler: Scheduler, answers: Answers, answered: list[Waiter], now_us: int
     ) -> list[Event]:
         """Pass permits and denials to their waiters. A permit whose waiter has left is given back."""
         asked, self._asked = self._asked, {}
@@ -446,13 +446,12 @@ class RemoteLedger:
                 continue
             events.append(scheduler.record(waiter, answer, now_us))
             if waiter.future is not None:
-                heads.append(waiter)
+                answered.append(waiter)
             elif waiter.condition is not None:
                 granted = isinstance(answer, Permit) and not scheduler.listens(answer)
                 if granted and not scheduler.closed and isinstance(answer, Permit):
-                    scheduler.hand_over(
-                        waiter, answer
-                    )  # now, so that the next one in line need not wait for this thread
+                    # Now, so that the next waiter in line need not wait until this thread is awake.
+                    scheduler.hand_over(waiter, answer)
                 waiter.condition.notify()
         for change in answers.changes:
             if change.applied and change.limit.kind == messages.READ:
@@ -467,7 +466,7 @@ class RemoteLedger:
         scheduler: Scheduler,
         error: LedgerError,
         refused: list[int] | None,
-        heads: list[Waiter],
+        answered: list[Waiter],
     ) -> None:
         """Fail the waiters of a request that the ledger refused, or all waiters."""
         self._asked = {}
@@ -475,7 +474,7 @@ class RemoteLedger:
             if refused is None or waiter.number in refused:
                 waiter.error = error
                 if waiter.future is not None:
-                    heads.append(waiter)
+                    answered.append(waiter)
                 elif waiter.condition is not None:
                     waiter.condition.notify()
         for condition in self._waiting_for:
@@ -521,10 +520,8 @@ class RemoteLedger:
     def timed_out(self, waiter: Waiter, timeout: float, *, is_head: bool) -> LedgerError | None:
         """Return the error of a waiter that got no permit in time because the ledger is out of reach."""
         failure: Exception | None = self._session.failure
-        answered = (
-            self._answered_us > waiter.arrived_us and not waiter.once
-        )  # other waiters were answered
-        if failure is None and waiter.ask_at_us == 0 and is_head and not answered:
+        others_answered = self._answered_us > waiter.arrived_us and not waiter.once
+        if failure is None and waiter.ask_at_us == 0 and is_head and not others_answered:
             failure = LedgerError(f"{self!r} did not answer in time")
         if failure is None:
             return None

@@ -243,19 +243,19 @@ local function ask(number, head) -- a permit, or a wait
   local since_us = resets_at_us and wall - resets_at_us or -1
   local reads = request.can_read ~= 0 or has_reader()
   local reset_us = since_us >= 0 and now - since_us + (since_us >= PATIENCE and reads and PATIENCE or 0) or NEVER
-  local late_us, due = #ahead * min(S / 10, floor(account.window_us / 5)), due_us(bucket)
+  local graces_us, due = #ahead * min(S / 10, floor(account.window_us / 5)), due_us(bucket)
   local turn_us, left, reason, wait_us = due, nil, RESET, READ_AGAIN
   if #ahead > 0 then
     turn_us = max(due, account.opened_us, bucket.opened_us, reset_us)
-    turn_us = max(turn_us + late_us, now + head[ONCE])
+    turn_us = max(turn_us + graces_us, now + head[ONCE])
   end
   if account.total then
     account.reserve = request.reserve
     left, reason, wait_us = take(bucket, turn_us, reads and since_us >= 0 and since_us < PATIENCE)
-    if reason == BUDGET then wait_us = wait_us + late_us end
-    if reason == RESET then wait_us = min(READ_AGAIN, PATIENCE - since_us) + late_us end
+    if reason == BUDGET then wait_us = wait_us + graces_us end
+    if reason == RESET then wait_us = min(READ_AGAIN, PATIENCE - since_us) + graces_us end
     if reason == WINDOW then
-      wait_us = due + late_us > now and due + late_us - now or min(wait_us, account.window_us)
+      wait_us = due + graces_us > now and due + graces_us - now or min(wait_us, account.window_us)
     end
   end
   if not left then

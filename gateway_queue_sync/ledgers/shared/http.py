@@ -287,7 +287,7 @@ def _left(give_up: float) -> float:
 
 
 class _Response(http.client.HTTPResponse):
-    """A response that must be complete when the current timeout of its socket is over."""
+    """A response that must be complete before the current timeout of its socket is over."""
 
     def __init__(self, sock: socket.socket, *args: Any, **settings: Any) -> None:
         super().__init__(sock, *args, **settings)
@@ -295,7 +295,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Timed(io.RawIOBase):
-    """Reads from a socket until its first timeout is over."""
+    """Reads from a socket, in all for no longer than the timeout that it has at the beginning."""
 
     def __init__(self, file: io.BufferedReader, sock: socket.socket) -> None:
         self._file, self._sock = file, sock

@@ -27,7 +27,7 @@ from gateway_queue_sync.settings import Settings
 log = logging.getLogger("gateway_queue_sync")
 
 MAX_OPEN_US = 5 * US_PER_SECOND  # how long a reply is waited for
-MAX_LATE_US = 40_000  # after that time, for the error of a ledger that was busy all the time
+MAX_LATE_US = 40_000  # how much later the error may come of a ledger that was busy all the time
 BUSY_PAUSE = 0.02  # s, until a busy ledger is asked again
 WARN_AFTER = 1.0  # s, until a WARNING says what a queue that is being made waits for
 
@@ -52,7 +52,7 @@ def first_reply(backend: Backend, request: Request) -> Reply:
                 raise Unreachable(f"{backend!r} did not answer within 5 s") from TimeoutError()
         return answered.result()
     finally:
-        if not answered.cancel():  # it is there: a fork that comes next finds no thread
+        if not answered.cancel():  # there is a reply: the thread ends, so that a fork finds none
             thread.join()
 
 
@@ -133,7 +133,7 @@ def seen_in(
     )
     lines = {number: list(waiters) for number, waiters in own.items()}
     for line in look.lines:
-        last = line.waiters[-1]
+        last = line.waiters[-1]  # the others come after it; their shards are unknown
         unknown = [last._replace(shard_id=-1)] * line.more
         lines.setdefault(line.bucket, []).extend((*line.waiters, *unknown))
     for waiters in lines.values():

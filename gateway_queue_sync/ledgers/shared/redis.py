@@ -44,7 +44,7 @@ log = logging.getLogger("gateway_queue_sync")
 
 SCRIPT = importlib.resources.files(__package__).joinpath("answer.lua").read_text("utf-8")
 SHA1 = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
-TRIES = 3  # of a request that Python computes; others can come between the first two only
+TRIES = 3  # to store what Python has computed. After the first, other sessions are kept out.
 SOCKET_TIMEOUT = 1.0  # s, of a client that is made from a URL
 
 # Runs commands on a key, and deletes it. Returns the first one that fails, with the error; and
@@ -107,7 +107,7 @@ class RedisBackend:
 
     def __init__(self, client_or_url: Client | str, name: str, clock: Clock) -> None:
         given = checked(client_or_url)
-        self._made = isinstance(given, str)  # a client that was given is its owner's
+        self._made = isinstance(given, str)  # whether the client was made here
         self._client: Client | None = made_from(given) if isinstance(given, str) else given
         self._make = maker(given)
         self._where = address(self._client) + ("" if name == "default" else f" ({name})")
@@ -244,7 +244,7 @@ class RedisBackend:
         self._client, self._made = None, True
 
     def close(self) -> None:
-        """Close a client that was made from a URL. One that was passed belongs to its owner."""
+        """Close a client that was made here. One that was passed belongs to its owner."""
         if self._made and self._client is not None:
             self._client.close()
 

@@ -15,9 +15,9 @@ from gateway_queue_sync.limits import CONFIRM_US
 from gateway_queue_sync.models import US_PER_SECOND
 
 MAX_SETTINGS_US = MAX_LEASE_US + MAX_INTERVAL_US + MAX_MARGIN_US
-MAX_NOTICE_US = 2 * US_PER_SECOND
+MAX_NOTICE_US = 2 * US_PER_SECOND  # the longest time that heads get to learn of an opening
 MAX_PERIODS_BACK = 100  # a permit from an earlier period was lost, and is not refunded
-DIFFERS_US = 60 * US_PER_SECOND
+DIFFERS_US = 60 * US_PER_SECOND  # how long replies say that processes have different settings
 READ_CLAIM_US = 10 * US_PER_SECOND  # how long other processes leave a read to the one that began it
 
 
@@ -52,7 +52,7 @@ class Rows:
 
     @property
     def kept(self) -> SharedAccount:
-        """The account, if it must exist."""
+        """The account, which must exist."""
         assert self.account is not None
         return self.account
 
@@ -106,7 +106,7 @@ class Rows:
             default.closed_until_us = max(default.closed_until_us, bucket.closed_until_us)
             if bucket.rejected_serial in (bucket.serial, bucket.previous_serial):
                 default.rejections = max(default.rejections, bucket.rejections)
-        begins = self.request.introduction is not None  # many in a row must not stop all
+        begins = self.request.introduction is not None  # many that start must not stop all
         if others and not begins and max_concurrency != account.max_concurrency:
             account.settle_until_us = self.now_us + self.notice_us
         self.store.drop_buckets()
@@ -123,8 +123,8 @@ class Rows:
     def lose(self, period: int = 0) -> None:
         """Close all buckets for one window, and ask for all lines, because requests were lost.
 
-        Serials that were lost are used again. So the period gets a number that it cannot have had
-        before the loss, and permits from before cannot be given back.
+        The serials of lost grants are used again. So the period gets a number that it cannot have had
+        before the loss: it shows which permits are from before, and these cannot be given back.
         """
         account = self.kept
         self.divide(account.max_concurrency)

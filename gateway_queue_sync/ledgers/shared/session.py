@@ -11,7 +11,7 @@ Invariants:
   request is composed: with ``_number`` 0 and none in flight, the session has to introduce itself.
 - A permit is handed over only while it is younger than the margin. Its age is counted from when the
   attempt was sent. An older one is given back, and its waiter keeps its position.
-- The ledger has the same lines as the process. A new head is sent at once, other changes with it.
+- The ledger has the same lines as the process. A new head is sent at once, other changes a little later.
 - After an introduction that the ledger asked for, only changes that may be applied twice are repeated.
 """
 
@@ -99,7 +99,8 @@ class Session:
     def _start_anew(self) -> None:
         """Choose a new id, and introduce it with the next request."""
         self._id, self._replaces = self._new_id(), self._id
-        self._number, self._relaid = 0, False
+        self._number = 0
+        self._relaid = False  # whether lines must be sent again, because the buckets were replaced
         self._lines = StoredLines()
 
     @property
@@ -134,8 +135,8 @@ class Session:
 
     def abandon(self, change: LimitChange) -> LedgerError:
         """Stop waiting for a limit change. Return the error for its caller."""
-        flying = self._in_flight
-        if change in self._changes and (flying is None or flying.limit is not change.limit):
+        in_flight = self._in_flight
+        if change in self._changes and (in_flight is None or in_flight.limit is not change.limit):
             self._changes.remove(change)
             return LedgerError("the ledger did not answer in time; the limit was not applied")
         return LedgerError(f"the ledger did not answer in time; {UNKNOWN_FATE}")
@@ -264,32 +265,32 @@ class Session:
 
     def answered(self, request: Request, reply: Reply, now_us: int) -> Answers:
         """Apply a reply. One to an earlier attempt changes nothing."""
-        answers, flying = Answers(), self._in_flight
-        if flying is None or not request.attempt == reply.attempt == flying.attempt:
+        answers, in_flight = Answers(), self._in_flight
+        if in_flight is None or not request.attempt == reply.attempt == in_flight.attempt:
             return answers
         if reply.status == messages.REFUSED:
             answers.error = LedgerError(f"the ledger refuses this process: {reply.error}")
-            self._refused(flying, answers, now_us)
+            self._refused(in_flight, answers, now_us)
             return answers
         self._in_flight, self.failure, self._failures = None, None, 0
         if reply.lost and self.budget_us:
             answers.warnings.append("the ledger has lost requests: no bucket grants for one window")
         if reply.status == messages.INTRODUCE:
-            self._unknown_here(flying, answers)
+            self._unknown_here(in_flight, answers)
             return answers
-        self._answered_us = flying.sent_us
-        self._note_account(flying, reply, answers)
-        if flying.introduction is not None:
+        self._answered_us = in_flight.sent_us
+        self._note_account(in_flight, reply, answers)
+        if in_flight.introduction is not None:
             self._opens_with = None
             self._lines.all_changed()
             if reply.lost:
                 self._drop_refunds()
-        self._finish_change(flying, answers, applied=reply.limit_result == messages.APPLIED)
-        if flying.layout == reply.layout:
-            answers.denials = self._lines.note(flying, reply, now_us)
-        age_us = self._note_permits(flying, reply, answers, now_us)
+        self._finish_change(in_flight, answers, applied=reply.limit_result == messages.APPLIED)
+        if in_flight.layout == reply.layout:
+            answers.denials = self._lines.note(in_flight, reply, now_us)
+        age_us = self._note_permits(in_flight, reply, answers, now_us)
         resumes_us = self._round_trips.resumes_us
-        answers.warnings += self._round_trips.note(now_us - flying.sent_us, age_us, now_us)
+        answers.warnings += self._round_trips.note(now_us - in_flight.sent_us, age_us, now_us)
         if self._round_trips.resumes_us != resumes_us:
             self._lines.all_changed()
         if answers.limit_changed:  # those who waited for session starts may get permits now
@@ -298,7 +299,7 @@ class Session:
         answers.read, answers.look = bool(reply.read) and not is_read, reply.look
         answers.uncounted = None if reply.uncounted < 0 else reply.uncounted
         often = {one.serial for one in reply.rejections if one.in_a_row == MANY_REJECTIONS}
-        rejected = (one for one in flying.reports if one.kind == messages.REJECTED)
+        rejected = (one for one in in_flight.reports if one.kind == messages.REJECTED)
         answers.rejected_often = [one.shard_id for one in rejected if one.serial in often]
         return answers
 
@@ -318,7 +319,7 @@ class Session:
         self._start_anew()
 
     def _unknown_here(self, request: Request, answers: Answers) -> None:
-        """Begin a new session, because the ledger does not know this one; a request may be lost."""
+        """Begin a new session, because the ledger does not know this one. The request may be lost."""
         kept = (report for report in request.reports if report.kind != messages.UNUSED)
         self._reports.extendleft(reversed(list(kept)))
         self._drop_refunds()

@@ -54,7 +54,8 @@ class SqliteBackend:
         self._io = threading.RLock()
         self._file: OpenFile | None = None
         self._closer: weakref.finalize[..., SqliteBackend] | None = None
-        self._closes = self._asks = False
+        self._asks = False  # whether a request is under way
+        self._closes = False  # whether to close the file at its end
         self._warnings: list[str] = []
 
     def __repr__(self) -> str:
@@ -185,6 +186,7 @@ class SqliteBackend:
         return ""
 
     def _check_users(self, last: Kept, now: Kept) -> None:
+        """Raise if processes with another monotonic clock have just used the file."""
         idle_us = abs(now.touched_us - last.touched_us)
         if last.clock.split()[:1] == now.clock.split()[:1]:
             if idle_us < IN_USE_US:
@@ -193,12 +195,10 @@ class SqliteBackend:
                     "clock cannot be compared with this one's; give each a file of its own"
                 ) from ValueError(last.clock)
             return
-        other, seen = (
-            "" not in {last.machine, now.machine} and last.machine != now.machine,
-            self._seen,
-        )
+        other = "" not in {last.machine, now.machine} and last.machine != now.machine
+        seen = self._seen
         if seen is not None and seen.clock == now.clock and last.generation > seen.generation:
-            other = True  # this machine was not booted since
+            other = True  # this machine was not rebooted, so another has stored the account
             idle_us = min(idle_us, abs(now.touched_us - seen.touched_us))
         if other and idle_us < IN_USE_US:
             raise LedgerError(
@@ -223,7 +223,7 @@ class SqliteBackend:
                     f"is on a network or shared file system ({file.shared}): locks may not hold there, "
                     "and then the spacing does not either; use a local disk, or RedisQueue"
                 )
-        elif self._file.connection.in_transaction:  # an interrupt came in the way of ending it
+        elif self._file.connection.in_transaction:  # an interrupt came before its end
             self._file.connection.rollback()
         return self._file
 

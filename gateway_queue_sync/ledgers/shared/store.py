@@ -24,7 +24,7 @@ class SharedBucket(TokenBucket):
     """A bucket, with the lines of all sessions that wait for it.
 
     Attributes:
-        opened_us: graces do not count from earlier, because the bucket opened early then.
+        opened_us: from when graces count at the earliest, after the bucket opened early.
         lines: at most one of each session.
     """
 
@@ -45,8 +45,8 @@ class SharedAccount(Account):
         interval_us, margin_us: the largest of all live processes; together the window.
         interval_until_us, margin_until_us: until when a smaller one does not count.
         differs_until_us: until when replies say that processes have different ones.
-        layout: the number of the division into buckets; a request's lines must be for the latest.
-        opened_us: graces do not count from earlier, because session starts came back then.
+        layout: counts how often all buckets were replaced; a request's lines must be for the latest.
+        opened_us: from when graces count at the earliest, after buckets or session starts came free.
         settle_until_us: no permit is granted until then, because sessions send their lines again.
         reader, reader_until_us: the session that reads the limit, and until when no other may.
         read_us, read_due_us: when the limit was read, and when it should be again. Only a process that

@@ -46,7 +46,7 @@ class RedisStore:
         account = self._rows.pop("account", None)
         self._account = None if account is None else json.loads(account)
         if self._account is None:
-            recent = []  # of an account that was deleted alone
+            recent = []  # somebody has deleted the ledger's key only
         self._recent = {int(serial): int(float(at_us)) for serial, at_us in _pairs(recent)}
         session, new = request.session, request.introduction
         replaces = new.replaces if new else ""
@@ -120,7 +120,7 @@ class RedisStore:
         if text is None:
             return None
         number, last_request_us, created, reply = text.split(" ", 3)
-        is_known = created == self._created  # else its account was deleted alone
+        is_known = created == self._created  # else the ledger's key was deleted
         return SessionRow(session, int(number), int(last_request_us), reply) if is_known else None
 
     def put_session(self, row: SessionRow) -> None:

@@ -78,7 +78,7 @@ _DELETE_SILENT = (
     "DELETE FROM session WHERE name = ? AND session IN "
     "(SELECT session FROM session WHERE name = ? AND last_request_us < ? LIMIT ?)"
 )
-_OF_ANOTHER_CLOCK = [
+_MONOTONIC_TIMES = [
     *("opened_us", "settle_until_us", "interval_until_us", "margin_until_us", "differs_until_us"),
     *("reader_until_us", "read_us", "read_due_us", "default_closed_until_us"),
 ]
@@ -113,7 +113,7 @@ class SqliteStore:
         """Delete sessions, buckets and all times of the monotonic clock, since it has changed."""
         for table in ("bucket", "session"):
             self._run(f"DELETE FROM {table} WHERE name = ?", (self._name,))
-        never = ", ".join(f"{column} = {NEVER}" for column in _OF_ANOTHER_CLOCK)
+        never = ", ".join(f"{column} = {NEVER}" for column in _MONOTONIC_TIMES)
         self._run(
             f"UPDATE account SET reader = '', refresh_owed = 1, {never} WHERE name = ?",
             (self._name,),

@@ -3,7 +3,7 @@
 ``token_bucket.py`` decides whether a bucket may grant; this module decides to which process, and applies
 each request exactly once. No thread, clock or I/O: the time is an argument, and the state is in the rows
 of a ``Store``. A ledger calls ``answer`` in one atomic step; if it raises, nothing is stored.
-``PROTOCOL.md`` describes the rules. The script for Redis has those for frequent requests once more.
+``PROTOCOL.md`` describes the rules. ``answer.lua`` has those for frequent requests a second time.
 
 Turns: the heads of all sessions for a bucket stand in one line, ordered by position. A head has *rank* r
 if r heads of other sessions come before it. It may take a permit r *graces* after the bucket has opened.
@@ -59,8 +59,8 @@ from gateway_queue_sync.token_bucket import NEVER, UNSEEN_US, Denial, Reason
 MAX_GRACE_US = US_PER_SECOND // 10
 PATIENCE_US = 5 * US_PER_SECOND  # how long permits wait for a read after a reset
 READ_AGAIN_US = US_PER_SECOND // 2  # after which a head asks again whether the limit was read
-RECENT_US = 2 * UNSEEN_US
-UNKNOWN_AGE_US = 3_600 * US_PER_SECOND
+RECENT_US = 2 * UNSEEN_US  # how long recent permits are stored
+UNKNOWN_AGE_US = 3_600 * US_PER_SECOND  # of a stored reply, if the clock was set back since
 
 
 def answer(
@@ -228,7 +228,7 @@ class _Step:
             limits.create(self.rows, new)
             self.lost = 1
         else:
-            # Only who has seen more grants knows more than the ledger: what others know may be older.
+            # A process that has not seen more grants than the ledger may know less of the limit.
             if new.granted > self.rows.account.granted:
                 self.rows.lose(new.period)
                 limits.recover(self.rows, new)
@@ -297,9 +297,10 @@ class _Step:
             bucket.opened_us = min(due_us, self.now_us + self.rows.notice_us)
 
     def _refund(self, permit: Permit) -> None:
-        """Undo a grant. If the limit was read since, without this permit, nothing is refunded."""
+        """Undo a grant. ``remaining`` stays if a read since has not counted this permit."""
         account = self.rows.kept
         recent, is_recent = account.recent, self.store.drop_recent(permit.serial)
+        # ``token_bucket.unused`` does not change ``remaining`` if the permit is missing in ``recent``.
         account.recent = None if is_recent or not account.has_reader else {}
         token_bucket.unused(account, permit)
         account.recent = recent
@@ -314,7 +315,7 @@ class _Step:
         bucket = self.rows.bucket(line.bucket)
         own = [row for row in bucket.lines if row.session == request.session]
         stored = {one.number: one for row in own for one in row.waiters}
-        waiters = [self._by_own_clock(one, stored.get(one.number)) for one in line.waiters]
+        waiters = [self._by_ledger_clock(one, stored.get(one.number)) for one in line.waiters]
         wait = None
         while waiters:
             answered = self._ask(line.bucket, waiters[0])
@@ -337,7 +338,7 @@ class _Step:
         others = tuple(one for one in bucket.lines if one.session != session)
         bucket.lines = others if row is None else (*others, row)
 
-    def _by_own_clock(self, waiter: Waiter, stored: Waiter | None) -> Waiter:
+    def _by_ledger_clock(self, waiter: Waiter, stored: Waiter | None) -> Waiter:
         """Return a waiter with times by the ledger's clock; its position never becomes worse."""
         arrived_us, position_us = (
             waiter.arrived_us + self.shift_us,
@@ -360,9 +361,9 @@ class _Step:
             if row.until_us > now_us and (row.waiters[0].position_us, row.session) < position
             if row.session != request.session
         ]
-        late_us = len(ahead) * min(MAX_GRACE_US, account.window_us // 5)
+        graces_us = len(ahead) * min(MAX_GRACE_US, account.window_us // 5)
         due_us = self.rows.due_us(bucket)
-        turn_us = self._turn_us(bucket, head, due_us, late_us) if ahead else due_us
+        turn_us = self._turn_us(bucket, head, due_us, graces_us) if ahead else due_us
         if account.total is None:
             return self._wait(number, READ_AGAIN_US, messages.RESET)
         waited_us = PATIENCE_US if resets_at_us is None else wall_us - resets_at_us
@@ -380,13 +381,13 @@ class _Step:
         account.recent = {}
         if isinstance(answered, Denial):
             if answered.reason is Reason.WINDOW:
-                wait_us = due_us + late_us - now_us
+                wait_us = due_us + graces_us - now_us
                 if wait_us <= 0:  # it opened early: ask again when another window may be over
                     wait_us = min(answered.wait_us, account.window_us)
                 return self._wait(number, wait_us, messages.WINDOW)
             if answered.reason is Reason.BUDGET:
-                return self._wait(number, answered.wait_us + late_us, messages.BUDGET)
-            wait_us = min(READ_AGAIN_US, PATIENCE_US - waited_us) + late_us
+                return self._wait(number, answered.wait_us + graces_us, messages.BUDGET)
+            wait_us = min(READ_AGAIN_US, PATIENCE_US - waited_us) + graces_us
             return self._wait(number, wait_us, messages.RESET)
         if resets_at_us is not None and account.resets_at_us != resets_at_us:
             account.opened_us = max(account.opened_us, reset_us)
@@ -399,10 +400,10 @@ class _Step:
             head.number, answered.serial, number, head.shard_id, answered.period, remaining, 0
         )
 
-    def _turn_us(self, bucket: SharedBucket, head: Waiter, due_us: int, late_us: int) -> int:
-        """Return from when a head may take a permit that has others ahead of it."""
+    def _turn_us(self, bucket: SharedBucket, head: Waiter, due_us: int, graces_us: int) -> int:
+        """Return from when a head that has others ahead of it may take a permit."""
         opened_us = max(due_us, self.rows.kept.opened_us, bucket.opened_us, self._reset_us())
-        return max(opened_us + late_us, self.now_us + head.once)
+        return max(opened_us + graces_us, self.now_us + head.once)
 
     def _can_read(self) -> bool:
         """Return whether this process can read the limit, or another one probably can."""

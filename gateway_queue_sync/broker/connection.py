@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 HEAD_TIMEOUT = 10.0  # s for a complete head, and for a complete body
 IDLE_TIMEOUT = 75.0  # s between two requests
 FLUSH_TIMEOUT = 30.0  # s for a client to receive a response
-TARPIT = (
-    1.0,
-    10.0,
-)  # s until a refused client is disconnected that takes every status for a permit
+# s until a refused client that takes every status for a permit is disconnected, at least and at most:
+TARPIT = (1.0, 10.0)
 # Hosts that have vanished are noticed within a minute:
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
@@ -37,7 +35,7 @@ class State(Enum):
     BODY = auto()  # waits for its body
     BUSY = auto()  # the request is being answered
     SENDING = auto()  # waits until the client has taken the response
-    TARPIT = auto()  # the client is refused, and will be closed without a byte
+    TARPIT = auto()  # the client is refused, and will be disconnected without a byte
     CLOSING = auto()  # will be closed when all is sent
     CLOSED = auto()
 
@@ -59,7 +57,7 @@ class Connection(asyncio.Protocol):
         self._received = bytearray()
         self._skip = 0  # bytes of a body to skip
         self._head: Head | None = None  # of the request that is being answered
-        self._handler: Callable[[bytes], object]  # called when its body is here
+        self._handler: Callable[[bytes], object]  # of that request; called with its body
         self._body_length = 0
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport
@@ -93,18 +91,18 @@ class Connection(asyncio.Protocol):
         """Receive data, of this request or already of the next one."""
         skipped = min(self._skip, len(data))
         self._skip -= skipped
-        data, begins = data[skipped:], not self._received
+        data, is_first = data[skipped:], not self._received
         if not data or self.state in (State.TARPIT, State.CLOSING):
             return
         self._received += data
         if self.state is State.HEAD:
-            if begins:
+            if is_first:
                 self._enter(State.HEAD, HEAD_TIMEOUT)
             self._read_head()
         elif self.state is State.BODY:
             self._read_body()
         elif len(self._received) > parser.MAX_HEAD:
-            self.close()  # it sends more and more before it has an answer
+            self.close()  # the client sends on and on, although it has no answer yet
 
     def pause_writing(self) -> None:
         """Stop reading until the client has received what was sent."""

@@ -54,7 +54,7 @@ class LedgerEndpoint:
 
 
 def _granted(request: Request, reply: Reply) -> list[Permit]:
-    """Return the permits of a reply, without those of a reply that is sent again."""
+    """Return the permits that a reply grants. Those of a repeated reply were counted before."""
     arrived_us = {one.number: one.arrived_us for line in request.lines for one in line.waiters}
     return [
         Permit(

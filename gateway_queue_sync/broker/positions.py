@@ -25,9 +25,11 @@ class HeldPositions:
     """
 
     def __init__(self) -> None:
-        self._held: OrderedDict[int, tuple[int, object, Position]] = OrderedDict()  # until when
-        self._by_key: dict[object, list[tuple[int, int, int]]] = {}  # heaps, with their numbers
-        self._stale = 0  # entries of the heaps that are not held any more
+        # By number, in the order of storing: until when it is held, the key, the position.
+        self._held: OrderedDict[int, tuple[int, object, Position]] = OrderedDict()
+        # A heap for each key: the two values of each position, and its number.
+        self._by_key: dict[object, list[tuple[int, int, int]]] = {}
+        self._stale = 0  # entries of the heaps whose number is not in ``_held`` any more
         self._numbers = itertools.count()
 
     def store(self, key: object, position: Position, now_us: int) -> None:

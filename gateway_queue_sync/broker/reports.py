@@ -22,7 +22,7 @@ from gateway_queue_sync.queue import GatewayQueue, scheduler_of
 log = logging.getLogger("gateway_queue_sync.broker")
 
 MAX_AGE = 1.0  # s
-PAUSE = 0.02  # s before each answer, so that readers without a pause do not delay permits
+PAUSE = 0.02  # s before a known answer is given again, so that busy readers do not delay permits
 WAITS = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 14400, 86400)  # s
 RECENT = 200  # permits
 HEALTH = ("/healthz", "/health")
@@ -69,7 +69,7 @@ class Reports:
         self._scheduler = scheduler_of(queue)
         self._unreachable = False
         self.refused: Counter[int] = Counter()
-        # Instants, shards, buckets; replaced as a whole, because other threads read it.
+        # When, to which shard and in which bucket; replaced as a whole, because other threads read it.
         self._recent: tuple[tuple[int, int, int], ...] = ()
         self._waits = [0] * (len(WAITS) + 1)
         self._waited = 0.0

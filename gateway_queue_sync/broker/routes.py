@@ -75,7 +75,10 @@ class Service:
         return futures
 
     def route(self, connection: Connection, head: Head) -> Callable[[bytes], object]:
-        """Return the handler of a request. Set whether its body is read and whether errors are sent."""
+        """Return the handler of a request.
+
+        Sets whether the connection reads the body, and whether the client understands a status.
+        """
         path = head.path if head.path in ROUTES else head.path.rstrip("/")
         route = ROUTES.get(path, PERMIT)
         connection.legacy = connection.legacy and route is PERMIT
@@ -138,7 +141,7 @@ class Service:
 
     # --- handlers ---------------------------------------------------------------------------------
 
-    def _give_report(self, connection: Connection, head: Head, _: bytes) -> None:
+    def _give_figures(self, connection: Connection, head: Head, _: bytes) -> None:
         self.shared.give(head.path.rstrip("/"), connection.respond)
 
     def _give_ledger(self, connection: Connection, _: Head, body: bytes) -> None:
@@ -210,11 +213,11 @@ ROUTES = {
     "/status/": Route(_READ, Service._anyone, lambda _, c, *__: c.respond(responses.TO_PAGE)),
     "/favicon.ico": Route(_READ, Service._anyone, lambda _, c, *__: c.respond(responses.NOT_FOUND)),
     "/robots.txt": Route(_READ, Service._anyone, lambda _, c, *__: c.respond(responses.NOT_FOUND)),
-    "/health": Route(_READ, Service._probes, Service._give_report),
-    "/healthz": Route(_READ, Service._probes, Service._give_report),
-    "/status.json": Route(_READ, Service._readers, Service._give_report),
-    "/recent.json": Route(_READ, Service._readers, Service._give_report),
-    "/metrics": Route(_READ, Service._readers, Service._give_report),
+    "/health": Route(_READ, Service._probes, Service._give_figures),
+    "/healthz": Route(_READ, Service._probes, Service._give_figures),
+    "/status.json": Route(_READ, Service._readers, Service._give_figures),
+    "/recent.json": Route(_READ, Service._readers, Service._give_figures),
+    "/metrics": Route(_READ, Service._readers, Service._give_figures),
     "/permit": Route(("POST",), Service._programs, Service._take_report),
     "/ledger": Route(("POST",), Service._queues, Service._give_ledger, reads_body=True),
 }

@@ -30,8 +30,8 @@ log = logging.getLogger("gateway_queue_sync.broker")
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8787
 MAX_CONNECTIONS = 20_000
 BATCH = 64  # connections that are accepted before other work
-SPARE_FILES = 64
-FLUSH_TIMEOUT = 0.2  # s for sending the rest at the end
+SPARE_FILES = 64  # open files that are no connections of clients
+END_TIMEOUT = 0.2  # s at the end, for connections being accepted, and for sending the rest
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -47,8 +47,8 @@ def serve(
     """Serve a queue to any process over HTTP, from a thread in the background, until it is closed.
 
     A client sends ``GET /?shard=N`` and gets no byte until its shard may identify; ``README.md`` beside
-    this file has the whole protocol. ``HttpQueue`` needs an ``SqliteQueue`` or a ``RedisQueue``. To
-    close the queue is up to the caller.
+    this file has the whole protocol. If clients use ``HttpQueue``, the queue must be an ``SqliteQueue``
+    or a ``RedisQueue``. The caller closes the queue.
 
     Without a secret, only programs on this machine get permits. Pages in its browsers get no permit and
     cannot change anything; they get data only if the request's ``Host`` is this machine.
@@ -98,7 +98,7 @@ class Broker:
                 for one in self._sockets
             ]
             for one in self._sockets:
-                one.listen(BACKLOG)  # which was lowered to a batch
+                one.listen(BACKLOG)  # ``create_server`` has lowered it to a batch
         except BaseException:
             self._loop.close()
             raise
@@ -126,12 +126,12 @@ class Broker:
             for one in self._sockets:
                 self._loop.remove_reader(one)
         accepting = asyncio.all_tasks() - {asyncio.current_task()}
-        if accepting:  # a server that is closed would lose them
-            await asyncio.wait(accepting, timeout=FLUSH_TIMEOUT)
+        if accepting:  # connections that would be lost if the server was closed now
+            await asyncio.wait(accepting, timeout=END_TIMEOUT)
         for server in self._servers:
             server.close()
         self._futures = self._service.stop()
-        give_up = self._loop.time() + FLUSH_TIMEOUT
+        give_up = self._loop.time() + END_TIMEOUT
         while self._service.connections and self._loop.time() < give_up:
             await asyncio.sleep(0.01)
         for connection in list(self._service.connections):

@@ -14,7 +14,7 @@ from gateway_queue_sync.ledgers.shared.http import checked_secret
 from gateway_queue_sync.models import whole_number
 
 BACKLOG = 4_096  # connections that are not accepted yet, since all shards may connect at once
-_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # a name's address that this machine lacks
+_NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)  # this machine does not have the address
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class BrokerSettings:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Return a socket that listens for each address of a host, all on one port.
+    """Return sockets that listen on one port, one for each address of a host.
 
     Raises:
         OSError: none can be listened on.
@@ -81,7 +81,7 @@ def _addresses(host: str) -> list[tuple[int, tuple[object, ...]]]:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address."""
+    """Return whether only programs on this machine can connect to a host's addresses."""
     try:
         found = [str(address[0]).partition("%")[0] for _, address in _addresses(host)]
     except (OSError, UnicodeError) as error:

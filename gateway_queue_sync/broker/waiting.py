@@ -23,13 +23,12 @@ from gateway_queue_sync.worker import enqueue
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
-TICK = (
-    1.0  # s between two checks of the session start limit and of permits without a report, at most
-)
-HOLD_US = 10 * US_PER_SECOND  # how long a bucket stays closed for a client that has yet to report
-HELD_US = 60 * US_PER_SECOND  # how long a client may report on its permit
-MAX_HELD = 100_000
-MAX_REST = 60.0  # s until a used-up limit is checked again for a client that gets no status
+# Seconds between two checks of the session start limit and of permits without a report, at most:
+TICK = 1.0
+CLOSED_US = 10 * US_PER_SECOND  # how long a bucket stays closed for a client that has yet to report
+REPORT_US = 60 * US_PER_SECOND  # how long a client may report on its permit
+MAX_REPORTABLE = 100_000
+MAX_REST = 60.0  # s until a client that gets no status joins again, if the limit is used up
 
 
 class Client(Protocol):
@@ -57,7 +56,8 @@ class WaitingRoom:
         self.clients: set[WaitingClient] = set()
         self.positions = HeldPositions()
         self.by_ticket: dict[str, WaitingClient] = {}
-        self._held: OrderedDict[str, tuple[int, Permit]] = OrderedDict()  # since when, by ticket
+        # By ticket: permits on which their clients may still report, and when they were sent.
+        self._reportable: OrderedDict[str, tuple[int, Permit]] = OrderedDict()
         self._leaving: set[Future[Permit]] = set()  # until they have left the queue
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="gateway-queue-broker-leave")
         self._tick()
@@ -67,13 +67,13 @@ class WaitingRoom:
         self.loop.call_later(min(TICK, window / 4 or TICK), self._tick)
         now_us = self.scheduler.now_us()
         self.positions.expire(now_us)
-        for since_us, permit in reversed(self._held.values()):
-            if since_us < now_us - HOLD_US:
+        for since_us, permit in reversed(self._reportable.values()):
+            if since_us < now_us - CLOSED_US:
                 break
-            if permit.reported is None:
+            if permit.reported is None:  # its IDENTIFY may be sent at any time
                 self.executor.submit(self.scheduler.restart_window, permit)
-        while self._held and next(iter(self._held.values()))[0] < now_us - HELD_US:
-            self._held.popitem(last=False)
+        while self._reportable and next(iter(self._reportable.values()))[0] < now_us - REPORT_US:
+            self._reportable.popitem(last=False)
         left = self.scheduler.ledger.budget()
         if left is None or left.remaining > self.scheduler.reserve or not left.resets_in_us:
             return
@@ -81,20 +81,20 @@ class WaitingRoom:
             if not one.client.legacy:
                 one.exhausted(left.resets_in_us / US_PER_SECOND)
 
-    def hold(self, ticket: str, permit: Permit, now_us: int) -> None:
+    def expect_report(self, ticket: str, permit: Permit, now_us: int) -> None:
         """Store a permit on which its client will report."""
-        self._held.pop(ticket, None)
-        self._held[ticket] = now_us, permit
-        if len(self._held) > MAX_HELD:
-            self._held.popitem(last=False)
+        self._reportable.pop(ticket, None)
+        self._reportable[ticket] = now_us, permit
+        if len(self._reportable) > MAX_REPORTABLE:
+            self._reportable.popitem(last=False)
 
     def report(self, ticket: str, report: Report) -> bool:
         """Record a report. Return false if there is no such permit."""
-        _, permit = self._held.get(ticket, (0, None))
+        _, permit = self._reportable.get(ticket, (0, None))
         if permit is None:
             return False
-        if report is not Report.SENT:  # which the gateway may still reject
-            del self._held[ticket]
+        if report is not Report.SENT:  # after ``sent``, the gateway may still reject the IDENTIFY
+            del self._reportable[ticket]
         self.executor.submit(getattr(permit, report.value))
         return True
 
@@ -120,7 +120,7 @@ class WaitingClient:
 
     Attributes:
         client: the client.
-        position: its position, also for the time after the session start limit resets.
+        position: its position, which it keeps while it waits for the session start limit to reset.
         future: the future of the permit; ``None`` while the client is in no line.
     """
 
@@ -185,7 +185,7 @@ class WaitingClient:
         elif self.client.respond(GRANTED):
             self.end()
             if self._request.confirms:
-                room.hold(self._request.ticket, future.result(), now_us)
+                room.expect_report(self._request.ticket, future.result(), now_us)
             room.granted(now_us, future.result())
         else:
             room.give_back(future)

@@ -50,7 +50,7 @@ async def acquire(
             permit = future.result()
             if scheduler.is_in_time(permit):
                 return permit
-            # Join the line at the old position, and open the bucket then.
+            # Join the line at the old position first, because giving the permit back opens the bucket.
             waited = (scheduler.now_us() - asked_us) / US_PER_SECOND
             try:
                 future = queue.enqueue(shard_id, priority=priority + waited)

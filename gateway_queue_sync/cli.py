@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.basicConfig(format=LOG_FORMAT, level=level)  # to standard error
             return int(arguments.func(arguments))
         finally:
-            print(end="", flush=True)
+            print(end="", flush=True)  # so that an error in writing is raised here
     except (KeyboardInterrupt, RuntimeError) as error:
         if not isinstance(unmasked(error), KeyboardInterrupt):
             raise
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _discard_output() -> None:
-    """Let the interpreter's last flush of the standard output succeed."""
+    """Send standard output nowhere, so that the interpreter's last flush of it succeeds."""
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a name, not a path
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 

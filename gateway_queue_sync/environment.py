@@ -43,10 +43,10 @@ def public_url(url: str) -> str:
     """
     try:
         parts = urlsplit(url)
-        hides = parts.password is not None or "password" in parse_qs(parts.query)
+        has_password = parts.password is not None or "password" in parse_qs(parts.query)
     except ValueError:
-        hides = "@" in url
-    if hides:
+        has_password = "@" in url
+    if has_password:
         raise ValueError(
             "--redis must hold no password, because every user of this machine can see the command "
             "line: put the URL into a file (--redis-file)"

@@ -29,7 +29,7 @@ DISCORD_API = "https://discord.com/api/v10"
 ATTEMPTS = 5
 FIRST_PAUSE = 0.5  # s; doubled by each attempt that failed
 MAX_RETRY_AFTER = 300.0  # s; Discord asks for more only when it has blocked us
-MAX_BODY = 1 << 20
+MAX_BODY = 1 << 20  # bytes
 MAX_BOT_ID = 20  # digits, of 64 bits
 WARN_AFTER = 1.0  # s without an answer
 USER_AGENT = "DiscordBot (gateway-queue-sync, 0.1.0)"
@@ -51,7 +51,7 @@ class GatewayBot:
         sleep: the function that makes every pause.
 
     Attributes:
-        bot_id: the bot's id, which is the first part of the token; empty if it is not.
+        bot_id: the bot's id, which the first part of a token encodes; empty if it does not.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind. The message never contains the token.
@@ -123,9 +123,9 @@ class GatewayBot:
         if self._has_read:
             if self._jitter:
                 self._sleep(random.uniform(0, self._jitter))
-            return self._read_patiently()
+            return self._read_with_retries()
         with if_slow(WARN_AFTER, self._warn):
-            limit = self._read_patiently()
+            limit = self._read_with_retries()
         self._has_read = True
         return limit
 
@@ -135,7 +135,7 @@ class GatewayBot:
             *(self._host, self._attempts, self._timeout),
         )
 
-    def _read_patiently(self) -> SessionStartLimit:
+    def _read_with_retries(self) -> SessionStartLimit:
         attempt = 1
         while True:
             try:
@@ -183,9 +183,9 @@ class GatewayBot:
         The cause loses its own causes, which may hold what the server said, and its traceback: some
         tools print the local variables of a traceback, and these hold the request.
         """
-        held = (str(cause), cause.args, vars(cause), str(getattr(cause, "headers", "")))
+        texts = (str(cause), cause.args, vars(cause), str(getattr(cause, "headers", "")))
         cause.__cause__ = cause.__context__ = None
-        return None if self._token in repr(held) else cause.with_traceback(None)
+        return None if self._token in repr(texts) else cause.with_traceback(None)
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
         status = error.code
@@ -277,7 +277,7 @@ class _TimedHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, because the token would be sent to the new address."""
+    """Follows no redirect, because the token would be sent to the new address."""
 
     def redirect_request(self, *_: object) -> None:
         return None

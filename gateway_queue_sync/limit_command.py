@@ -1,7 +1,7 @@
 """The ``limit`` command: shows and changes the session start limit of a shared account.
 
-For a change it has a session with the ledger, as any process has. The others get the new limit with
-their next request.
+To change it, the command opens a session with the ledger, as any process does that uses the account.
+Those others get the new limit with their next request.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ def _check(arguments: argparse.Namespace) -> GatewayBot | None:
 
 
 def _run(backend: Backend, arguments: argparse.Namespace, bot: GatewayBot | None) -> int:
-    at_us = SYSTEM_CLOCK.now_us()  # figures are as they were then, whenever they are confirmed
-    now = look(backend, Settings(name=arguments.name))
-    print("\n".join(_describe(backend, now)))
-    session = _session(now, "" if bot is None else bot.bot_id)
+    at_us = SYSTEM_CLOCK.now_us()  # the figures are of this time, even if they are confirmed later
+    account = look(backend, Settings(name=arguments.name))
+    print("\n".join(_describe(backend, account)))
+    session = _session(account, "" if bot is None else bot.bot_id)
     change = partial(_change, backend, session)
     apply: Callable[[], object]
     if arguments.set is not None:
-        limit = _with_remaining(now, arguments)
-        what = f"set what is left to {_written(limit)}"
+        limit = _with_remaining(account, arguments)
+        what = f"set what is left to {_format_limit(limit)}"
         apply = partial(change, limit, at_us)
     elif bot is not None:
         limit, read_us = bot.session_start_limit(), SYSTEM_CLOCK.now_us()
-        what = f"take what Discord says: {_written(limit)}"
+        what = f"take what Discord says: {_format_limit(limit)}"
         apply = partial(_take_what_was_read, change, session, limit, read_us, at_us)
     elif arguments.forget:
         what = FORGET
-        limit = SessionStartLimit(1, 1, 0.0, now.max_concurrency)  # these figures do not count
+        limit = SessionStartLimit(1, 1, 0.0, account.max_concurrency)  # these figures do not count
         apply = partial(change, limit, at_us, messages.FORGET)
     else:
         return 0
@@ -84,20 +84,20 @@ def _run(backend: Backend, arguments: argparse.Namespace, bot: GatewayBot | None
         print("nothing was changed (--yes asks nothing)", file=sys.stderr)
         return 1
     apply()
-    print(f"done: {_left(session.budget)}")
+    print(f"done: {_format_budget(session.budget)}")
     return 0
 
 
-def _with_remaining(now: Reply, arguments: argparse.Namespace) -> SessionStartLimit:
+def _with_remaining(account: Reply, arguments: argparse.Namespace) -> SessionStartLimit:
     """Return the account's limit with another number of session starts left."""
-    if now.total < 0:
+    if account.total < 0:
         raise LedgerError("how many there are in all is not known yet: use --read")
-    if arguments.set > now.total:
-        arguments.error(f"--set must be at most {now.total}, the total of the limit")
-    resets_in = now.resets_in_us / US_PER_SECOND
-    if not resets_in and arguments.set < now.total:
+    if arguments.set > account.total:
+        arguments.error(f"--set must be at most {account.total}, the total of the limit")
+    resets_in = account.resets_in_us / US_PER_SECOND
+    if not resets_in and arguments.set < account.total:
         resets_in = SESSION_PERIOD  # no period has begun: it does now
-    return SessionStartLimit(now.total, arguments.set, resets_in, now.max_concurrency)
+    return SessionStartLimit(account.total, arguments.set, resets_in, account.max_concurrency)
 
 
 def _is_confirmed() -> bool:
@@ -108,13 +108,13 @@ def _is_confirmed() -> bool:
         return False
 
 
-def _session(now: Reply, bot_id: str) -> Session:
-    """Return a session with the account, by the settings of the processes that use it."""
+def _session(account: Reply, bot_id: str) -> Session:
+    """Return a session with the account. It has the settings of the processes that use the account."""
     return Session(
         SessionSettings(
-            interval_us=now.interval_us,
-            margin_us=now.margin_us,
-            period_us=to_us(SESSION_PERIOD) if now.look is None else now.look.period_us,
+            interval_us=account.interval_us,
+            margin_us=account.margin_us,
+            period_us=to_us(SESSION_PERIOD) if account.look is None else account.look.period_us,
             lease_us=to_us(DEFAULT_LEASE),
             bot=bot_id,
         )
@@ -148,30 +148,30 @@ def _take_what_was_read(
     if SYSTEM_CLOCK.now_us() - asked_us > MAX_AGE_US:
         raise LedgerError("what Discord said is old by now, so nothing was changed: try again")
     answers = change(limit, at_us, messages.READ, asked_us)
-    now = session.budget
-    assert now is not None
-    left = max(now.remaining, answers.uncounted or 0)
-    differs = abs(now.resets_in_us - to_us(limit.reset_after)) > SAME_RESET_US
-    if now.total != limit.total or now.remaining != left or differs:
+    budget = session.budget
+    assert budget is not None
+    left = max(budget.remaining, answers.uncounted or 0)
+    differs = abs(budget.resets_in_us - to_us(limit.reset_after)) > SAME_RESET_US
+    if budget.total != limit.total or budget.remaining != left or differs:
         given = less_starts(limit, max(0, limit.remaining - left))
         change(replace(given, remaining=min(left, limit.remaining)), at_us)
 
 
-def _describe(backend: Backend, now: Reply) -> Iterator[str]:
+def _describe(backend: Backend, account: Reply) -> Iterator[str]:
     yield repr(backend)
-    yield f"left     {_left(budget_of(now))}"
-    yield f"buckets  {now.max_concurrency}"
-    yield f"granted  {now.granted}"
+    yield f"left     {_format_budget(budget_of(account))}"
+    yield f"buckets  {account.max_concurrency}"
+    yield f"granted  {account.granted}"
 
 
-def _left(left: Budget | None) -> str:
-    if left is None:
+def _format_budget(budget: Budget | None) -> str:
+    if budget is None:
         return "not known yet: it is to be read"
-    resets_in = left.resets_in_us / US_PER_SECOND
-    return _written(SessionStartLimit(left.total, left.remaining, resets_in, 1))
+    resets_in = budget.resets_in_us / US_PER_SECOND
+    return _format_limit(SessionStartLimit(budget.total, budget.remaining, resets_in, 1))
 
 
-def _written(limit: SessionStartLimit) -> str:
+def _format_limit(limit: SessionStartLimit) -> str:
     if not limit.reset_after:
         return f"{limit.remaining} of {limit.total}, not begun"
     when = format_time(datetime.now().astimezone(), limit.reset_after)

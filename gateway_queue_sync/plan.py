@@ -108,17 +108,17 @@ def plan_start(
             shard_id = whole_number("shard_id", shard_id)  # noqa: PLW2901 - the same, as an int
         lines.setdefault(shard_id % limit.max_concurrency, deque()).append(shard_id)
 
-    queue = [(0, number, line) for number, line in enumerate(lines.values())]  # is a heap
-    waves = [0] * len(queue)
+    heap = [(0, number, line) for number, line in enumerate(lines.values())]  # by when each is due
+    waves = [0] * len(heap)
     starts: list[ShardStart] = []
     resets: list[float] = []
     lasts = True
-    while queue:
-        at_us, number, line = queue[0]
+    while heap:
+        at_us, number, line = heap[0]
         period_before, resets_at_us = account.period, account.resets_at_us
         answer = token_bucket.take(account, line[0], at_us)
         if isinstance(answer, Denial):
-            heapq.heapreplace(queue, (at_us + answer.wait_us, number, line))
+            heapq.heapreplace(heap, (at_us + answer.wait_us, number, line))
             continue
         if answer.period != period_before and resets_at_us is not None:
             resets.append(resets_at_us / US_PER_SECOND)
@@ -129,10 +129,10 @@ def plan_start(
         )
         waves[number] += 1
         lasts = lasts and at_us == wave * account.window_us
-        if line:  # not before the window is over
-            heapq.heapreplace(queue, (at_us + account.window_us, number, line))
+        if line:  # its next shard is not due before the window is over
+            heapq.heapreplace(heap, (at_us + account.window_us, number, line))
         else:
-            heapq.heappop(queue)
+            heapq.heappop(heap)
 
     left = limits.budget(account, 0)
     assert left is not None

@@ -77,7 +77,7 @@ class Head(NamedTuple):
 
 
 def end_of_head(received: bytes | bytearray) -> int | None:
-    """Return the length of the head that is first in what came; ``None`` if there is no end yet."""
+    """Return the length of the head at the beginning; ``None`` if its end was not received yet."""
     end = _END_OF_HEAD.search(received)
     return None if end is None else end.end()
 
@@ -93,7 +93,7 @@ def _malformed(raw: bytes, reason: str, status: int = 400) -> Malformed:
 
 
 def parse_head(raw: bytes) -> Head | Malformed:
-    """Parse a head, which may follow an empty line. Return why it is refused if it is."""
+    """Parse a head, which may follow an empty line. Return a ``Malformed`` if it is refused."""
     if len(raw) > MAX_HEAD:
         return too_large(raw)
     try:
@@ -170,17 +170,17 @@ class PermitRequest(NamedTuple):
 
 
 def parse_query(query: str) -> tuple[PermitRequest, list[str]]:
-    """Return the request in a query, and what is wrong with it. A bad shard counts as 0."""
+    """Return the request in a query, and what is wrong with it. A missing or bad shard counts as 0."""
     try:
         fields = dict(parse_qsl(query, max_num_fields=100))
     except ValueError as error:
         return PermitRequest(), [str(error)]
     wrong: list[str] = []
     shard, ticket = fields.get("shard"), fields.get("ticket", "")
-    is_known = shard is not None and re.fullmatch("[0-9]{1,16}", shard) and int(shard) <= MAX_NUMBER
-    shard_id = int(shard or 0) if is_known else 0
-    key = None if not is_known else ("ticket", ticket) if ticket else ("shard", shard_id)
-    if not is_known:
+    is_valid = shard is not None and re.fullmatch("[0-9]{1,16}", shard) and int(shard) <= MAX_NUMBER
+    shard_id = int(shard or 0) if is_valid else 0
+    key = None if not is_valid else ("ticket", ticket) if ticket else ("shard", shard_id)
+    if not is_valid:
         wrong.append(f"shard must be a shard id, not {shard!r:.50}" if shard else "no shard")
     if len(ticket) > MAX_TICKET:
         wrong.append(f"ticket must be {MAX_TICKET} characters at most")

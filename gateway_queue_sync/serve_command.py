@@ -1,4 +1,4 @@
-"""The ``serve`` command: runs a broker. Settings are from options, the environment or the state."""
+"""The ``serve`` command: runs a broker. Its settings come from options, the environment or the state."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ if sys.platform != "win32":
 log = logging.getLogger("gateway_queue_sync.broker")
 
 STATE_FILE = "broker.sqlite3"
-MAX_END = 0.9  # s after a signal, for the last requests to a ledger
+MAX_END = 0.9  # s from the first signal to the end of the process, whatever it still has to do
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -65,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     stop = _Stop()
     try:
         settings = _Settings.gathered(arguments, os.environ)
-        settings.log()
+        settings.log_sources()
+        settings.raise_file_limit()
         queue = settings.queue()
     except (TypeError, ValueError, ImportError) as error:
         arguments.error(str(error))  # exits with 2
@@ -90,8 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
 class _Stop:
     """Ends the command after SIGTERM or SIGINT. After a second signal it ends at once.
 
-    The main thread waits for a byte that the signal writes, not for a lock, because the system may
-    interrupt another thread, and then a lock would not wake the main thread.
+    The main thread waits for a byte that Python writes when a signal comes. It does not wait for a lock,
+    because a signal that another thread receives would not interrupt that.
     """
 
     def __init__(self) -> None:
@@ -181,10 +182,13 @@ class _Settings:
             sources,
         )
 
-    def log(self) -> None:
-        """Log where each setting is from, and raise the limit of open files for the connections."""
+    def log_sources(self) -> None:
+        """Log where each setting is from."""
         for source in self.sources:
             log.info("%s", source)
+
+    def raise_file_limit(self) -> None:
+        """Raise the limit of open files, so that it suffices for the connections."""
         if sys.platform == "win32":
             return
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -131,10 +131,10 @@ def describe(seen: QueueSnapshot, title: str, now: datetime) -> Iterator[str]:
     buckets = format_count(len(seen.buckets), "bucket")
     yield f"waiting     {seen.waiting}, in {lines} of {buckets}"
     yield ""
-    never = NEVER if left is not None else "when the limit is known"
+    if_unknown = NEVER if left is not None else "when the limit is known"
     idle = [bucket.bucket for bucket in seen.buckets if not (bucket.shards or bucket.ready_in)]
     if len(idle) < len(seen.buckets):
-        yield from _table(seen.buckets, never, now)
+        yield from _table(seen.buckets, if_unknown, now)
     more = seen.waiting - sum(len(bucket.shards) for bucket in seen.buckets)
     if more:
         yield f"and {more} more: of each process, the first two in each line are known"
@@ -142,24 +142,27 @@ def describe(seen: QueueSnapshot, title: str, now: datetime) -> Iterator[str]:
         yield f"empty, and open: bucket {format_ranges(idle)}"
 
 
-def _table(buckets: Sequence[BucketSnapshot], never: str, now: datetime) -> Iterator[str]:
-    """Yield a row for each of the first shards of each bucket, and for each bucket that is closed."""
+def _table(buckets: Sequence[BucketSnapshot], if_unknown: str, now: datetime) -> Iterator[str]:
+    """Yield a row for each of the first shards of each bucket, and for each bucket that is closed.
+
+    ``if_unknown`` says when a shard without an ETA is due.
+    """
     rows = [HEADINGS]
     for bucket in buckets:
         opens = f"in {format_duration(bucket.ready_in)}" if bucket.ready_in else "now"
-        first = (str(bucket.bucket), opens)  # shown once
+        first = (str(bucket.bucket), opens)  # only in the first row of the bucket
         if bucket.ready_in and not bucket.shards:
             rows.append((*first, "none", "", "", ""))
         for shard in bucket.shards[:FIRST_SHOWN]:
             since = (now - timedelta(seconds=shard.waited)).astimezone()
-            due = never if shard.eta is None else format_time(now, shard.eta)
+            due = if_unknown if shard.eta is None else format_time(now, shard.eta)
             waits = format_duration(shard.waited)
             rows.append((*first, str(shard.shard_id), waits, f"{since:%H:%M:%S}", due))
             first = ("", "")
         more = bucket.shards[FIRST_SHOWN:]
         if more:
             last = more[-1].eta
-            due = never if last is None else f"the last {format_time(now, last)}"
+            due = if_unknown if last is None else f"the last {format_time(now, last)}"
             rows.append((*first, f"{len(more)} more", "", "", due))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for *cells, due in rows:

@@ -105,7 +105,7 @@ class BudgetExhausted:
 
 @dataclass(frozen=True, slots=True)
 class LimitUpdated:
-    """The queue took over a limit from ``update``, or one that was read.
+    """The queue got a limit: from ``update``, or by a read.
 
     Attributes:
         limit: the limit as it was passed or read.

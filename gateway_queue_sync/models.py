@@ -30,7 +30,6 @@ MAX_RESET_AFTER = 172_800.0
 MAX_BUCKETS = 100_000
 """The largest ``max_concurrency`` that is accepted; Discord's largest bots have a few hundred."""
 
-
 MAX_PRIORITY_US = 1 << 51
 """71 years. More would make no difference, and some ledgers could not store it."""
 
@@ -84,7 +83,7 @@ def to_us(duration: float) -> int:
 
 
 def timeout_seconds(timeout: object) -> float | None:
-    """Return a timeout in seconds, ``None`` for one that never ends."""
+    """Return a timeout in seconds; ``None`` for one that is longer than a wait can take."""
     number = real_number("timeout", timeout)
     if number < 0:
         raise ValueError(f"timeout must not be negative, not {number:g}")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _Visit:
-    """A thread's call to a queue, from its creation until the context is left."""
+    """A thread's call to a queue. It begins when this object is made, and ends with its context."""
 
     def __init__(self, clock: FakeClock, *, worker: bool) -> None:
         self._clock = clock
@@ -36,7 +36,7 @@ class _Visit:
     def __enter__(self) -> None:
         self._outer, self._clock._here.visit = self._clock._here.visit, self
         if self._outer is not None:
-            self._outer.parked = True  # this one counts for its thread
+            self._outer.parked = True  # of a thread, only the innermost call counts
 
     def __exit__(self, *exc_info: object) -> None:
         self._clock._here.visit = self._outer
@@ -82,7 +82,7 @@ class _FakeCondition(threading.Condition):
 
 
 class FakeClock:
-    """A clock that moves only when it is advanced, and for which threads really wait.
+    """A clock that moves only when a test advances it. Threads that wait by it really block.
 
     Pass it to a queue, start threads that ``acquire``, and advance the clock::
 
@@ -90,9 +90,9 @@ class FakeClock:
         clock.advance(5.25)    # wakes those whose wait is over
         clock.settle(1)        # until the other one is parked again
 
-    Nothing sleeps: ``settle`` returns as soon as so many threads wait. The queue tells
-    the clock which threads are inside it. Its worker, which serves futures and shared ledgers, is not
-    counted. One thread waits on a condition at a time, as it is in the queues.
+    Nothing sleeps: ``settle`` returns as soon as so many threads wait. The queue tells the clock which
+    threads are inside it. Its worker, which serves futures and shared ledgers, is not counted. On each
+    condition only one thread may wait at a time, as in the queues.
 
     Args:
         start: the first time of the monotonic clock, in seconds.
@@ -131,7 +131,7 @@ class FakeClock:
         """Move both clocks on by some seconds, in one step, and wake the threads whose wait is over."""
         by_us = to_us(seconds("by", by))
         with contextlib.ExitStack() as held:
-            for lock in list(self._locks):  # nobody is between reading the time and parking
+            for lock in list(self._locks):  # no thread may be between reading the time and parking
                 held.enter_context(lock)
             self._now_us += by_us
             self._wall_us += by_us
@@ -159,15 +159,15 @@ class FakeClock:
     def settle(self, parked: int, timeout: float = 10.0) -> None:
         """Block until exactly so many threads wait (are *parked*), and no other thread is in a queue.
 
-        A queue's worker is not counted, but has to be parked, too. Threads that read the limit are
-        ignored.
+        A queue's worker is not counted, but it has to be parked, too. Threads that read the limit do not
+        matter.
 
         Args:
             parked: how many threads should be parked.
             timeout: the longest wait in real seconds.
 
         Raises:
-            AssertionError: they are not after ``timeout`` real seconds.
+            AssertionError: that is not so after ``timeout`` real seconds.
         """
         give_up_us = SYSTEM_CLOCK.now_us() + to_us(timeout)
         with self._lock:
@@ -338,7 +338,7 @@ class Referee:
 
     @property
     def shortest_gap(self) -> float | None:
-        """The least seconds between an accepted IDENTIFY and the next to arrive in its bucket."""
+        """The least seconds from an accepted IDENTIFY to the next that arrived in its bucket."""
         return None if self._shortest_us is None else self._shortest_us / US_PER_SECOND
 
     def least_time(self, shard_ids: Iterable[int]) -> float:

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     with (
         Gateway(referee) as gateway,
         Fleet(queue, gateway.address, shards, interval) as fleet,
-        queue,  # is closed first, so that no shard waits in it when the others end
+        queue,  # is closed before the others, so that no shard waits in it when they end
     ):
         fleet.start()
         while not fleet.is_finished:

@@ -58,7 +58,7 @@ class LiveDisplay:
         self._height = 0
 
     def show(self, results: Sequence[Result]) -> None:
-        """Draw the picture over the last one, in one write, so that an interrupt does not cut it."""
+        """Draw the picture over the last one, in one write, so that Ctrl-C cannot leave half of it."""
         columns, lines = shutil.get_terminal_size()
         rows = self._rows(results)
         if len(rows) + OTHER_LINES > lines:
@@ -71,7 +71,7 @@ class LiveDisplay:
     def _rows(self, results: Sequence[Result]) -> list[str]:
         buckets = range(self._referee.max_concurrency)
         sizes = Counter(shard_id % len(buckets) for shard_id in range(self._shards))
-        started = Counter(o.shard_id % len(buckets) for o in results if o.failure is None)
+        started = Counter(one.shard_id % len(buckets) for one in results if one.failure is None)
         refused = Counter(refusal.bucket for refusal in self._referee.refusals)
         etas = _etas(self._queue)
         rows = [_row(f"bucket {b}", started[b], sizes[b], etas.get(b), refused[b]) for b in buckets]

@@ -52,7 +52,8 @@ class Fleet:
     def is_finished(self) -> bool:
         """Whether all shards have ended.
 
-        No ``Event`` says so: Ctrl-C in ``Event.wait`` can leave its lock locked, which they would need.
+        An ``Event`` would not do: Ctrl-C in ``Event.wait`` can leave its lock locked, and then no shard
+        could set it.
         """
         return len(self.results) == self._shards
 

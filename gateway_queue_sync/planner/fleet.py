@@ -1,4 +1,7 @@
-"""A plan with its limit and settings, divided into runs and instants for texts and pictures."""
+"""A plan with its limit and settings, divided for texts and pictures.
+
+An *instant* is when some shards start. A *run* is all instants between two waits for a reset.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Fleet:
 
     @property
     def runs(self) -> list[list[Instant]]:
-        """The instants, divided where all shards wait for a reset."""
+        """The instants in groups: a new one begins where all shards have waited for a reset."""
         runs: list[list[Instant]] = []
         last_at = float("-inf")
         for instant in self.instants:

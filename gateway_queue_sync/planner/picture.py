@@ -18,8 +18,8 @@ LEFT, RIGHT = 76.0, 24.0
 GRID_TOP = 112.0
 HIGHEST_ROW, HIGHEST_GRID = 24.0, 640.0
 BUDGET_HEIGHT = 90.0
-MAX_CUT, MAX_CUT_SHARE = 44.0, 0.45  # how wide a cut is drawn, and all of them
-MAX_SPANS = 24  # of more, those in the middle are left out
+MAX_CUT, MAX_CUT_SHARE = 44.0, 0.45  # how wide one cut is, and which share of the width all have
+MAX_SPANS = 24  # if there are more, those in the middle are left out
 MAX_BARS = 1_200  # with more shards, bars of neighbouring buckets are drawn as one
 MIN_COLUMN = 4.0  # a bar is no narrower
 MAX_SWATCHES = 12
@@ -46,7 +46,7 @@ text { font: 12px system-ui, sans-serif }
   .note { fill: #9aa4af } .rule { stroke: #363d46 } .left { stroke: #9db4ff } .area { fill: #9db4ff }
   .reserve { stroke: #ff9163 } .warn { fill: #ff9163 }
 }
-"""  # no variables: some programs that show pictures know none
+"""  # without CSS variables, because some programs that show pictures do not know them
 
 
 def draw(fleet: Fleet) -> str:
@@ -92,11 +92,13 @@ class _Area:
 
 
 class Axis:
-    """Where an instant is drawn. Waits for resets are cut out, and of many runs those in the middle.
+    """The axis of time. It leaves out waits for resets, and if there are many runs, those in the middle.
 
     Attributes:
-        spans: from when to when each stretch that is drawn lasts, in seconds.
-        places: where each is drawn; a second is ``scale`` wide.
+        spans: the stretches of time that are drawn: beginning and end, in seconds.
+        places: the x at which each span begins.
+        scale: how wide a second is.
+        cut: how wide the gap between two spans is.
         omitted: how many runs are left out, before span ``omitted_before``.
     """
 
@@ -197,7 +199,7 @@ def _cuts(time: Axis, grid: _Area, budget: _Area) -> Iterator[str]:
 def _bars(fleet: Fleet, time: Axis, grid: _Area, row_height: float) -> Iterator[str]:
     """Yield a group for each wave: its bars as one path, and its shards' numbers where they fit.
 
-    If a wave is too narrow to be seen, a group has all that start within some pixels. With many
+    If waves are too narrow to be seen, a group has all shards that start within a few pixels. With many
     shards, bars of neighbouring buckets are drawn as one.
     """
     rows = {bucket: number for number, bucket in enumerate(fleet.buckets)}
@@ -253,7 +255,7 @@ def _ranges(rows: set[int], *, joined: bool) -> Iterator[tuple[int, int]]:
 
 
 def _gap(size: float) -> float:
-    """Return what is left free between bars of this size: nothing where it would only flicker."""
+    """Return how wide the gap between bars of this size is: 0 for small ones, where it would flicker."""
     return min(2.0, size * 0.15) if size >= 4 else 0.0
 
 
@@ -270,7 +272,8 @@ def _bucket_labels(rows: list[int], grid: _Area, row_height: float) -> Iterator[
 def _budget(fleet: Fleet, time: Axis, area: _Area) -> Iterator[str]:
     """Yield what is left of the limit over time, as steps, with the reserve.
 
-    The axis begins at 0, or if more than half is always left, at the least that is.
+    Its axis begins at 0. If more than half of the limit is always left, it begins at the least that is
+    left at any time.
     """
     total = fleet.limit.total
     least = min(start.remaining for start in fleet.plan.starts)
@@ -308,7 +311,10 @@ def _budget(fleet: Fleet, time: Axis, area: _Area) -> Iterator[str]:
 
 
 def _ticks(time: Axis, y: float) -> Iterator[str]:
-    """Yield the labels of the axis: from now to the beginning of each span, within it from there."""
+    """Yield the labels of the axis.
+
+    The label at the beginning of a span counts from now; those within it count from its beginning.
+    """
     step = next((step for step in STEPS if step * time.scale >= LABEL), DAY)
     while step * time.scale < LABEL:
         step *= 2

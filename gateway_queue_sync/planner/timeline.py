@@ -13,10 +13,8 @@ from gateway_queue_sync.planner.fleet import Fleet, Instant
 MAX_ROWS = 20
 LABEL = TIME_WIDTH = 13  # columns
 MAX_BAR, MIN_BAR = 40, 6
-BLOCKS, ASCII_BLOCKS = (
-    ("█", "▒", "░"),
-    ("#", "=", "."),
-)  # shards that start now, earlier, later
+# For shards that start now, earlier, later:
+BLOCKS, ASCII_BLOCKS = ("█", "▒", "░"), ("#", "=", ".")
 
 
 def describe(fleet: Fleet, now: datetime, width: int, encoding: str) -> Iterator[str]:
@@ -60,7 +58,7 @@ def _timeline(fleet: Fleet, width: int, encoding: str) -> Iterator[str]:
 
 
 class _Row:
-    """Formats rows, and counts the shards that have started in those before."""
+    """Formats one row after the other, and counts the shards that have started so far."""
 
     def __init__(
         self, fleet: Fleet, width: int, encoding: str, label: Callable[[float], str]

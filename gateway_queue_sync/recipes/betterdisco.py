@@ -1,4 +1,4 @@
-"""For betterdisco, under gevent: its clients identify when a queue says so.
+"""For betterdisco-py, under gevent: its clients identify when a queue says so.
 
 Only the IDENTIFY is delayed. While a client waits for its permit, it reads its socket and sends
 heartbeats as usual. You may change ``HEAD_START`` and ``LOOK``.
@@ -57,7 +57,7 @@ def queue_identify(queue: GatewayQueue) -> None:
 
     def invalid_session(self: Any, packet: Any) -> None:
         refused = unanswered.pop(self, None)
-        if refused is not None and self.session_id is None:  # which it has from READY on
+        if refused is not None and self.session_id is None:  # there was no READY
             refused.rejected()
         handle_invalid_session(self, packet)
 

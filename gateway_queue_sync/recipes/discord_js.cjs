@@ -57,7 +57,7 @@ class BrokerThrottler {
   }
 
   /**
-   * Wait until the shard may identify. Rejects when the signal is aborted, and never else: discord.js would
+   * Wait until the shard may identify. Rejects only when the signal is aborted, because discord.js would
    * identify after an error. An abort leaves the line. A permit that comes then, or while the connection is
    * not open, is given back.
    */
@@ -66,7 +66,7 @@ class BrokerThrottler {
     const query = new URLSearchParams({ shard: shardId, ticket, confirm: 1 });
     if (this.#identified.has(shardId)) query.set('priority', HEAD_START);
     const ended = either(signal, this.#closed.signal);
-    if (this.#unanswered.delete(shardId)) await this.rejected(shardId); // why else would it ask again
+    if (this.#unanswered.delete(shardId)) await this.rejected(shardId); // else it would not ask again
     for (;;) {
       if (ended.aborted) return untilAborted(signal);
       let pause = this.pause * Math.random();
@@ -86,7 +86,8 @@ class BrokerThrottler {
           pause += 1000 * (Number(response.headers.get('Retry-After')) || 0);
         }
       } catch {
-        // The broker is away, and holds the position for 30 s; or it was aborted, just granted perhaps.
+        // The broker is away, and holds the position for 30 s; or the wait was aborted, perhaps just when
+        // the permit was granted.
         if (ended.aborted) await this.#report(ticket, 'unused');
       }
       await sleep(pause, undefined, { signal: ended }).catch(() => {});
@@ -98,7 +99,7 @@ class BrokerThrottler {
     await this.#report(this.#ticket(shardId), 'rejected');
   }
 
-  /** Leave the line with all shards. A worker of a strategy with workers that ends does not abort. */
+  /** Leave the line with all shards. Needed with workers: when one ends, it does not abort its waits. */
   close() {
     this.#closed.abort();
   }
@@ -122,7 +123,7 @@ class BrokerThrottler {
     const query = new URLSearchParams({ ticket, state });
     const options = { method: 'POST', signal: AbortSignal.timeout(REPORT_TIMEOUT) };
     const asked = this.#ask(`/permit?${query}`, options);
-    await asked.then((response) => response.arrayBuffer()).catch(() => {}); // it counts as sent then
+    await asked.then((response) => response.arrayBuffer()).catch(() => {}); // without a report it counts as sent
   }
 
   #warn(status) {

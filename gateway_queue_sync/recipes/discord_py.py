@@ -1,8 +1,8 @@
 """A mixin for the clients of discord.py, py-cord, nextcord and disnake.
 
-These libraries have a hook for such a wait, but call it before they read the socket, and connect again
-after one to three minutes. In a longer line no shard would ever start. So the mixin delays only the
-IDENTIFY: see ``held_identify``. There is nothing to change here.
+These libraries have a hook that may wait before an IDENTIFY. But they do not read the socket meanwhile,
+and connect again after one to three minutes. In a longer line no shard would ever start. So the mixin
+delays only the IDENTIFY: see ``held_identify``. There is nothing to change here.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class QueuedIdentify:
         await super().launch_shards(**options)  # type: ignore[misc]
 
     async def launch_shard(self, *args: Any, **options: Any) -> None:
-        """Connect a shard, unless the client is closed: the libraries would try again for ever."""
+        """Connect a shard, unless the client is closed: then the libraries would try without end."""
         if not self.is_closed():
             await super().launch_shard(*args, **options)  # type: ignore[misc]
 

@@ -29,7 +29,7 @@ def queue_identify(queue: GatewayQueue) -> None:
     hikari still starts ``max_concurrency`` shards at a time, and the next ones 5 s later.
     """
     held = HeldIdentify(queue)
-    waiting: set[asyncio.Task[None]] = set()  # the event loop itself holds no task
+    waiting: set[asyncio.Task[None]] = set()  # so that no task is collected before it is done
     kind = importlib.import_module("hikari.impl.shard").GatewayShardImpl
     send, poll = kind._send_json, kind._poll_events
 
@@ -44,7 +44,7 @@ def queue_identify(queue: GatewayQueue) -> None:
     async def poll_events(self: Any) -> None:
         try:
             await poll(self)
-            if not self._handshake_event.is_set():  # it was told to connect again before READY
+            if not self._handshake_event.is_set():  # the gateway had it connect again before READY
                 held.refused(self.id)
         finally:
             held.unanswered.pop(self.id, None)

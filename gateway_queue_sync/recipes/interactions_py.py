@@ -52,7 +52,7 @@ class QueuedIdentify:
             await self.stop()
 
     async def _keep_online(self, shard: Any) -> None:
-        """Start a shard, again where the library would leave it: if its connection is lost too early."""
+        """Start a shard, and again if it ends: the library gives up if a connection is lost early."""
         while not self._stopping:
             await shard.start()
             await asyncio.sleep(PAUSE)

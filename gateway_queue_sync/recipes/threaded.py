@@ -89,10 +89,8 @@ class Shard:
     def run(self, url: str) -> None:
         """Stay online; ``url`` is what ``GET /gateway/bot`` returned."""
         while not self._stopping:
-            resume_url, self._resume_url = (
-                self._resume_url,
-                None,
-            )  # one that fails is not tried again
+            # A resume URL to which no connection can be made is not tried again.
+            resume_url, self._resume_url = self._resume_url, None
             try:
                 connection = self._connect((resume_url or url).rstrip("/") + QUERY)
             except OSError:
@@ -125,7 +123,7 @@ class _Conversation:
         self._shard, self._connection = shard, connection
         self._closed = threading.Event()
         self._future: Future[Permit] | None = None
-        self._permit: Permit | None = None  # whose IDENTIFY has no answer yet
+        self._permit: Permit | None = None  # the one whose IDENTIFY has no answer yet
 
     def run(self) -> bool:
         """Read until the connection is closed; return whether to connect again."""
@@ -155,7 +153,7 @@ class _Conversation:
             self._future.cancel()
 
     def _receive(self, payload: dict[str, Any]) -> bool:
-        """Answer a payload; return whether the connection is of any more use."""
+        """Answer a payload; return whether to read on. If not, the shard connects again."""
         shard, op, d = self._shard, payload["op"], payload["d"]
         shard._sequence = payload.get("s") or shard._sequence
         if op == 10:  # HELLO
@@ -205,13 +203,14 @@ class _Conversation:
                 self._send(1, self._shard._sequence)
                 beat_at = time.monotonic() + interval
         except (OSError, Closed, CancelledError):
-            self._end()  # the reader finds out
+            self._end()  # the thread that reads notices that itself
         except GatewayQueueError:
             self._shard._stopping = True
             self.close(4000)
 
     def _identify(self, permit: Permit) -> None:
-        while select.select([self._connection.socket], [], [], 0)[0]:  # it may be a close
+        # What was received, but not read yet, may be the end of the connection.
+        while select.select([self._connection.socket], [], [], 0)[0]:
             if self._closed.wait(0.001):
                 break
         if self._closed.is_set():

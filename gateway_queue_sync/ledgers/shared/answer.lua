@@ -11,7 +11,7 @@
 -- KEYS  1 ledger   hash: 'account', and each bucket by its number, as JSON objects
 --       2 recent   sorted set: serials by when they were granted
 --       3 session, 4 the one that it replaces: `number last_request_us created reply`; both expire
---       5 claim    the session that others leave the ledger to; it expires    6 probe  only used to try commands
+--       5 claim    the session whose request Python computes: others wait; it expires    6 probe  to try commands
 -- ARGV  1 the request as JSON    2 'apply', 'read' or 'store'
 --       3, 4 to store: what `changed` must still be; the commands as JSON: name, index of the key, arguments
 --       5, 6 the time by both clocks, if it is not this server's (for tests)
@@ -350,7 +350,7 @@ local function lost() -- whether this is another server than the account's, or w
   return other_run or account.replid ~= '' and replid ~= '' and account.replid ~= replid
 end
 
-local function is_bounded() -- as bounds.py, which a process asks first: more would stop all other processes
+local function is_bounded() -- as bounds.py, which a process asks first: larger values would stop all others
   local day, is_fine = 86400 * S, true
   for name, most in pairs({
     interval_us = 60 * S, margin_us = 10 * S, lease_us = 60 * S, period_us = 2 * day, reread_us = 366 * day,
@@ -358,7 +358,7 @@ local function is_bounded() -- as bounds.py, which a process asks first: more wo
   return is_fine
 end
 
-local function is_forgotten() -- whether Discord's default may have to count, as nobody has read a limit
+local function is_forgotten() -- whether Discord's default may have to count, since nobody has read the limit
   return not account.total and request.can_read == 0 and is_reset_due()
 end
 
@@ -386,7 +386,7 @@ if ARGV[2] == 'store' then
 end
 local number, at, created = string.match(session or '', '^(%d+) (%d+) (%S+)')
 local is_next = number and request.number == number + 1 and now - at <= SILENT
-local is_known = account and account.created == created -- else its account was deleted alone
+local is_known = account and account.created == created -- else the key `ledger` was deleted
 local is_plain = is_next and is_known and is_bounded() and not lost() and not is_forgotten()
 if ARGV[2] == 'read' or not is_plain then return rows('') end
 local text = apply()

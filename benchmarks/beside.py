@@ -1,7 +1,7 @@
 """Compare the package here with another checkout of it: ``python -m benchmarks.beside DIRECTORY``.
 
-Both run the functions of the benchmarks here, each in a process of its own, and take turns. A figure
-is the median of the rounds; a percentile is that of all rounds together.
+Both run the functions of the benchmarks here. Each call has a process of its own, and the two checkouts
+take turns. A figure is the median of the rounds; a percentile is that of all rounds' values together.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     print("| what | figure | there | here | here / there |\n|---|---|---|---|---|")
     seconds = options.processes
     chosen = cases(quick=options.quick) if seconds is None else processes.cases(seconds)
-    for case in (case for case in chosen if options.only in case.subject):
+    for case in (one for one in chosen if options.only in one.subject):
         measured: dict[Path, list[Measured]] = {there: [], HERE: []}
         for _ in range(options.rounds):
             for directory, rounds in measured.items():

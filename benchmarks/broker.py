@@ -30,8 +30,8 @@ NAME = "broker"
 TITLE = "Broker"
 
 INTERVAL, MARGIN = 0.03, 0.02
-NEVER = 60.0  # s: a window that does not end meanwhile; no longer one is shared
-AT_ONCE = 512  # connections being opened at one time
+NEVER = 60.0  # s: a window that does not end meanwhile; a shared ledger allows no longer one
+AT_ONCE = 512  # connections that are opened at the same time
 PATIENCE = 60.0  # s
 BARE = "bare asyncio server"
 EACH, CONNECT = "each (KiB)", "to connect all (s)"
@@ -40,7 +40,11 @@ LATE, P99, CLOSE = "late, median (ms)", "late, p99 (ms)", "too close (of 100)"
 
 
 class Size(NamedTuple):
-    """How much is measured: how many clients wait, for how long, and how many answers are timed."""
+    """How much is measured.
+
+    ``stalled`` is how many clients wait, for each measurement; ``idle`` is for how many seconds;
+    ``answers`` is how many answers are timed.
+    """
 
     rounds: int
     stalled: tuple[int, ...]
@@ -134,7 +138,7 @@ def stall(subject: str, count: int, idle: float) -> Measured:
 
 
 def _until_all_are_in_line(port: int, count: int) -> None:
-    """Wait until all clients are in a line: that is later than when they are connected."""
+    """Wait until all clients are in a line, which happens after they have connected."""
     counted = re.compile(
         rb"^gateway_queue_(?:waiting|granted_total)(?:{.*})? ([0-9]+)", re.MULTILINE
     )
@@ -169,7 +173,7 @@ def answer(count: int, answers: int) -> Measured:
 
 @contextlib.contextmanager
 def _server(subject: str, interval: float, margin: float) -> Iterator[tuple[int, int]]:
-    """Run a server in the block; return its port and its process."""
+    """Run a server in the block; yield its port and the id of its process."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         if subject == BARE:
@@ -214,7 +218,7 @@ async def _until_it_listens(process: subprocess.Popen[bytes], port: int) -> None
 
 @contextlib.contextmanager
 def _clients(port: int, count: int) -> Iterator[Any]:
-    """Run a process of clients in the block; return a connection to it."""
+    """Run a process of clients in the block; yield the pipe for orders to it."""
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=be_clients, args=(there, port, count))

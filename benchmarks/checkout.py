@@ -34,7 +34,7 @@ def child(module: str, function: str, args: str) -> None:
 
 
 def begin(directory: Path, function: Callable[..., object], *args: Any) -> subprocess.Popen[str]:
-    """Start a process that calls a function with the package of a checkout; ``finish`` it."""
+    """Start a process that calls a function with the package of a checkout. Pass it to ``finish``."""
     task = function.__module__, function.__name__, json.dumps(args)
     command = [sys.executable, "-c", CHILD, str(directory), str(HERE), *task]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -41,7 +41,10 @@ NOBODY, OVER, SILENT = "nobody dead (ms)", "leases over (ms)", "silent (ms)"
 
 
 class Size(NamedTuple):
-    """How many shards are planned, how many processes have died, and how often a client acts."""
+    """How much is measured.
+
+    ``shards`` are planned; ``dead`` processes have died; ``times`` is how often a client acts.
+    """
 
     rounds: int
     shards: int
@@ -59,16 +62,13 @@ SIZES = {
 def run(size: Size, say: Say) -> Result:
     """Measure processor time, and how long the first permit takes after processes have died."""
     shards, times = size.shards, size.times
-    many, several = f"plan of {shards:,} shards", f"plan of {shards:,} shards, 16 buckets"
-    crumbs = f"a body in {times:,} pieces"
-    blanks = f"{times // 50 + 1:,} heads of blanks"
-    returns = f"{2 * times:,} clients that return"
+    one_bucket = f"plan of {shards:,} shards"
     cases = [
-        Case(many, "ours", plan, (shards, 1)),
-        Case(several, "ours", plan, (shards, 16)),
-        Case(crumbs, "ours", read_body, (times,)),
-        Case(blanks, "ours", read_heads, (times // 50 + 1,)),
-        Case(returns, "ours", hold_positions, (2 * times,)),
+        Case(one_bucket, "ours", plan, (shards, 1)),
+        Case(f"{one_bucket}, 16 buckets", "ours", plan, (shards, 16)),
+        Case(f"a body in {times:,} pieces", "ours", read_body, (times,)),
+        Case(f"{times // 50 + 1:,} heads of blanks", "ours", read_heads, (times // 50 + 1,)),
+        Case(f"{2 * times:,} clients that return", "ours", hold_positions, (2 * times,)),
     ]
     costs = Table("Processor time", interleaved(cases, size.rounds, say))
     kinds = ["SQLite"] + ["Redis"] * (redis_server() is not None)
@@ -81,7 +81,7 @@ def run(size: Size, say: Say) -> Result:
         ),
     )
     targets = [
-        Target(f"{many}: CPU (s)", costs.value(many, CPU), 5),
+        Target(f"{one_bucket}: CPU (s)", costs.value(one_bucket, CPU), 5),
         *(
             Target(f"{kind}, {size.dead:,} dead: ms to a permit", dead.value(row, figure), 50)
             for kind in kinds
@@ -131,7 +131,7 @@ def read_body(pieces: int) -> Measured:
             for _ in range(pieces):
                 client.send(b"x")
             if not client.recv(20).startswith(b"HTTP/1.1 400 "):
-                raise RuntimeError("the broker took no offence at a body of x")
+                raise RuntimeError("the broker did not refuse a body of x")
 
         return spent(send)
 
@@ -148,7 +148,7 @@ def read_heads(times: int) -> Measured:
 
 
 def hold_positions(count: int) -> Measured:
-    """Hold the positions of clients that are under one key, and give them back."""
+    """Store positions that all have the same key, and claim them again."""
     arrivals = random.Random(1).sample(range(count), count)
     held = HeldPositions()
 
@@ -205,7 +205,11 @@ class _Process:
 
 
 def first_permit(kind: str, dead: int) -> Measured:
-    """Time a new process after no process has died, after some have, and when these count as silent."""
+    """Time the first permit of a new process, three times.
+
+    First no other process has died. Then many have, and their leases are over. Last, these count as
+    silent.
+    """
     clock = _SetClock()
     with ledger(kind.lower()) as where:
         backend = (SqliteBackend if kind == "SQLite" else RedisBackend)(where, "default", clock)

@@ -64,7 +64,7 @@ def order(name: str, waiting: int, window: float) -> Measured:
 
 
 def _served_threads(name: str, waiting: int, window: float) -> list[int]:
-    """Return the positions of asking, in the order of the permits."""
+    """Return the numbers of the threads, which ask in this order, in the order of their permits."""
     acquire = SUBJECTS[name].make(window)
     acquire(0)
     served: list[int] = []

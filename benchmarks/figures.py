@@ -14,7 +14,7 @@ Kind = Literal["ours", "floor", "peer", "naive"]
 
 OURS = "gateway_queue_sync"
 LEAST_TAIL = 200
-"""Fewer values have no p99: it would be almost their maximum."""
+"""With fewer values no p99 is shown: it would be almost their maximum."""
 
 
 class Tail(NamedTuple):
@@ -161,5 +161,5 @@ def _back(number: float | None) -> float:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Return the smallest of the sorted values that so many percent of them do not exceed."""
+    """Return the smallest of the sorted values that at least so many percent of them do not exceed."""
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]

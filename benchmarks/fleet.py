@@ -1,7 +1,7 @@
 """Benchmark 4: how long the start of many shards takes, compared with the least possible.
 
-The least possible counts from when each shard asked: in its bucket, a permit is due a window after the
-one before it. So the time that a machine takes to start threads does not count.
+The least possible is computed from when each shard asked: in each bucket, a permit is due a window after
+the one before. So the time that a machine takes to start threads does not count.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def run(size: Size, say: Say) -> Result:
         Case(subject.name, subject.kind, start, (subject.name, *size.peers[:3], size.peers.stagger))
         for subject in SUBJECTS.values()
     ]
-    note = "Of the others there is one for each bucket."
+    note = "Each of the others has one limiter for each bucket."
     rows = interleaved(cases, size.peers.rounds, say)
     tables.append(Table(str(size.peers), rows, note=note))
     faked = [

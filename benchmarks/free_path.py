@@ -1,4 +1,4 @@
-"""Benchmark 2: what ``acquire`` costs when nobody must wait, with the permit made."""
+"""Benchmark 2: what ``acquire`` costs when it need not wait, with the making of the permit."""
 
 from __future__ import annotations
 

@@ -290,7 +290,7 @@ def bare_threads(count: int) -> Measured:
 
 
 def _weigh_threads(wait: Callable[[], object], count: int) -> Measured:
-    """Measure the memory of threads that wait: Python's objects, and in a second half all of it."""
+    """Measure the memory of threads that wait: all of it for a half, Python's objects for the other."""
     half = count // 2
     before = resident_bytes() if HAS_PSUTIL else 0
     threads = _start(wait, half)

@@ -99,7 +99,7 @@ class Counted(NamedTuple):
 
 
 def permits(waiting: int, readers: int, seconds: float, pause: float = 0.0) -> Counted:
-    """Count the permits that come while so many wait and so many read on and on."""
+    """Count the permits that come while so many clients wait, and so many read all the time."""
     timing = ("--interval", str(INTERVAL), "--margin", str(MARGIN))
     with served("--max-concurrency", str(BUCKETS), *timing) as broker:
         before = broker.memory().rss
@@ -174,9 +174,8 @@ def storm(rounds: int, clients: int) -> list[int]:
             for one in many:
                 one.close()
             with connect(broker.port, 0) as probe:
-                while (
-                    _connections(probe) > clients // 3
-                ):  # those of nonsense are held for up to 10 s
+                # Clients that sent nonsense stay connected for up to 10 s.
+                while _connections(probe) > clients // 3:
                     time.sleep(0.1)
             memory.append(broker.memory().rss)
     return memory

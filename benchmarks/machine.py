@@ -14,8 +14,8 @@ from typing import Any, Self
 HAS_PSUTIL = find_spec("psutil") is not None
 
 NOISE, GRAIN = 0.1, 0.05
-"""How much of a processor others may use before a round counts as noisy, and the least difference in
-seconds that can be measured."""
+"""Which share of a processor others may use before a round counts as noisy, and the least difference of
+two readings of their time, in seconds."""
 
 
 def describe() -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Benchmark 8: which functions of the package one ``acquire`` runs in its thread, and in how many files.
 
-A measure of how much a reader must follow, not of time.
+This measures how much code a reader must follow, not time.
 """
 
 from __future__ import annotations

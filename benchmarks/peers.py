@@ -23,7 +23,10 @@ Acquire = Callable[[int], Any]
 
 
 class Subject(NamedTuple):
-    """A limiter: how it is made for one permit per window (seconds), and so that it never blocks."""
+    """A limiter.
+
+    ``make`` makes it for one permit per window (in seconds), ``free`` so that it never blocks.
+    """
 
     name: str
     kind: Kind
@@ -33,7 +36,7 @@ class Subject(NamedTuple):
     module: str = ""
     package: str = ""
     is_async: bool = False
-    is_exact: bool = True  # so that two threads do not get the same permit
+    is_exact: bool = True  # two threads never get the same permit
     is_slow: bool = False  # waits for a multiple of a short window
 
 
@@ -222,7 +225,7 @@ SUBJECTS = {
 
 
 def missing(name: str) -> str:
-    """Return why a subject cannot be measured; nothing if it can."""
+    """Return why a subject cannot be measured; an empty text if it can."""
     subject = SUBJECTS.get(name)
     if subject is None or not subject.module or find_spec(subject.module):
         return ""

@@ -52,8 +52,8 @@ def cases(seconds: float) -> list[Case]:
 def measure(kind: str, processes: int, callers: int, buckets: int, seconds: float) -> Measured:
     """Let the callers of some processes ask for permits all the time, and judge when these came.
 
-    A permit is late by how much later than a window after the one before of its bucket it came. If a
-    process has raised its margin because it was answered late, the windows are longer, and so all
+    A permit is due a window after the one before in its bucket; how much later it came is how late it
+    is. If a process has raised its margin because it was answered late, the windows are longer, and all
     permits count as late: then the machine is too busy for these figures.
     """
     with _account(kind) as where, tempfile.TemporaryDirectory() as ready:
@@ -123,7 +123,7 @@ def work(
 
 @contextlib.contextmanager
 def _account(kind: str) -> Iterator[str]:
-    """Return where an account may be stored in the meantime; that of a broker is in a process apart."""
+    """Yield where an account is stored in the block. For HTTP, that is a broker in another process."""
     if kind != "http":
         with ledger(kind) as where:
             yield where

@@ -22,7 +22,10 @@ _PROCESSES = multiprocessing.get_context("spawn")
 
 
 class Case(NamedTuple):
-    """A future row: the subject, and the function and arguments that measure it."""
+    """What a row is to show: a subject, and the function and arguments that measure it.
+
+    ``of`` is the name of the limiter, if the subject is called otherwise.
+    """
 
     subject: str
     kind: Kind
@@ -33,7 +36,7 @@ class Case(NamedTuple):
 
     @property
     def missing(self) -> str:
-        """Why it cannot be measured, if so. ``of`` is the subject, if the row has another name."""
+        """Why it cannot be measured; empty if it can."""
         return missing(self.of or self.subject)
 
 

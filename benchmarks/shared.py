@@ -56,7 +56,7 @@ SIZES = {
 
 
 def run(size: Size, say: Say) -> Result:
-    """Let threads of many processes ask for permits of one bucket, then one thread for those of many."""
+    """Measure many threads of many processes on one bucket, then one thread on many buckets."""
     many = (size.processes, size.threads, size.times)
     crowd = [Case(SQLITE, "ours", crowd_on, ("sqlite", *many))]
     if redis_server() is not None:

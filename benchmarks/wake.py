@@ -1,7 +1,7 @@
 """Benchmark 1: how late ``acquire`` returns once the permit is due, and whether it returns too early.
 
-As many threads as there are permits block on one bucket. The time at which their calls return counts:
-the time between two returns, minus the window, is how late the second was. If it is negative, the second
+As many threads as there are permits block on one bucket. What counts is when their calls return: the
+time between two returns, minus the window, is how late the second was. If it is negative, the second
 was too early.
 """
 
@@ -150,7 +150,7 @@ async def _returns_of_tasks(name: str, window: float, grants: int, burners: int)
 
 
 def condition_wait(window: float, grants: int, burners: int) -> Measured:
-    """Wait on a condition again and again: no limiter can be less late."""
+    """Wait on a condition again and again: the floor for limiters that wait in the same way."""
     condition = threading.Condition()
     with burning(burners), condition:
         returned = [time.monotonic()]

@@ -173,7 +173,7 @@ def _table(buckets: Sequence[BucketSnapshot], if_unknown: str, now: datetime) ->
 def add_ledger(parser: argparse.ArgumentParser) -> None:
     """Add the options that name an account."""
     ledger = parser.add_mutually_exclusive_group(required=True)
-    ledger.add_argument("--sqlite", metavar="FILE", help="the file of a SqliteQueue")
+    ledger.add_argument("--sqlite", metavar="FILE", help="the file of an SqliteQueue")
     ledger.add_argument(
         "--redis",
         metavar="URL",

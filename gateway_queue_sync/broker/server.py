@@ -58,15 +58,16 @@ def serve(
         host: the address to listen on; any but a loopback one needs a secret.
         port: the port; 0 takes a free one.
         secret: what clients must send, as ``Authorization: Bearer ...``.
-        strict: refuse requests without a shard, or with a bad one, rather than taking it for shard 0.
-        max_connections: how many there may be, at most; further clients are refused.
+        strict: refuse requests without a shard or with a bad value. Otherwise a missing or bad shard
+            counts as 0, and any other bad value is ignored.
+        max_connections: how many clients may be connected at one time; others are refused.
 
     Returns:
         The broker, which runs: a context manager, with its ``url``, ``port`` and ``close``.
 
     Raises:
         OSError: the address cannot be listened on.
-        TypeError, ValueError: an argument is of the wrong kind or out of range, or the secret missing.
+        TypeError, ValueError: an argument is of the wrong kind or out of range, or a secret is missing.
     """
     if not isinstance(queue, GatewayQueue):
         raise TypeError(f"queue must be a GatewayQueue, not {type(queue).__name__}")

@@ -203,11 +203,11 @@ class Clock(Protocol):
 
 
 def _unfrozen(name: str, clock_id: str) -> Callable[[], int]:
-    """Return the reading ``time.<name>`` that no time-freezing test tool replaces.
+    """Return a function that reads a clock in microseconds, also while a test tool freezes time.
 
-    Such tools swap the functions of ``time`` (before or after our import) and hand out the true
-    time to some stack depths and the frozen one to others; a queue that mixed the two would wait
-    for years or grant at once. ``clock_gettime_ns`` reads the same clocks and is left alone.
+    Such tools replace the functions of ``time``, such as ``time.<name>``, before or after this import.
+    They return the true time at some depths of the stack and the frozen one at others; a queue that
+    mixed the two would wait for years or grant at once. They do not replace ``clock_gettime_ns``.
     """
     if hasattr(time, "clock_gettime_ns") and hasattr(time, clock_id):
         read, clock = time.clock_gettime_ns, getattr(time, clock_id)

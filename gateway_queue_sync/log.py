@@ -68,7 +68,7 @@ class Log:
         self.limit_changed()
 
     def limit_changed(self) -> None:
-        """Compute when to warn: at a tenth of the limit above the reserve."""
+        """Compute when to warn: if a tenth of what the limit allows above the reserve is left."""
         left = self._budget()
         if left is not None:
             share = (left.total - self._reserve) // 10

@@ -73,6 +73,7 @@ def _counts(request: Request) -> Iterator[Bound]:
     yield "reserve", request.reserve, 0, MAX_COUNTER
     yield "changes", len(request.lines) + len(request.reports), 0, MAX_CHANGES
     yield "number", request.number, 1, 1 if request.introduction else MAX_COUNTER
+    # No bucket twice:
     yield "buckets", len({line.bucket for line in request.lines}), len(request.lines), MAX_CHANGES
     for line in request.lines:
         yield "bucket", line.bucket, 0, MAX_BUCKETS

@@ -147,16 +147,16 @@ class HttpBackend:
             connection = http.client.HTTPConnection(url.hostname, url.port)
         connection.auto_open = 0  # it would not keep the deadline
         connection.response_class = _Response
-        one = _open(self._look_up.addresses(give_up), give_up)
+        sock = _open(self._look_up.addresses(give_up), give_up)
         try:
-            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls is not None:
-                one.settimeout(_left(give_up))  # the handshake keeps it as a whole
-                one = self._tls.wrap_socket(one, server_hostname=url.hostname)
+                sock.settimeout(_left(give_up))  # the handshake keeps it as a whole
+                sock = self._tls.wrap_socket(sock, server_hostname=url.hostname)
         except BaseException:
-            one.close()
+            sock.close()
             raise
-        connection.sock = one
+        connection.sock = sock
         return connection
 
     def _exchange(
@@ -256,18 +256,18 @@ def _open(addresses: list[Any], give_up: float) -> socket.socket:
     """Return a socket that is connected to the first address that accepts."""
     failure: OSError = OSError("the name has no address")
     for at, (family, kind, protocol, _, address) in enumerate(addresses):
-        one = socket.socket(family, kind, protocol)
+        sock = socket.socket(family, kind, protocol)
         try:
-            one.settimeout(max(0.001, _left(give_up) / (len(addresses) - at)))
-            one.connect(address)
+            sock.settimeout(max(0.001, _left(give_up) / (len(addresses) - at)))
+            sock.connect(address)
         except OSError as error:
-            one.close()
+            sock.close()
             failure = error
         except BaseException:
-            one.close()
+            sock.close()
             raise
         else:
-            return one
+            return sock
     try:
         raise failure
     finally:

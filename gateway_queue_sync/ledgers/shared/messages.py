@@ -188,7 +188,7 @@ class Reply(NamedTuple):
     differs: int  # processes have different intervals or margins
     read: int  # this process should read the limit now
     limit_result: int
-    uncounted: int  # how many are left by the latest read, if more than count; else -1
+    uncounted: int  # how many a read says are left, if fewer count; else -1
     rejections: tuple[Rejections, ...] = ()
     permits: tuple[Granted, ...] = ()
     waits: tuple[Wait, ...] = ()

@@ -124,11 +124,12 @@ class PermitFuture(Future[Permit]):
 
     @_unlocked_at_exit
     def set_exception(self, exception: BaseException | None) -> None:
-        """Complete the future with an error."""
+        """Complete the future with an error. If a callback forks, the child does not call the others."""
         try:
+            self._process = os.getpid()
             super().set_exception(exception)
         finally:
-            _raised.interrupt = None
+            self._process, _raised.interrupt = 0, None
 
     def has_permit(self) -> bool:
         """Return whether it was completed with a permit."""

@@ -145,7 +145,7 @@ def _take_what_was_read(
     asked_us: int,
 ) -> None:
     """Send a limit that was read, minus the permits that Discord may not have seen."""
-    if SYSTEM_CLOCK.now_us() - asked_us > MAX_AGE_US:
+    if SYSTEM_CLOCK.now_us() - at_us > MAX_AGE_US:
         raise LedgerError("what Discord said is old by now, so nothing was changed: try again")
     answers = change(limit, at_us, messages.READ, asked_us)
     budget = session.budget

@@ -28,6 +28,7 @@ from gateway_queue_sync import (
     limit_reader,
     serve,
 )
+from gateway_queue_sync.gateway_bot import GatewayBot
 
 __all__ = ["discord"]  # a fixture
 
@@ -188,6 +189,24 @@ def test_what_discord_said_is_old_if_it_is_confirmed_late(
     printed = capsys.readouterr()
     assert "nothing was changed" in printed.err
     assert "done" not in printed.out
+
+
+def test_what_discord_said_is_not_old_because_the_read_took_long(
+    tmp_path, discord, token_file, monkeypatch
+):
+    file, clock = str(tmp_path / "q"), limit_command.SYSTEM_CLOCK
+    SqliteQueue(file, LIMIT).close()
+    later = SimpleNamespace(now_us=clock.now_us)
+    read_limit = GatewayBot.session_start_limit
+
+    def read_slowly(bot):
+        later.now_us = lambda: clock.now_us() + 31_000_000
+        return read_limit(bot)
+
+    monkeypatch.setattr(limit_command, "SYSTEM_CLOCK", later)
+    monkeypatch.setattr(GatewayBot, "session_start_limit", read_slowly)
+    read = ("--read", "--token-file", str(token_file), "--base-url", discord.url, "--yes")
+    assert cli.main(["limit", "--sqlite", file, *read]) == 0
 
 
 def test_a_reset_comes_no_later_if_a_change_is_confirmed_late(tmp_path, monkeypatch):

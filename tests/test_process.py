@@ -338,6 +338,29 @@ def test_a_child_that_is_forked_in_the_worker_gets_no_permit_and_ends(by):
 
 
 @needs_fork
+def test_a_child_that_a_callback_forks_at_close_calls_no_other_callback():
+    result = python(
+        FORKS
+        + """
+    def note(future):
+        os.write(1, f"{os.getpid() == parent}\\n".encode())
+        noted.release()
+
+    parent, noted = os.getpid(), threading.Semaphore(0)
+    queue = LargeBotQueue(SessionStartLimit(10, 10, 600.0, 1))
+    queue.acquire(0)
+    future = queue.enqueue(1)
+    future.add_done_callback(lambda _: fork())
+    future.add_done_callback(note)
+    queue.close()
+    assert noted.acquire(timeout=10)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """
+    )
+    assert (sorted(result.stdout.splitlines()), result.stderr) == (["0", "True"], "")
+
+
+@needs_fork
 @pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("call", ["acquire", "try_acquire", "enqueue"])
 def test_a_child_that_a_signal_handler_forks_inside_a_call_gets_no_permit(call, waits):

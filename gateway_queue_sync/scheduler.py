@@ -403,9 +403,15 @@ class Scheduler:
         return 0
 
     def report(self, permit: Permit, report: Report) -> None:
-        """Record a report on a permit, unless it repeats or contradicts an earlier one."""
+        """Record a report on a permit, and emit its event."""
+        event = self.record_report(permit, report)
+        if event is not None:
+            self.emit(event)
+
+    def record_report(self, permit: Permit, report: Report) -> events.Event | None:
+        """Record a report, unless it repeats or contradicts an earlier one. Return the event to emit."""
         if self.forks and self.remote is None:
-            return  # the account in this child is a copy that grants nothing
+            return None  # the account in this child is a copy that grants nothing
         self.check_caller(waits=False)
         before, rejections, is_new = permit.reported, 0, False
 
@@ -423,9 +429,10 @@ class Scheduler:
         if is_new:
             if rejections == MANY_REJECTIONS:
                 rejected_often(rejections, permit.shard_id, permit.bucket)
-            self.emit(events.PermitReported(permit.shard_id, permit.bucket, report, permit.waiter))
-        elif Report.UNUSED in (before, report) and before is not report:
+            return events.PermitReported(permit.shard_id, permit.bucket, report, permit.waiter)
+        if Report.UNUSED in (before, report) and before is not report:
             log.warning("%r was reported %s: that changes nothing now", permit, report.value)
+        return None
 
     def restart_window(self, permit: Permit) -> None:
         """Start the window of a permit without a report now, because its IDENTIFY may still come."""

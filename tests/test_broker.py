@@ -28,6 +28,7 @@ from gateway_queue_sync import (
     LargeBotQueue,
     LocalQueue,
     NoOpQueue,
+    PermitReported,
     QueueClosed,
     SessionStartLimit,
     ShardWaiting,
@@ -628,19 +629,48 @@ def test_a_client_leaves_the_line_before_its_connection_is_lost(queue, clock, mo
 
 
 def test_clients_that_left_are_out_of_the_line_when_the_broker_is_closed(queue):
-    """Though all threads that would have seen to that were busy."""
+    """Even if the readers' thread is busy."""
     with serve(queue, port=0) as broker, clients_of(broker.port) as client:
         assert client("/?shard=0").granted
         gone = client("/?shard=1")
         wait_for_line(queue, 1)
         go_on = threading.Event()
-        for executor in (broker._service.room.executor, broker._service.shared.executor):
-            executor.submit(go_on.wait)
+        broker._service.shared.executor.submit(go_on.wait)
         gone.close()
         until(lambda: len(broker._service.connections) == 1)
         broker.close()
         go_on.set()
         assert queue.snapshot().waiting == 0
+
+
+def test_reports_and_who_left_are_not_lost_at_an_end_while_an_observer_is_slow(clock):
+    goes_on, reported = threading.Event(), threading.Event()
+
+    def observer(event):
+        if isinstance(event, PermitReported):
+            reported.set()
+            assert goes_on.wait(PATIENCE)
+
+    buckets = limit(max_concurrency=2)
+    with (
+        LargeBotQueue(buckets, clock=clock, observer=observer) as queue,
+        serve(queue, port=0) as broker,
+        clients_of(broker.port) as client,
+    ):
+        for shard in range(2):
+            assert client(f"/?shard={shard}&ticket={shard}&confirm=1").granted
+        assert report(client, "sent", "0") == 200
+        assert reported.wait(PATIENCE)
+        waiting = client("/?shard=3")
+        wait_for_line(queue, 1)
+        waiting.close()
+        assert report(client, "rejected", "1") == 200
+        _, took = timed(broker.close)
+        seen = queue.snapshot()
+        goes_on.set()
+        assert seen.buckets[1].ready_in == 2 * WINDOW
+        assert seen.waiting == 0
+        assert took < PATIENCE / 4
 
 
 # --- who is refused -------------------------------------------------------------------------------

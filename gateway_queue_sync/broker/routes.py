@@ -7,7 +7,6 @@ import hmac
 import importlib.resources
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -65,14 +64,14 @@ class Service:
         self.connections.discard(connection)
         self._over_limit.discard(connection)
 
-    def stop(self) -> list[Future[Permit]]:
-        """Stop granting, close all connections, and return the futures to give back."""
-        self._stopping, futures = True, self.room.stop()
+    def stop(self) -> None:
+        """Stop granting, and close all connections."""
+        self._stopping = True
+        self.room.stop()
         for connection in list(self.connections):
             if connection.waiting is not None and not connection.legacy:
                 connection.refuse(503, "the broker is shutting down")
             connection.close()
-        return futures
 
     def route(self, connection: Connection, head: Head) -> Callable[[bytes], object]:
         """Return the handler of a request.

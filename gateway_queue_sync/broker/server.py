@@ -8,7 +8,6 @@ import logging
 import sys
 import threading
 import time
-from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
@@ -18,8 +17,6 @@ from gateway_queue_sync import process
 from gateway_queue_sync.broker.connection import Connection
 from gateway_queue_sync.broker.routes import Service
 from gateway_queue_sync.broker.settings import BACKLOG, BrokerSettings, listen
-from gateway_queue_sync.broker.waiting import give_back
-from gateway_queue_sync.models import Permit
 from gateway_queue_sync.queue import GatewayQueue
 
 if sys.platform != "win32":  # which has no such limit
@@ -90,7 +87,6 @@ class Broker:
         self._service = Service(queue, self._loop, replace(settings, max_connections=most))
         self._stopped = asyncio.Event()
         self._closing = threading.Lock()
-        self._futures: list[Future[Permit]] = []  # of the clients that waited when it was closed
         factory, create = partial(Connection, self._service), self._loop.create_server
         try:
             self._sockets = listen(settings.host, settings.port)
@@ -131,7 +127,7 @@ class Broker:
             await asyncio.wait(accepting, timeout=END_TIMEOUT)
         for server in self._servers:
             server.close()
-        self._futures = self._service.stop()
+        self._service.stop()
         give_up = self._loop.time() + END_TIMEOUT
         while self._service.connections and self._loop.time() < give_up:
             await asyncio.sleep(0.01)
@@ -150,10 +146,7 @@ class Broker:
             if self._thread.is_alive():
                 self._loop.call_soon_threadsafe(self._stopped.set)
                 self._thread.join()
-            for future in self._futures:
-                give_back(future)
-            self._futures = []
-            for part in (self._service.room, self._service.shared, self._service.ledger):
+            for part in (self._service.shared, self._service.ledger):
                 part.executor.shutdown(wait=False, cancel_futures=True)
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The clients that wait for permits, without HTTP: each is a future in a line of the queue.
 
-Everything runs in the event loop, except leaving a line: that may call an observer, so it has a thread.
+Everything runs in the event loop. The queue's worker emits the events, since observers may take long.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Protocol
 
 from gateway_queue_sync.broker.positions import HeldPositions, Position
@@ -58,8 +58,6 @@ class WaitingRoom:
         self.by_ticket: dict[str, WaitingClient] = {}
         # By ticket: permits on which their clients may still report, and when they were sent.
         self._reportable: OrderedDict[str, tuple[int, Permit]] = OrderedDict()
-        self._leaving: set[Future[Permit]] = set()  # until they have left the queue
-        self.executor = ThreadPoolExecutor(1, thread_name_prefix="gateway-queue-broker-leave")
         self._tick()
 
     def _tick(self) -> None:
@@ -71,7 +69,7 @@ class WaitingRoom:
             if since_us < now_us - CLOSED_US:
                 break
             if permit.reported is None:  # its IDENTIFY may be sent at any time
-                self.executor.submit(self.scheduler.restart_window, permit)
+                self.scheduler.restart_window(permit)
         while self._reportable and next(iter(self._reportable.values()))[0] < now_us - REPORT_US:
             self._reportable.popitem(last=False)
         left = self.scheduler.ledger.budget()
@@ -95,24 +93,26 @@ class WaitingRoom:
             return False
         if report is not Report.SENT:  # after ``sent``, the gateway may still reject the IDENTIFY
             del self._reportable[ticket]
-        self.executor.submit(getattr(permit, report.value))
+        self._report(permit, report)
         return True
 
+    def _report(self, permit: Permit, report: Report) -> None:
+        event = self.scheduler.record_report(permit, report)
+        if event is not None:
+            self.scheduler.worker.emit_later(self.scheduler, event)
+
     def give_back(self, future: Future[Permit]) -> None:
-        """Leave the line, or give back the permit, in another thread."""
-        self._leaving.add(future)
-        self.executor.submit(self._give_back, future)
+        """Leave the line, or give back the permit if it was granted. Any thread may call this."""
+        if not future.cancel() and future.exception() is None:
+            self._report(future.result(), Report.UNUSED)
 
-    def _give_back(self, future: Future[Permit]) -> None:
-        give_back(future)
-        self._leaving.discard(future)
-
-    def stop(self) -> list[Future[Permit]]:
-        """End all waits, and return the futures to give back."""
+    def stop(self) -> None:
+        """End all waits. Nobody waits for a permit, and none that was granted is kept."""
         futures = [one.future for one in self.clients if one.future is not None]
         for one in list(self.clients):
             one.end()
-        return [*self._leaving, *futures]
+        for future in futures:
+            self.give_back(future)
 
 
 class WaitingClient:
@@ -166,7 +166,7 @@ class WaitingClient:
             try:
                 self._room.loop.call_soon_threadsafe(self._hand_over, future)
             except RuntimeError:  # the loop is closed
-                give_back(future)
+                self._room.give_back(future)
 
     def _hand_over(self, future: Future[Permit]) -> None:
         """Send a permit to the client, if that is still there and the permit not too old."""
@@ -224,9 +224,3 @@ class WaitingClient:
         for timer in (self._timeout, self._rest):
             if timer is not None:
                 timer.cancel()
-
-
-def give_back(future: Future[Permit]) -> None:
-    """Leave the line, or give back the permit if it was granted."""
-    if not future.cancel() and future.exception() is None:
-        future.result().unused()

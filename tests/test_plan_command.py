@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
+from itertools import pairwise
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -329,6 +330,26 @@ def test_a_wait_for_the_reset_is_cut_short():
     assert "23 h 54 min later" in texts(root)
     assert "24 h" in texts(root)
     assert len([rect for rect in root.iter(f"{SVG}rect") if rect.get("class") == "band"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("reset_after", "begins"),
+    [(0.5, [0]), (2.0, [0]), (WINDOW, [0]), (10.4, [0]), (10.6, [0, 10.6])],
+)
+def test_now_and_a_first_start_soon_after_a_reset_are_not_parted(reset_after, begins):
+    some = fleet(4, remaining=0, reset_after=reset_after)
+    axis = picture.Axis(some)
+    assert [span[0] for span in axis.spans] == begins
+    assert len(list(axis.cuts)) == len(begins) - 1
+    assert axis.x(some.plan.starts[1].at) - axis.x(some.plan.starts[0].at) == pytest.approx(
+        WINDOW * axis.scale
+    )
+
+
+def test_spans_are_in_order_and_apart(some):
+    spans = picture.Axis(some).spans
+    assert spans[0][0] == 0
+    assert all(ends < begins for (_, ends), (begins, _) in pairwise(spans))
 
 
 def test_the_budget_falls_to_what_is_left_and_rises_at_resets():

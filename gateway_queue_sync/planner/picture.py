@@ -92,20 +92,26 @@ class _Area:
 
 
 class Axis:
-    """The axis of time. It leaves out waits for resets, and if there are many runs, those in the middle.
+    """The axis of time. It leaves out waits for resets, unless they are short.
+
+    If there are many runs, it leaves out those in the middle, too.
 
     Attributes:
         spans: the stretches of time that are drawn: beginning and end, in seconds.
         places: the x at which each span begins.
         scale: how wide a second is.
         cut: how wide the gap between two spans is.
-        omitted: how many runs are left out, before span ``omitted_before``.
+        omitted: how many spans are left out, before span ``omitted_before``.
     """
 
     def __init__(self, fleet: Fleet) -> None:
-        self.spans = [(run[0][0].at, run[-1][0].at + fleet.window) for run in fleet.runs]
-        if self.spans[0][0] > 0:
-            self.spans.insert(0, (0.0, fleet.window))  # the picture begins now
+        self.spans = [(0.0, fleet.window)]  # the picture begins now
+        for run in fleet.runs:
+            begins, ends = run[0][0].at, run[-1][0].at + fleet.window
+            if begins - self.spans[-1][1] > fleet.window:
+                self.spans.append((begins, ends))
+            else:
+                self.spans[-1] = self.spans[-1][0], ends
         self.omitted, self.omitted_before = max(0, len(self.spans) - MAX_SPANS), MAX_SPANS // 2
         if self.omitted:
             del self.spans[self.omitted_before : self.omitted_before + self.omitted]

@@ -294,6 +294,10 @@ def test_nothing_sticks_out(some):
             assert x + w <= width
             assert y >= picture.GRID_TOP
             assert y + h < height - picture.BUDGET_HEIGHT
+    for path in root.iter(f"{SVG}path"):
+        if path.get("class") in ("left", "area"):
+            heights = re.findall(r"(?:V|M[\d.]+ )(-?[\d.]+)", path.get("d"))
+            assert all(0 < float(y) < height for y in heights)
     for text in root.iter(f"{SVG}text"):
         assert 0 < float(text.get("x")) < width
         assert 0 < float(text.get("y")) < height

@@ -282,7 +282,7 @@ def _budget(fleet: Fleet, time: Axis, area: _Area) -> Iterator[str]:
     left at any time.
     """
     total = fleet.limit.total
-    least = min(start.remaining for start in fleet.plan.starts)
+    least = min(fleet.limit.remaining, *(start.remaining for start in fleet.plan.starts))
     low = least if least > total / 2 else 0
 
     def y(left: int) -> float:

@@ -13,6 +13,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
@@ -1539,6 +1540,23 @@ def test_errors_in_the_broker_are_logged_and_grant_nothing(client, queue, caplog
     monkeypatch.setattr(queue, "snapshot", lambda: 1 / 0)
     with caplog.at_level(logging.ERROR):
         assert client("/status.json").read()[0] == 500
+    assert "ZeroDivisionError" in caplog.text
+
+
+FIGURES = ["/status.json", "/recent.json", "/metrics", "/healthz"]
+
+
+def test_readers_are_answered_again_after_any_error(client, caplog, monkeypatch):
+    """In each part of the answers, and also if no thread can be started."""
+    monkeypatch.setattr(reports, "MAX_AGE", 0.0)
+    with monkeypatch.context() as broken:
+        broken.setattr(ThreadPoolExecutor, "submit", lambda *_: 1 / 0)
+        assert client("/status.json").is_closed_without_a_byte()
+    assert client("/status.json").read()[0] == 200
+    with monkeypatch.context() as broken:
+        broken.setattr(reports.Reports, "_recent_permits", lambda _: 1 / 0)
+        assert [client(path).read()[0] for path in FIGURES] == [500] * 4
+    assert [client(path).read()[0] for path in FIGURES] == [200] * 4
     assert "ZeroDivisionError" in caplog.text
 
 

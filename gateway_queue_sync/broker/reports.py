@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -49,16 +49,23 @@ class SharedAnswers:
         if self._loop.time() < self._fresh_until:
             self._loop.call_later(PAUSE, receiver, self._answers[path])
             return
-        self._receivers.append((path, receiver))
-        if len(self._receivers) == 1:
+        if not self._receivers:
             computing = self._loop.run_in_executor(self.executor, self._compute)
             computing.add_done_callback(self._computed)
+        self._receivers.append((path, receiver))
 
     def _computed(self, computing: asyncio.Future[Answers]) -> None:
-        self._answers, self._fresh_until = computing.result(), self._loop.time() + MAX_AGE
         receivers, self._receivers = self._receivers, []
+        failure = computing.exception()
+        if failure is None:
+            self._answers = computing.result()
+        else:
+            log.error("the state could not be read", exc_info=failure)
+            failed = responses.error(500, type(failure).__name__)
+            self._answers = defaultdict(lambda: failed)
+        self._fresh_until = self._loop.time() + MAX_AGE
         for path, receiver in receivers:
-            receiver(self._answers[path])
+            self._loop.call_soon(receiver, self._answers[path])
 
 
 class Reports:
@@ -83,23 +90,20 @@ class Reports:
 
     def compute(self, connections: int) -> Answers:
         """Return the answers for all paths. The cost grows with the number of waiters."""
-        failed, recent = None, {"/recent.json": self._recent_permits()}
+        recent = {"/recent.json": self._recent_permits()}
         try:
             seen = self._queue.snapshot()
-            text = "\n".join([*self._metrics(seen, connections), ""]).encode()
-            status, healthy = responses.as_json(seen), responses.as_json({"status": "ok"})
-            answers = {"/status.json": status, "/metrics": Response(200, text, METRICS)}
-            return recent | answers | dict.fromkeys(HEALTH, healthy)
         except LedgerError as error:
-            failed = responses.error(503, "the state is unreachable")
             if not self._unreachable:
                 log.warning("the state is unreachable: %s", error)
-        except Exception as error:
-            failed = responses.error(500, type(error).__name__)
-            log.exception("the state could not be read")
-        finally:
-            self._unreachable = failed is not None
-        return recent | dict.fromkeys(("/status.json", "/metrics", *HEALTH), failed)
+            self._unreachable = True
+            failed = responses.error(503, "the state is unreachable")
+            return recent | dict.fromkeys(("/status.json", "/metrics", *HEALTH), failed)
+        self._unreachable = False
+        text = "\n".join([*self._metrics(seen, connections), ""]).encode()
+        status, healthy = responses.as_json(seen), responses.as_json({"status": "ok"})
+        answers = {"/status.json": status, "/metrics": Response(200, text, METRICS)}
+        return recent | answers | dict.fromkeys(HEALTH, healthy)
 
     def _recent_permits(self) -> Response:
         now_us, window_us = self._scheduler.now_us(), self._scheduler.ledger.window_us

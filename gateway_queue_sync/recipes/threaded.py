@@ -149,8 +149,9 @@ class _Conversation:
 
     def _end(self) -> None:
         self._closed.set()
-        if self._future is not None:
-            self._future.cancel()
+        future = self._future  # the other thread may take the permit now
+        if future is not None:
+            future.cancel()
 
     def _receive(self, payload: dict[str, Any]) -> bool:
         """Answer a payload; return whether to read on. If not, the shard connects again."""
@@ -197,7 +198,6 @@ class _Conversation:
                     except TimeoutError:
                         pass
                     else:
-                        self._future = None
                         self._identify(permit)
                         continue
                 self._send(1, self._shard._sequence)
@@ -207,6 +207,9 @@ class _Conversation:
         except GatewayQueueError:
             self._shard._stopping = True
             self.close(4000)
+        finally:
+            if self._future is not None and not self._future.cancel():
+                self._future.add_done_callback(give_back)
 
     def _identify(self, permit: Permit) -> None:
         # What was received, but not read yet, may be the end of the connection.
@@ -214,8 +217,7 @@ class _Conversation:
             if self._closed.wait(0.001):
                 break
         if self._closed.is_set():
-            permit.unused()
-            return
+            raise Closed  # ``_speak`` gives the permit back
         properties = {"os": "linux", "browser": "mine", "device": "mine"}
         shard = self._shard
         d = {
@@ -224,8 +226,8 @@ class _Conversation:
             "properties": properties,
             "shard": [shard.shard_id, shard.shards],
         }
+        self._future, self._permit = None, permit
         try:
-            self._permit = permit
             self._send(2, d)
         except (OSError, Closed):
             permit.unused()
@@ -234,3 +236,9 @@ class _Conversation:
 
     def _send(self, op: int, d: Any) -> None:
         self._connection.send(json.dumps({"op": op, "d": d}))
+
+
+def give_back(future: Future[Permit]) -> None:
+    """Give back a permit that came too late."""
+    if future.exception() is None:
+        future.result().unused()

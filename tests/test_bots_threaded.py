@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+import socket
+import sys
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import recipes
@@ -19,6 +23,7 @@ from gateway_queue_sync import (
     Report,
     SessionStartLimit,
 )
+from gateway_queue_sync.recipes import betterdisco, threaded
 
 PATIENCE = 30.0
 WINDOW = {"interval": 0.2, "margin": 0.3}
@@ -119,6 +124,77 @@ def test_a_connection_that_is_lost_in_line_costs_no_session_start(library):
             gateway.drop(online=False)
             gateway.wait_for({0})
         assert queue.snapshot().limit.remaining == 8
+
+
+class Dying:
+    """A connection whose first heartbeat fails, after ``before`` was called."""
+
+    def __init__(self, sock, before):
+        self.socket, self._before, self._ended = sock, before, threading.Event()
+        self._messages = [json.dumps({"op": 10, "d": {"heartbeat_interval": 0}})]
+
+    def receive(self):
+        if self._messages:
+            return self._messages.pop()
+        assert self._ended.wait(PATIENCE)
+        raise threaded.Closed(4004)
+
+    def send(self, data):
+        assert json.loads(data)["op"] == 1
+        self._before()
+        self._ended.set()
+        raise ConnectionResetError
+
+    def close(self, code):
+        self._ended.set()
+
+    def release(self):
+        pass
+
+
+def test_a_permit_that_comes_while_a_heartbeat_fails_is_given_back(clock):
+    futures = []
+
+    class Asked(LargeBotQueue):
+        def enqueue(self, *args, **options):
+            futures.append(super().enqueue(*args, **options))
+            return futures[-1]
+
+    def granted():
+        clock.advance(10.0)
+        assert futures[0].exception(PATIENCE) is None
+
+    here, there = socket.socketpair()
+    limit = SessionStartLimit(10, 10, 600.0, 1)
+    with closing(here), closing(there), Asked(limit, clock=clock) as queue:
+        queue.acquire(0)
+        shard = threaded.Shard(queue, TOKEN, 0, 1, connect=lambda _: Dying(here, granted))
+        shard.run("")
+        until(lambda: futures[0].result().reported is Report.UNUSED, "the permit's return")
+        assert queue.snapshot().limit.remaining == 9
+
+
+def test_a_client_of_betterdisco_identifies_once_even_if_that_times_out(monkeypatch):
+    sent, failed = [], threading.Event()
+
+    class GatewayClient:
+        ws = SimpleNamespace(is_closed=False)
+        handle_invalid_session = None
+
+        def send(self, op, data):
+            sent.append(data)
+            if len(sent) == 1:
+                raise TimeoutError
+            failed.set()
+
+    module = ModuleType("disco.gateway.client")
+    module.GatewayClient = GatewayClient
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(threading, "excepthook", lambda _: failed.set())
+    betterdisco.queue_identify(NoOpQueue())
+    GatewayClient().send(betterdisco.IDENTIFY, {"shard": [0, 1]})
+    assert failed.wait(PATIENCE)
+    assert len(sent) == 1
 
 
 def test_a_wrong_token_ends_a_bot(library):

@@ -6,7 +6,6 @@ heartbeats as usual. You may change ``HEAD_START`` and ``LOOK``.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import threading
 import time
@@ -35,16 +34,18 @@ def queue_identify(queue: GatewayQueue) -> None:
         head_start = HEAD_START if shard_id in identified else 0.0
         future = queue.enqueue(shard_id, priority=head_start + waited)
         while not socket.is_closed and self.ws is socket:
-            with contextlib.suppress(TimeoutError):
+            try:
                 permit = future.result(LOOK)
-                if socket.is_closed or self.ws is not socket:
-                    break
-                unanswered[self] = permit
-                with permit:
-                    send(self, IDENTIFY, data)
-                identified.add(shard_id)
-                del asked_at[shard_id]
-                return
+            except TimeoutError:
+                continue
+            if socket.is_closed or self.ws is not socket:
+                break
+            unanswered[self] = permit
+            with permit:
+                send(self, IDENTIFY, data)
+            identified.add(shard_id)
+            del asked_at[shard_id]
+            return
         if not future.cancel():
             future.add_done_callback(give_back)
 

@@ -30,6 +30,7 @@ from gateway_queue_sync import (
 )
 from gateway_queue_sync.clock import SYSTEM_CLOCK
 from gateway_queue_sync.ledgers.shared import messages
+from gateway_queue_sync.ledgers.shared.backend import Busy
 from gateway_queue_sync.ledgers.shared.inquiry import peek
 from gateway_queue_sync.queue import scheduler_of
 from gateway_queue_sync.scheduler import Scheduler
@@ -971,6 +972,62 @@ def test_an_outage_is_waited_out_with_growing_pauses(two, clock, crew, monkeypat
         False,
         True,
     ]
+
+
+@contextlib.contextmanager
+def busy(queue):
+    """Have a queue find its ledger busy, as while another process writes."""
+    with pytest.MonkeyPatch.context() as patches:
+
+        def ask(request):
+            raise Busy("busy")
+
+        patches.setattr(backend_of(queue), "ask", ask)
+        yield
+
+
+def test_a_ledger_that_is_busy_for_a_moment_is_in_no_outage_however_long_the_queue_was_idle(
+    two, clock, crew, caplog
+):
+    one, _ = two
+    clock.advance(3600)
+    with busy(one):
+        call = crew(one.acquire, 0)
+        for _ in range(19):
+            clock.settle(1)
+            clock.advance(0.01)
+        clock.settle(1)
+    clock.advance(0.2)
+    assert call.now().shard_id == 0
+    assert warnings_in(caplog) == []
+
+
+def test_an_outage_ends_when_the_ledger_answers_even_if_it_refuses_the_process(
+    two, clock, monkeypatch, caplog
+):
+    one, _ = two
+    with busy(one):
+        future = one.enqueue(0)
+        clock.settle(0)
+    refuse_what(one, monkeypatch, lambda request: True)
+    clock.advance(0.2)
+    with pytest.raises(LedgerError, match="reserve must be"):
+        future.result(20)
+    for _ in range(10):
+        clock.advance(2)
+        clock.settle(0)
+    with monkeypatch.context() as patches:
+        cut_off(one, patches)
+        for _ in range(5):
+            clock.advance(2)
+            clock.settle(0)
+    clock.advance(2)
+    clock.settle(0)
+    refused, lost, again, still_refused = (one.getMessage() for one in warnings_in(caplog))
+    assert "refuses this process" in refused
+    assert "no permit is granted until it can be asked again" in lost
+    assert again.endswith("answers again, after 10.0 s")
+    assert still_refused == refused
 
 
 def test_futures_wait_an_outage_out(two, clock, monkeypatch):

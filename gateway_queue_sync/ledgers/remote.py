@@ -146,7 +146,7 @@ class RemoteLedger:
         lines = NoLines(self.max_concurrency)
         request = self._session.compose(lines, self._now_us(), can_read=can_read)
         assert request is not None
-        self._failed_us = self._now_us()
+        asked_us = self._now_us()
         try:
             reply = first_reply(self.backend, request)
         except (Unreachable, Busy) as error:
@@ -154,7 +154,7 @@ class RemoteLedger:
                 raise
             self._session.failed(request, error, self._now_us())
             log.warning("%s; no permit is granted until it can be asked", error)
-            self._failures = MANY_FAILURES
+            self._failures, self._failed_us = MANY_FAILURES, asked_us
             return
         answers = self._session.answered(request, reply, self._now_us())
         if answers.error is not None:
@@ -406,7 +406,13 @@ class RemoteLedger:
         """Apply a reply. Return what it means, the warnings to log, and the events to emit."""
         now_us = self._answered_us = self._now_us()
         answers = self._session.answered(request, reply, now_us)
-        warnings = [f"{self!r}: {warning}" for warning in answers.warnings]
+        warnings: list[str] = []
+        if self._failures >= MANY_FAILURES and self._failed_us is not None:
+            away = (now_us - self._failed_us) / US_PER_SECOND
+            warnings = [f"{self!r} answers again, after {away:.1f} s"]
+            self._refusal = ""  # if it still refuses this process, that is logged again
+        self._failures, self._failed_us = 0, None  # a refusal is an answer, too
+        warnings += [f"{self!r}: {warning}" for warning in answers.warnings]
         if answers.error is not None:
             error = LedgerError(f"{self!r}: {answers.error}")
             self._fail(scheduler, error, answers.refused, answered)
@@ -415,10 +421,6 @@ class RemoteLedger:
             self._refusal = str(error)
             return answers, warnings, []
         self._refusal = ""
-        if self._failures >= MANY_FAILURES and self._failed_us is not None:
-            away = (now_us - self._failed_us) / US_PER_SECOND
-            warnings.append(f"{self!r} answers again, after {away:.1f} s")
-        self._failures, self._failed_us = 0, None
         if answers.limit_changed:
             scheduler.limit_changed()
         events = self._pass_on(scheduler, answers, answered, now_us)

@@ -30,6 +30,7 @@ class Waiter:
         number: its number, unique in the process.
         condition: wakes the thread; created when the thread first sleeps.
         ask_at_us: when it may ask the ledger, if it is the head of its line.
+        answered: whether a remote ledger has granted or denied it a permit.
         permit: a permit that was granted to it and is not handed over yet.
         error: the exception to raise instead of handing over a permit.
         entry: its entry in a line, ``None`` while it is in none.
@@ -43,6 +44,7 @@ class Waiter:
     number: int = field(default_factory=waiter_numbers.__next__)
     condition: threading.Condition | None = None
     ask_at_us: int = 0
+    answered: bool = False
     permit: Permit | None = None
     error: Exception | None = None
     entry: Entry | None = None

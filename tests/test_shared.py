@@ -1422,6 +1422,25 @@ def test_an_observer_that_takes_longer_than_the_margin_is_told_once(account, clo
     assert queue.snapshot().limit.remaining == 9
 
 
+@pytest.mark.parametrize("timeout", [0, 1])
+def test_a_permit_that_comes_too_late_at_a_deadline_is_no_silence_of_the_ledger(
+    account, clock, timeout
+):
+    granted = []
+
+    def observer(event):
+        if isinstance(event, ShardGranted) and not granted:
+            granted.append(event)
+            clock.advance(3)
+
+    queue = account.queue(limit(10, 10, 600.0), clock=clock, observer=observer)
+    with pytest.raises(AcquireTimeout):
+        queue.acquire(0, timeout=timeout)
+    assert len(granted) == 1
+    assert queue.acquire(0).remaining == 9
+    queue.close()
+
+
 # --- being handed on ------------------------------------------------------------------------------
 
 

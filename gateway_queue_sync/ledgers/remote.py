@@ -446,6 +446,7 @@ class RemoteLedger:
                 if isinstance(answer, Permit):
                     self.report(answer, Report.UNUSED)
                 continue
+            waiter.answered = True
             events.append(scheduler.record(waiter, answer, now_us))
             if waiter.future is not None:
                 answered.append(waiter)
@@ -523,7 +524,7 @@ class RemoteLedger:
         """Return the error of a waiter that got no permit in time because the ledger is out of reach."""
         failure: Exception | None = self._session.failure
         others_answered = self._answered_us > waiter.arrived_us and not waiter.once
-        if failure is None and waiter.ask_at_us == 0 and is_head and not others_answered:
+        if failure is None and is_head and not (waiter.answered or others_answered):
             failure = LedgerError(f"{self!r} did not answer in time")
         if failure is None:
             return None

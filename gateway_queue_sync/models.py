@@ -342,7 +342,7 @@ class QueueSnapshot:
         waiting: how many wait in all lines.
         granted: permits granted since the account was created, by all processes; it never decreases.
         buckets: all buckets, by number.
-        limit: the session start limit; ``None`` if the queue has none.
+        limit: the session start limit; ``None`` if the queue has none, or it is not known yet.
     """
 
     waiting: int

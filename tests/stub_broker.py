@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from urllib.parse import urlsplit
 
-from gateway_queue_sync.queue import GatewayQueue
+from gateway_queue_sync.queue import GatewayQueue, scheduler_of
 
 PAGE = files("gateway_queue_sync") / "broker" / "page.html"
 
@@ -52,7 +52,9 @@ class StubBroker:
             return 401, "{}"
         if at.path == "/status.json":
             return 200, json.dumps(asdict(self.queue.snapshot()))
-        return 200, '{"window": 5.25, "reserve": 0, "grants": []}'
+        keeps_limit = scheduler_of(self.queue).ledger.keeps_limit
+        recent = {"window": 5.25, "keeps_limit": keeps_limit, "reserve": 0, "grants": []}
+        return 200, json.dumps(recent)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from gateway_queue_sync import (
     SessionStartLimit,
     ShardWaiting,
     SqliteQueue,
+    limit_reader,
     serve,
 )
 from gateway_queue_sync.broker import connection, reports, routes, settings, waiting
@@ -1141,7 +1142,7 @@ def test_the_latest_grants_are_told(client, clock):
     clock.advance(2.0)
     shown = json.loads(client("/recent.json").read()[2])
     assert shown.pop("grants") == [{"shard_id": 7, "bucket": 0, "ago": 2.0}]
-    assert shown == {"window": WINDOW, "reserve": 0}
+    assert shown == {"window": WINDOW, "keeps_limit": True, "reserve": 0}
 
 
 def test_the_metrics_are_prometheus(client, queue, clock, short_tarpit):
@@ -1184,6 +1185,23 @@ def test_a_queue_without_a_budget_tells_none(clock):
     ):
         assert b"remaining" not in client("/metrics").read()[2]
         assert json.loads(client("/status.json").read()[2])["limit"] is None
+        assert json.loads(client("/recent.json").read()[2])["keeps_limit"] is False
+
+
+@pytest.mark.parametrize("make", [SqliteQueue, lambda _, **given: LargeBotQueue(None, **given)])
+def test_a_limit_that_is_not_known_yet_is_told_from_none(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(limit_reader, "log", logging.getLogger("gateway_queue_sync.elsewhere"))
+
+    def unreachable():
+        raise OSError("not now")
+
+    with (
+        make(tmp_path / "q.sqlite3", refresh=unreachable) as queue,
+        serve(queue, port=0) as broker,
+        clients_of(broker.port) as client,
+    ):
+        assert json.loads(client("/status.json").read()[2])["limit"] is None
+        assert json.loads(client("/recent.json").read()[2])["keeps_limit"] is True
 
 
 @pytest.mark.parametrize("path", ["/status.json", "/metrics", "/recent.json"])

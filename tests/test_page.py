@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -20,7 +21,14 @@ pytest.importorskip("selenium", reason="selenium is not installed (the test extr
 from browser import CHROMIUM, CONTRASTS, DRIVER, PATIENCE, WITHOUT, Browser
 from stub_broker import PAGE, stub
 
-from gateway_queue_sync import LargeBotQueue, LocalQueue, Permit, SessionStartLimit, serve
+from gateway_queue_sync import (
+    LargeBotQueue,
+    LocalQueue,
+    Permit,
+    SessionStartLimit,
+    limit_reader,
+    serve,
+)
 from gateway_queue_sync.testing import FakeClock
 
 HOST = "127.0.0.1"
@@ -251,6 +259,41 @@ def test_a_limit_that_is_not_kept_or_not_begun_or_all_reserve(
         assert without_clock(browser.texts("tbody tr")) == [["4", "1 min 30 s", "never"]]
         assert browser.text("#next-in") == browser.text("#last-in") == "never"
         assert browser.text("#fleet-due").endswith("never: the reserve is the whole limit")
+        assert browser.text("[data-summary]") == (
+            "1 waiting, ready never: the reserve is the whole limit"
+        )
+
+
+def test_a_limit_that_is_not_known_yet(
+    browser: Browser, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limit_reader, "log", logging.getLogger("gateway_queue_sync.elsewhere"))
+
+    def unreachable() -> SessionStartLimit:
+        raise OSError("not now")
+
+    with (
+        LargeBotQueue(None, refresh=unreachable, clock=clock) as queue,
+        browser.on(serve(queue, HOST, 0)) as broker,
+    ):
+        watch(browser, broker.url)
+        assert browser.text("#limit-text") == "Not known yet"
+        assert browser.texts("#limit-bar") == []
+        assert browser.text("#limit-resets") == ""
+        assert browser.text("#last-at") == browser.text("#next-who") == "nobody waits"
+        wait_in_line(queue, 7)
+        browser.until(lambda: browser.text("#waiting") == "7", "all wait")
+        assert browser.text("#next-in") == browser.text("#last-in") == "not known"
+        assert browser.text("#last-at") == "when the limit is known"
+        assert browser.text("#fleet-due") == "The last is due when the limit is known"
+        assert browser.text("#timeline-next") == "Next: shard 0, when the limit is known"
+        assert browser.text("[data-summary]") == "7 waiting, ready when the limit is known"
+        assert [row[2] for row in without_clock(browser.texts("tbody tr"))] == ["not known"] * 5
+        assert browser.text("[data-more]") == "and 2 more, the last due when the limit is known"
+        assert "never" not in browser.text("main")
+        queue.update(SessionStartLimit(1000, 900, 7200.0, 1))
+        browser.until(lambda: browser.text("#limit-text") == "899 of 1,000 left", "it is known")
+        assert browser.text("#fleet-due").startswith("The last is due in ")
 
 
 @pytest.mark.parametrize(
@@ -371,6 +414,7 @@ def test_an_error_is_no_news(browser: Browser, clock: FakeClock) -> None:
 
 
 FINE_STATUS: dict[str, Any] = {"waiting": 0, "granted": 0, "buckets": [], "limit": None}
+FINE_RECENT: dict[str, Any] = {"window": 5, "keeps_limit": True, "reserve": 0, "grants": []}
 A_SHARD = {"shard_id": 0, "waited": 0.0, "eta": 0.0}
 
 
@@ -388,10 +432,11 @@ NONSENSE: dict[str, list[object]] = {
         *(a_line(A_SHARD | {"eta": wrong}) for wrong in (float("nan"), 1e999)),
     ],
     "/recent.json": [
-        None,
-        {"window": 5, "reserve": 0, "grants": [{}]},
-        {"window": "5", "reserve": 0, "grants": []},
-        *({"window": 5, "reserve": wrong, "grants": []} for wrong in (None, -1, "0")),
+        *(None, {}),
+        *(FINE_RECENT | {"window": wrong} for wrong in ("5", -1)),
+        *(FINE_RECENT | {"keeps_limit": wrong} for wrong in (None, 0, "true")),
+        *(FINE_RECENT | {"reserve": wrong} for wrong in (None, -1, "0")),
+        *(FINE_RECENT | {"grants": wrong} for wrong in (None, [{}])),
     ],
 }
 
@@ -477,9 +522,16 @@ WIDE_STATUS = {
     ],
     "limit": {"total": 10**15, "remaining": 10**14, "resets_in": 99_999_999.0},
 }
+NOT_DUE = {"bucket": 10**9, "ready_in": 0.0, "shards": [WIDE_SHARD | {"eta": None}] * 7}
+WIDE = {
+    "live": WIDE_STATUS,
+    "gone": WIDE_STATUS,
+    "never": WIDE_STATUS | {"buckets": [NOT_DUE]},
+    "not known": WIDE_STATUS | {"buckets": [NOT_DUE], "limit": None},
+}
 
 
-@pytest.mark.parametrize("state", ["live", "gone", "nobody", "locked"])
+@pytest.mark.parametrize("state", [*WIDE, "nobody", "locked"])
 def test_nothing_is_wider_than_a_small_telephone(
     browser: Browser, clock: FakeClock, state: str
 ) -> None:
@@ -489,8 +541,8 @@ def test_nothing_is_wider_than_a_small_telephone(
         a_queue(clock) as queue,
         browser.on(stub(queue, HOST, 0, secret=secret)) as broker,
     ):
-        if state in ("live", "gone"):
-            broker.instead["/status.json"] = 200, json.dumps(WIDE_STATUS)
+        if state in WIDE:
+            broker.instead["/status.json"] = 200, json.dumps(WIDE[state])
         watch(browser, broker.url, until="locked" if secret else "live")
         if state == "gone":
             broker.instead["/status.json"] = 500, ""

@@ -106,13 +106,19 @@ class Reports:
         return recent | answers | dict.fromkeys(HEALTH, healthy)
 
     def _recent_permits(self) -> Response:
-        now_us, window_us = self._scheduler.now_us(), self._scheduler.ledger.window_us
+        now_us, ledger = self._scheduler.now_us(), self._scheduler.ledger
         grants = [
             {"shard_id": shard, "bucket": bucket, "ago": max(0, now_us - at_us) / US_PER_SECOND}
             for at_us, shard, bucket in self._recent
         ]
-        seen = {"window": window_us / US_PER_SECOND, "reserve": self._scheduler.reserve}
-        return responses.as_json(seen | {"grants": grants})
+        return responses.as_json(
+            {
+                "window": ledger.window_us / US_PER_SECOND,
+                "keeps_limit": ledger.keeps_limit,
+                "reserve": self._scheduler.reserve,
+                "grants": grants,
+            }
+        )
 
     def _metrics(self, seen: QueueSnapshot, connections: int) -> Iterator[str]:
         """Yield the lines of Prometheus' text format."""

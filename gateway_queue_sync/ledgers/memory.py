@@ -42,6 +42,11 @@ class MemoryLedger:
         return self.account.total is None and self.account.refresh_owed
 
     @property
+    def keeps_limit(self) -> bool:
+        """Whether the session start limit is kept, even if it is not known yet."""
+        return self.account.refresh_owed or self.account.total is not None
+
+    @property
     def window_us(self) -> int:
         return self.account.window_us
 

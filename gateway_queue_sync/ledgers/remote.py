@@ -96,11 +96,13 @@ class RemoteLedger:
 
     Attributes:
         backend: where the ledger is.
+        keeps_limit: whether the session start limit is kept, even if it is not known yet.
         should_read: whether the ledger asked this process, when it was opened, to read the limit.
         unseen: waiters without a ``ShardWaiting`` so far, because their position is not known.
     """
 
     remote: Literal[True] = True
+    keeps_limit: Literal[True] = True
 
     def __init__(
         self, backend: Backend, settings: Settings, limit: SessionStartLimit | None, bot: str = ""

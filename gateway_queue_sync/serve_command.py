@@ -56,11 +56,12 @@ if sys.platform != "win32":
 log = logging.getLogger("gateway_queue_sync.broker")
 
 STATE_FILE = "broker.sqlite3"
-MAX_END = 0.9  # s from the first signal to the end of the process, whatever it still has to do
+MAX_END = 5.0  # s from the first signal to the end of the process, whatever it still has to do
+MAX_SEND = 2.0  # s of these in which the ledger may take the last reports
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal comes. Return 0, or 1 if it could not begin."""
+    """Serve until a signal comes. Return 0, or 1 if it could not begin or not end properly."""
     shards.setLevel(logging.WARNING)  # the page shows who waits; in the log it would be too much
     stop = _Stop()
     try:
@@ -73,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     except (LedgerError, GatewayBotError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    scheduler = scheduler_of(queue)
     with queue:
         try:
             broker = Broker(queue, settings.broker)
@@ -81,15 +83,19 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"cannot listen on {where}: {error}", file=sys.stderr)
             return 1
         with broker:
-            log.info("serving at %s; its state is at %r", broker.url, scheduler_of(queue).ledger)
+            log.info("serving at %s; its state is at %r", broker.url, scheduler.ledger)
             stop.wait()
             log.info("stopping")
+    scheduler.worker.join(MAX_SEND)
+    if scheduler.remote is not None and scheduler.locked(scheduler.remote.has_more_to_send):
+        log.error("stopped; the ledger does not answer: permits that were given back count as used")
+        return 1
     log.info("stopped")
     return 0
 
 
 class _Stop:
-    """Ends the command after SIGTERM or SIGINT. After a second signal it ends at once.
+    """Ends the command after SIGTERM or SIGINT. After a second signal, or ``MAX_END``, it ends at once.
 
     The main thread waits for a byte that Python writes when a signal comes. It does not wait for a lock,
     because a signal that another thread receives would not interrupt that.
@@ -104,7 +110,7 @@ class _Stop:
         if self._stopping:
             os._exit(128 + number)
         self._stopping = True
-        timer = threading.Timer(MAX_END, os._exit, [0])
+        timer = threading.Timer(MAX_END, os._exit, [1])
         timer.daemon = True
         timer.start()
 

@@ -35,7 +35,7 @@ from gateway_queue_sync.cli import main
 from gateway_queue_sync.serve_command import STATE_FILE
 
 PATIENCE = 20.0  # s
-END = 5.0  # s: after one it ends, whatever it waits for, if the machine lets it
+END = 8.0  # s: after 5 it ends, whatever it waits for, if the machine lets it
 SHORT = ("--interval", "0.2", "--margin", "0.05")
 BODY = {"message": "You're free to connect now! :)"}
 OURS = "Gateway-Queue: 1"
@@ -444,7 +444,7 @@ def test_the_systemd_unit_is_hardened(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "many"), [(signal.SIGTERM, 2_000), (signal.SIGINT, 50)])
-def test_a_signal_ends_it_within_a_second_whoever_waits(serving, number, many):
+def test_a_signal_ends_it_soon_whoever_waits(serving, number, many):
     served = serving("--interval", "60", "--margin", "0.05")
     with clients_of(served.port) as client:
         waiting = [client(f"/?shard={shard}") for shard in range(many)]
@@ -486,8 +486,11 @@ def test_a_ledger_that_another_process_holds_does_not_keep_it_from_ending(
             for _ in range(signals):
                 served.process.send_signal(signal.SIGTERM)
             code, took = timed(lambda: served.process.wait(PATIENCE))
-    assert code in ((0,) if signals == 1 else (0, 128 + signal.SIGTERM))
+    assert code in ((1,) if signals == 1 else (1, 128 + signal.SIGTERM))
     assert took < END
+    if signals == 1:
+        served.reader.join(PATIENCE)
+        assert "the ledger does not answer" in served.text
 
 
 @needs_redis

@@ -326,6 +326,10 @@ class RemoteLedger:
             return FOREVER_US  # a closed queue does not repeat its last request
         return self._session.wake_us(self._now_us())
 
+    def has_more_to_send(self) -> bool:
+        """Return whether a request has no answer yet, or there are changes for the next one."""
+        return self._session.wake_us(self._now_us()) < FOREVER_US
+
     def exchange(self, scheduler: Scheduler, answered: list[Waiter]) -> bool:
         """Send a request, without the lock, and apply the reply. False if there was nothing to send.
 

@@ -350,6 +350,50 @@ def test_trying_leaves_nothing_behind(two, clock):
     assert one.acquire(3).waited == 0.0
 
 
+@contextlib.contextmanager
+def behind_a_stopped_process(two, clock, crew):
+    """Hold up the process whose head is the first, until its time is over."""
+    one, other = two
+    one.acquire(99)
+    in_line(one, crew, clock, [1])
+    ask = backend_of(other).ask
+
+    def takes_time(request):
+        reply = ask(request)
+        clock.advance(0.001)
+        return reply
+
+    backend_of(other).ask = takes_time
+    with clock_stopped_for(one):
+        clock.advance(WINDOW + 1.0)
+        yield
+    backend_of(other).ask = ask
+    crew.settle(clock)
+    clock.advance(WINDOW + GRACE)
+
+
+def test_trying_behind_a_stopped_process_takes_one_round_trip(two, clock, crew):
+    _, other = two
+    with behind_a_stopped_process(two, clock, crew):
+        tries = crew(other.acquire, 2, timeout=0)
+        assert isinstance(tries.exception(5), AcquireTimeout)
+
+
+def test_trying_takes_one_round_trip_where_the_next_of_its_line_gets_the_permit(two, clock, crew):
+    """The one that waits may pass a stopped process; the one before it, which only tries, may not."""
+    _, other = two
+    with behind_a_stopped_process(two, clock, crew):
+        with clock_stopped_for(other):
+            looks = crew(other.snapshot)
+            until(lambda: scheduler_of(other).ledger._session._in_flight is not None, "a request")
+            waits = crew(other.acquire, 3)
+            tries = crew(other.acquire, 2, timeout=0, priority=1.0)
+            until(lambda: len(list(scheduler_of(other).lines.waiters())) == 2, "both")
+        assert isinstance(tries.exception(5), AcquireTimeout)
+        assert waits.now().shard_id == 3
+        looks.now()
+
+
 def test_who_only_tries_inherits_no_place(two, crew, monkeypatch):
     one, other = two
     ask = backend_of(one).ask

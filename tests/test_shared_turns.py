@@ -286,6 +286,19 @@ def test_one_that_asks_once_is_not_stored_and_passes_nobody(ledger):
     assert talker.ask().permits  # one that waits may pass
 
 
+def test_one_that_asks_once_is_denied_if_the_next_of_its_line_passes_a_dead_one(ledger):
+    dead, talker = ledger.talker("a"), ledger.talker("b")
+    ledger.later(WINDOW - S)
+    dead.ask()
+    ledger.later(2 * S)
+    now_us = ledger.now_us
+    waiters = (Waiter(1, 0, now_us, now_us, once=1), Waiter(2, 0, now_us, now_us))
+    reply = talker.say(lines=(Line(0, 0, waiters),))
+    assert [one.waiter for one in reply.permits] == [2]
+    assert [one.bucket for one in reply.waits] == [0]
+    assert ledger.store.live(0, ledger.now_us) == []
+
+
 def test_the_next_waiter_takes_the_heads_position_in_the_same_step(ledger):
     talker = ledger.talker()
     ledger.later(WINDOW)
@@ -901,6 +914,36 @@ def test_a_forked_child_is_another_session_and_replaces_none(alone):
     assert request.introduction.replaces == ""
     session.answered(request, ledger.answer(request), ledger.now_us)
     assert session.compose(Here(), ledger.now_us, can_read=False) is None
+
+
+@pytest.mark.parametrize(
+    ("once", "granted", "denied"),
+    [((True, False), [2], {1}), ((True, True), [], {1, 2})],
+)
+def test_each_that_asks_once_has_its_answer_in_one_reply(alone, once, granted, denied):
+    ledger, session, lines = alone
+    ledger.later(-S).talker("dead").ask()
+    ledger.later(2 * S)
+    for number, one in enumerate(once, 1):
+        join(ledger, session, lines, number)
+        lines.waiters[-1].once = one
+    answers = exchange(ledger, session, lines)
+    assert [one.waiter for one in answers.permits] == granted
+    assert set(answers.denials) == denied
+
+
+def test_who_is_behind_one_that_asks_once_is_denied_with_it(alone):
+    ledger, session, lines = alone
+    other = ledger.talker("other")
+    other.ask(), other.ask(2)  # a permit, so the bucket is closed, and one that waits
+    for number in (1, 2, 3):
+        join(ledger, session, lines, number)
+    lines.waiters[0].once = True
+    assert set(exchange(ledger, session, lines).denials) == {1, 2}
+    assert session.others(0) == 1
+    lines.waiters.pop(0)
+    session.changed(0)
+    assert session.compose(lines, ledger.now_us, can_read=False) is None
 
 
 def test_counts_alone_cause_no_request(alone):

@@ -524,6 +524,8 @@ class RemoteLedger:
 
     def patience_us(self, waiter: Waiter) -> int:
         """Return how long a head waits after its deadline, because a reply is under way."""
+        if not _still_asks(waiter):
+            return 0
         return MAX_TRY_US if waiter.once else MAX_LATE_US
 
     def timed_out(self, waiter: Waiter, timeout: float, *, is_head: bool) -> LedgerError | None:

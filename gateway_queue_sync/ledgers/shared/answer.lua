@@ -288,8 +288,9 @@ local function replace_line(number, more, waiters)
     end
   end
   while #waiters > 0 do
-    permits[#permits + 1], wait = ask(number, waiters[1])
-    if wait and waiters[1][ONCE] == 0 then break end
+    local permit, denied = ask(number, waiters[1])
+    permits[#permits + 1], wait = permit, denied or wait
+    if denied and waiters[1][ONCE] == 0 then break end
     table.remove(waiters, 1)
   end
   put_line(bucket, #waiters > 0 and {request.session, now + request.lease_us, more, waiters} or nil)

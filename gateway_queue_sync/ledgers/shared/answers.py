@@ -67,7 +67,7 @@ class Answers:
 
     Attributes:
         permits: granted; one for a waiter that has left must be reported unused.
-        denials: for the other heads in the request, by waiter number.
+        denials: for the others that the ledger has answered, by waiter number.
         changes: limit changes that are done.
         limit_changed: the session start limit or the buckets may have changed.
         read: this process should read the limit now.

@@ -121,7 +121,10 @@ class StoredLines:
         return (first[0].number if first else None) != (None if head is None else head.number)
 
     def note(self, request: Request, reply: Reply, now_us: int) -> dict[int, Denial]:
-        """Note what the ledger has stored. Return the denials of the heads that got no permit."""
+        """Note what the ledger has stored. Return the denials of those that it has answered.
+
+        These are all that ask ``once``, and the first that stays.
+        """
         granted = {one.waiter for one in reply.permits}
         waits = {one.bucket: one for one in reply.waits}
         denials = {}
@@ -129,20 +132,22 @@ class StoredLines:
             left = [one for one in line.waiters if one.number not in granted]
             wait = waits.get(line.bucket)
             self._heads.pop(line.bucket, None)
-            if not left or wait is None:
+            if wait is None:
                 continue
             ask_us = request.sent_us + wait.wait_us
-            denials[left[0].number] = Denial(
+            denial = Denial(
                 max(0, ask_us - now_us),
                 REASONS[wait.reason],
                 reply.remaining,
                 reply.resets_in_us,
             )
-            stays = [one.number for one in left if not one.once]
-            if stays:
-                others = max(0, wait.waiting - len(left) - line.more)
-                self._heads[line.bucket] = Head(stays[0], ask_us, wait.opens_us, others)
-                heapq.heappush(self._due, (ask_us, line.bucket))
+            for at, one in enumerate(left):
+                denials[one.number] = denial
+                if not one.once:
+                    others = max(0, wait.waiting - len(left[at:]) - line.more)
+                    self._heads[line.bucket] = Head(one.number, ask_us, wait.opens_us, others)
+                    heapq.heappush(self._due, (ask_us, line.bucket))
+                    break
         return denials
 
 

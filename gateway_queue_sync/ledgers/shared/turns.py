@@ -321,7 +321,6 @@ class _Step:
             answered = self._ask(line.bucket, waiters[0])
             if isinstance(answered, Granted):
                 self.permits.append(answered)
-                wait = None
             else:
                 wait = answered
                 if not waiters[0].once:

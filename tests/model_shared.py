@@ -852,8 +852,8 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         SESSION,
         [
             (
-                "not request.attempt == reply.attempt == flying.attempt:",
-                "reply.number != flying.number:",
+                "not request.attempt == reply.attempt == in_flight.attempt:",
+                "reply.number != in_flight.number:",
             )
         ],
     ),

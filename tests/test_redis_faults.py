@@ -39,6 +39,7 @@ from gateway_queue_sync.ledgers.shared import inquiry
 from gateway_queue_sync.ledgers.shared.messages import Reply
 from gateway_queue_sync.ledgers.shared.store_redis import KEYS
 from gateway_queue_sync.queue import scheduler_of
+from gateway_queue_sync.settings import Settings
 from gateway_queue_sync.testing import Referee
 
 pytestmark = needs_redis
@@ -321,6 +322,18 @@ def test_a_server_that_was_restarted_grants_nothing_for_one_window(keeping, make
     assert queue.try_acquire(1) is None
     clock.advance(MOMENT)
     assert queue.try_acquire(1) is not None
+
+
+def test_who_only_looks_after_a_restart_changes_nothing(keeping, make, clock):
+    queue = begun(make, keeping.url, clock)
+    take(queue, 0)
+    restart(keeping)
+    with keeping.client() as client:
+        before = client.hgetall(key("ledger"))
+        assert inquiry.peek(backend_of(queue), Settings(clock=clock)).granted == 1
+        assert client.hgetall(key("ledger")) == before
+    clock.advance(WINDOW)
+    assert queue.try_acquire(1) is None  # the loss is still found by the next that takes part
 
 
 def test_a_line_stands_where_the_data_was_kept(keeping, make, clock, crew):

@@ -325,13 +325,14 @@ def assert_same(found: dict[str, object], expected: dict[str, object], at: str) 
 def live_once(seed: int, client) -> set[str]:
     world, store, clock, name, kinds = World(seed), MemoryStore(), SetClock(), f"t{seed}", set()
     backend, store.keeps_silent = RedisBackend(client, name, clock), True
+    lost = False  # known to the server, and stored with the next request that is no mere look
     applied: dict[str, tuple[Line, ...]] = {}  # what each session has asked under its latest number
     for count in range(REQUESTS):
         world.later()
         clock.now, clock.wall = world.now_us, world.wall_us
         speaker, request = world.request()
-        lost = world.dice.random() < 0.005 and store._account is not None
-        if lost:
+        if world.dice.random() < 0.005 and store._account is not None:
+            lost = True
             where = f"gateway_queue_sync:{{{name}}}:ledger"
             account = json.loads(client.hget(where, "account"))
             account[world.dice.choice(("run", "replid"))] = "another"
@@ -340,6 +341,7 @@ def live_once(seed: int, client) -> set[str]:
         repeats = row is not None and row.number == request.number
         before = stored_in_python(store)
         expected = store.answer(request, world.now_us, world.wall_us, lost=lost)
+        lost = lost and not request.session
         reply = backend.ask(request)
         at = f"life {seed}, request {count}: {request}"
         assert reply == expected, at

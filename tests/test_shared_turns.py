@@ -390,6 +390,18 @@ def test_a_look_reads_the_lines_that_are_live(ledger):
     assert ledger.store.rows < 50
 
 
+def test_a_look_without_a_session_stores_no_loss_but_the_next_request_does(ledger):
+    talker = ledger.talker()
+    ledger.later(WINDOW)
+    before = ledger.store.copy()
+    look = talker.latest._replace(session="", look=1, introduction=None)
+    assert ledger.answer(look, lost=True).look is not None
+    assert ledger.store._account == before._account
+    talker.number, talker.latest = talker.number + 1, look._replace(session="a", number=2)
+    assert ledger.answer(talker.latest, lost=True).lost == 1
+    assert ledger.store._account != before._account
+
+
 def test_a_look_tells_the_reserve_and_the_period_of_who_waits(ledger):
     talker = ledger.talker()
     waiter = Waiter(1, 0, ledger.now_us, ledger.now_us)

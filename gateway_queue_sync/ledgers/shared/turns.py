@@ -68,11 +68,12 @@ def answer(
 ) -> Reply:
     """Apply a request if it is the next of its session, and return the reply.
 
-    ``lost``: the storage was replaced by another or an older one, or was restarted.
+    ``lost``: the storage was replaced by another or an older one, or was restarted. A request without a
+    session does not store that, as it only reads.
     """
     step = _Step(store, request, now_us, wall_us)
     account = step.rows.account
-    if lost and account is not None:
+    if lost and account is not None and request.session:
         step.lost = 1
         step.rows.lose()
         account.refresh_owed = True

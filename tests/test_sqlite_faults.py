@@ -268,6 +268,7 @@ def test_a_queue_opens_on_a_file_that_stays_locked_and_says_so(
 ):
     holder = hold()
     monkeypatch.setattr(inquiry, "MAX_OPEN_US", 200_000)
+    monkeypatch.setattr(inquiry, "MAX_LATE_US", 5_000_000)  # for a busy machine
     began = time.monotonic()
     with SqliteQueue(path, **QUICK) as late:
         assert 0.2 <= time.monotonic() - began < PATIENCE / 4

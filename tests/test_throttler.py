@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import threading
 from contextlib import ExitStack, closing
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 from redis_servers import free_port, until
 
-from gateway_queue_sync import LargeBotQueue, SessionStartLimit, serve
+from gateway_queue_sync import LargeBotQueue, PermitReported, Report, SessionStartLimit, serve
 from gateway_queue_sync.broker import waiting
 
 RECIPE = Path(__file__).parent.parent / "gateway_queue_sync/recipes/discord_js.cjs"
@@ -55,23 +57,37 @@ class Node:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self._said = SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            self._said.put(json.loads(line))
 
     def call(self, *words):
         self.process.stdin.write(json.dumps(words) + "\n")
         self.process.stdin.flush()
 
     def says(self):
-        return json.loads(self.process.stdout.readline())
+        return self._said.get(timeout=PATIENCE)
 
     def close(self):
         self.process.stdin.close()
         self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
         self.process.stdout.close()
 
 
 @pytest.fixture
-def queue(clock):
-    with LargeBotQueue(SessionStartLimit(100, 100, 600.0, 1), clock=clock) as queue:
+def events():
+    return []
+
+
+@pytest.fixture
+def queue(clock, events):
+    limit = SessionStartLimit(100, 100, 600.0, 1)
+    with LargeBotQueue(limit, clock=clock, observer=events.append) as queue:
         yield queue
 
 
@@ -95,10 +111,11 @@ def ready_in(queue):
     return queue.snapshot().buckets[0].ready_in
 
 
-def test_a_shard_waits_for_its_permit(node, queue, clock):
+def test_a_shard_waits_for_its_permit(node, queue, clock, events):
     program = node()
     program.call("wait", 1)
     assert program.says() == ["may", 1]
+    until(lambda: PermitReported(1, 0, Report.SENT) in events, "the report that it was sent")
     program.call("wait", 2)
     until(lambda: queue.snapshot().waiting == 1, "the second shard")
     clock.advance(WINDOW)

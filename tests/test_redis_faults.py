@@ -194,6 +194,17 @@ def flush(server):
 loses_everything = pytest.mark.parametrize("lose", [restart, flush])
 
 
+def test_a_claim_of_another_process_delays_who_waits_and_is_no_outage(server, caplog):
+    with (
+        RedisQueue(server.url, TEN, interval=0.05, margin=0.05) as queue,
+        server.client() as client,
+    ):
+        queue.acquire(0)
+        client.set(key("claim"), "another", px=600)
+        assert queue.acquire(0, timeout=20.0).waited > 0.3
+    assert warnings_in(caplog) == []
+
+
 @loses_everything
 def test_a_server_that_lost_everything_grants_nothing_for_one_window(server, make, clock, lose):
     queue = begun(make, server.url, clock)

@@ -48,9 +48,7 @@ log = logging.getLogger("gateway_queue_sync")
 
 MIN_MARGIN = 0.02  # s
 MANY_FAILURES = 3  # in a row, until a WARNING
-MAX_BUSY_US = (
-    1_500_000  # for so long a busy ledger is no outage: in Redis, a claim may last a second
-)
+MAX_BUSY_US = 1_500_000  # for so long a busy ledger is no outage: a claim in Redis lasts 1 s
 MAX_TRY_US = 500_000  # how long ``timeout=0`` waits for the reply
 MAX_LATE_US = 40_000  # how long after its deadline a waiter still waits for a reply under way
 MAX_REQUEST_US = 5 * US_PER_SECOND  # how long ``update`` and ``snapshot`` wait for the reply

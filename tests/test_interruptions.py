@@ -290,7 +290,8 @@ def test_waiters_may_leave_and_join_before_an_interrupted_update_is_repeated(clo
 
     def meddle():
         release()
-        if updating and sys.gettrace() is None:  # interrupted just now
+        here = threading.current_thread() is threading.main_thread()  # not in the worker
+        if here and updating and sys.gettrace() is None:  # interrupted just now
             updating.clear()
             waiting.pop().cancel()
             waiting.append(queue.enqueue(2))

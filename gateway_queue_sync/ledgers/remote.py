@@ -328,7 +328,7 @@ class RemoteLedger:
 
     def has_more_to_send(self) -> bool:
         """Return whether a request has no answer yet, or there are changes for the next one."""
-        return self._session.wake_us(self._now_us()) < FOREVER_US
+        return self._session.is_in_flight or self._session.wake_us(self._now_us()) < FOREVER_US
 
     def exchange(self, scheduler: Scheduler, answered: list[Waiter]) -> bool:
         """Send a request, without the lock, and apply the reply. False if there was nothing to send.

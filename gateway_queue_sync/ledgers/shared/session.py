@@ -152,6 +152,11 @@ class Session:
 
     # --- sending ----------------------------------------------------------------------------------
 
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a request has no reply yet."""
+        return self._in_flight is not None
+
     def wake_us(self, now_us: int) -> int:
         """Return when to call ``compose`` next."""
         if self._in_flight is not None:

@@ -270,6 +270,7 @@ print(codes, file=stdout)
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_any_point_of_its_wait_ends_it() -> None:
     """Such as right after a lock was taken that the shards need for their end."""
     done = subprocess.run(

@@ -28,7 +28,7 @@ from gateway_queue_sync.ledgers.shared.messages import (
 from gateway_queue_sync.ledgers.shared.redis import RedisBackend
 from gateway_queue_sync.ledgers.shared.store import SharedBucket
 
-pytestmark = needs_redis
+pytestmark = [needs_redis, pytest.mark.slow]
 
 S = 1_000_000
 LIVES = 30  # accounts, one after the other; the environment may say another number

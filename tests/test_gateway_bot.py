@@ -1027,7 +1027,7 @@ def test_no_refusal_shows_the_token(server, refusal):
 
 
 def test_no_silence_shows_the_token(server):
-    error = failed(server.will(fall_silent(), fall_silent()), timeout=0.05)
+    error = failed(server.will(fall_silent(), fall_silent()), timeout=0.4)
     assert not any(TOKEN in shown for shown in shown_of(error))
 
 

@@ -53,7 +53,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "whole": Size(3, 1_000_000, 20_000, 5_000),
+    "whole": Size(3, 1_000_000, 20_000, 2_000),
     "quick": Size(1, 100_000, 500, 500),
     "tiny": Size(1, 1_000, 20, 20),
 }

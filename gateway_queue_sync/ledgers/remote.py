@@ -457,8 +457,9 @@ class RemoteLedger:
             if waiter.future is not None:
                 answered.append(waiter)
             elif waiter.condition is not None:
-                granted = isinstance(answer, Permit) and not scheduler.listens(answer)
-                if granted and not scheduler.closed and isinstance(answer, Permit):
+                if isinstance(answer, Permit) and not (
+                    scheduler.closed or scheduler.listens(answer)
+                ):
                     # Now, so that the next waiter in line need not wait until this thread is awake.
                     scheduler.hand_over(waiter, answer)
                 waiter.condition.notify()

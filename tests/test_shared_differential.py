@@ -255,6 +255,13 @@ def as_stored(bucket: SharedBucket) -> dict[str, object]:
     return asdict(bucket) | {"lines": sorted(to_wire(row) for row in bucket.lines)}
 
 
+def line_in_redis(text: str) -> list[object]:
+    session, until_us, position_us, count, written = text.split(" ", 4)
+    waiters = json.loads(written)
+    assert waiters[0][3] == int(position_us)
+    return [session, int(until_us), int(count) - len(waiters), waiters]
+
+
 def stored_in_redis(client, name: str) -> dict[str, object]:
     def key(part: str) -> str:
         return f"gateway_queue_sync:{{{name}}}:{part}"
@@ -279,7 +286,10 @@ def stored_in_redis(client, name: str) -> dict[str, object]:
     assert not client.exists(key("probe"), key("claim"))
     return {
         "account": account,
-        "bucket": {int(at): row | {"lines": sorted(row["lines"])} for at, row in ledger.items()},
+        "bucket": {
+            int(number): row | {"lines": sorted(map(line_in_redis, row["lines"]))}
+            for number, row in ledger.items()
+        },
         "session": sessions,
         "recent": {
             int(serial): int(at)

@@ -21,13 +21,15 @@ local S, NEVER, MAX_PERIODS_BACK = 1e6, -2 ^ 62, 100
 local SENT, UNUSED = 0, 1 -- kinds of report
 local WINDOW, BUDGET, RESET = 0, 1, 2 -- why there is no permit
 local NUMBER, SHARD_ID, ARRIVED, POSITION, ONCE = 1, 2, 3, 4, 5 -- of a waiter
-local ID, UNTIL, MORE, WAITERS = 1, 2, 3, 4 -- of a line
+local ID, UNTIL, HEAD, COUNT, WAITERS = 1, 2, 3, 4, 5 -- of a line: strings; HEAD is the position of its head
 local SILENT, PATIENCE, READ_AGAIN, UNSEEN = 60 * S, 5 * S, S / 2, 60 * S
 local max, min, floor, ceil = math.max, math.min, math.floor, math.ceil
 
 -- JSON and what is stored ---------------------------------------------------------------------------------------
 
-local function whole(number) return string.format('%.0f', number) end
+local WHOLE = string.format('%d', 2 ^ 53) == '9007199254740992' and '%d' or '%.0f' -- %d is faster, but 32 bits may not do
+
+local function whole(number) return string.format(WHOLE, number) end
 
 local function to_json(value) -- of a number, a string, false or a list
   if type(value) == 'number' then return whole(value) end
@@ -82,8 +84,10 @@ local function get_bucket(number)
     opened_us = NEVER, lines = {},
   }
   bucket.opened_us = min(bucket.opened_us, now + 2 * S)
-  for _, line in ipairs(bucket.lines) do
-    if now - notice_us < line[UNTIL] and line[UNTIL] <= now + 60 * S then lines[#lines + 1] = line end
+  for _, row in ipairs(bucket.lines) do
+    local line = {string.match(row, '^(%S+) (%S+) (%S+) (%S+) (.*)')}
+    local left_us = line[UNTIL] - now
+    if -notice_us < left_us and left_us <= 60 * S then lines[#lines + 1] = line end
   end
   bucket.lines, buckets[number] = lines, bucket
   return bucket
@@ -236,9 +240,9 @@ end
 local function ask(number, head) -- a permit, or a wait
   local bucket, resets_at_us, ahead = get_bucket(number), account.resets_at_us, {}
   for _, line in ipairs(bucket.lines) do
-    local later_us = line[WAITERS][1][POSITION] - head[POSITION]
+    local later_us = line[HEAD] - head[POSITION]
     local before = later_us < 0 or later_us == 0 and line[ID] < request.session
-    if before and line[UNTIL] > now and line[ID] ~= request.session then ahead[#ahead + 1] = line end
+    if before and line[UNTIL] - now > 0 and line[ID] ~= request.session then ahead[#ahead + 1] = line end
   end
   local since_us = resets_at_us and wall - resets_at_us or -1
   local reads = request.can_read ~= 0 or has_reader()
@@ -266,7 +270,7 @@ local function ask(number, head) -- a permit, or a wait
   if resets_at_us and account.resets_at_us ~= resets_at_us then
     account.opened_us = max(account.opened_us, reset_us)
   end
-  for _, line in ipairs(ahead) do line[UNTIL] = now end
+  for _, line in ipairs(ahead) do line[UNTIL] = whole(now) end
   write('ZADD', RECENT, whole(wall), whole(account.granted))
   write('ZREMRANGEBYSCORE', RECENT, '-inf', '(' .. whole(wall - 2 * UNSEEN))
   return {head[NUMBER], account.granted, number, head[SHARD_ID], account.period, left, 0}
@@ -278,7 +282,8 @@ local function replace_line(number, more, waiters)
   end
   local bucket, known, wait, count = get_bucket(number), {}, nil, 0
   for _, line in ipairs(bucket.lines) do
-    for _, waiter in ipairs(line[ID] == request.session and line[WAITERS] or {}) do known[waiter[NUMBER]] = waiter end
+    local own = line[ID] == request.session and cjson.decode(line[WAITERS]) or {}
+    for _, waiter in ipairs(own) do known[waiter[NUMBER]] = waiter end
   end
   for _, waiter in ipairs(waiters) do
     local before = known[waiter[NUMBER]]
@@ -293,8 +298,10 @@ local function replace_line(number, more, waiters)
     if denied and waiters[1][ONCE] == 0 then break end
     table.remove(waiters, 1)
   end
-  put_line(bucket, #waiters > 0 and {request.session, now + request.lease_us, more, waiters} or nil)
-  for _, line in ipairs(bucket.lines) do count = count + #line[WAITERS] + line[MORE] end
+  put_line(bucket, #waiters > 0 and {
+    request.session, whole(now + request.lease_us), whole(waiters[1][POSITION]), whole(#waiters + more), to_json(waiters),
+  } or nil)
+  for _, line in ipairs(bucket.lines) do count = count + line[COUNT] end
   if wait then wait[5] = count end
   waits[#waits + 1] = wait
 end
@@ -337,7 +344,10 @@ local function apply()
   if account.run == '' then account.run = run end
   if account.replid == '' then account.replid = replid end
   write('HSET', LEDGER, 'account', object(account))
-  for number, bucket in pairs(buckets) do write('HSET', LEDGER, whole(number), object(bucket)) end
+  for number, bucket in pairs(buckets) do
+    for place, line in ipairs(bucket.lines) do bucket.lines[place] = table.concat(line, ' ') end
+    write('HSET', LEDGER, whole(number), object(bucket))
+  end
   local row = table.concat({whole(request.number), at, account.created, text}, ' ')
   write('SET', SESSION, row, 'PX', SILENT / 1000)
   save()

@@ -27,6 +27,7 @@ class MemoryStore:
 
     rolls_back = True
     keeps_silent = False  # as Redis does while no time passes by its own clock
+    computed_us = 0  # how long ago the rows were read that the latest reply was computed from
 
     def __init__(self) -> None:
         self._account: SharedAccount | None = None
@@ -40,6 +41,9 @@ class MemoryStore:
         self.events: list[tuple[str, int]] = []
         self.fails_after: int | None = None
 
+    def close(self) -> None:
+        pass
+
     def answer(self, request: Request, now_us: int, wall_us: int, *, lost: bool = False) -> Reply:
         """Answer a request; if a write fails, nothing is stored."""
         before = self.copy() if self.fails_after is not None else None
@@ -52,6 +56,28 @@ class MemoryStore:
             raise
         finally:
             self.fails_after = None
+
+    def trip(
+        self, request: Request, known: list[object], now_us: int, wall_us: int, *, lost: bool
+    ) -> Reply:
+        """Answer a request, which needs one trip only."""
+        assert not known
+        return self.answer(request, now_us, wall_us, lost=lost)
+
+    def is_empty(self) -> bool:
+        return self._account is None
+
+    def sessions(self) -> set[str]:
+        """Return the ids of the sessions that are stored."""
+        return set(self._sessions)
+
+    def silence(self, session: str, now_us: int) -> bool:
+        """Let a session count as silent; False if it is unknown."""
+        row = self._sessions.get(session)
+        if row is not None:
+            last_request_us = now_us - SILENT_US - 1_000_000
+            self._sessions[session] = row._replace(last_request_us=last_request_us)
+        return row is not None
 
     def copy(self) -> MemoryStore:
         """Return another store with the same rows."""
@@ -122,6 +148,10 @@ class MemoryStore:
         """Return the lines of a bucket that are live."""
         bucket = self._buckets.get(number)
         return [] if bucket is None else [one for one in bucket.lines if one.until_us > now_us]
+
+    def all_live(self, now_us: int) -> list[LineRow]:
+        """Return the lines of all buckets that are live."""
+        return [row for number in self._buckets for row in self.live(number, now_us)]
 
     def drop_session(self, session: str) -> None:
         self._write()

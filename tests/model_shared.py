@@ -1,21 +1,24 @@
 """A model checker for ledgers that processes share: random walks of whole systems.
 
-``python -m tests.model_shared --seconds 60 [--seed N]`` walks with the real session code and the real
-rules, and a network, clocks, users and a Discord that are simulated. Messages are delayed, lost,
-repeated and reordered; processes are stopped, killed and forked; the ledger fails, goes back to an
-older state, and its clock is set. ``--defects`` introduces known defects one by one, and confirms that
-each is found.
+``python -m tests.model_shared --seconds 60 [--seed N] [--ledger memory|redis]`` walks with the real
+session code and the real rules, and a network, clocks, users and a Discord that are simulated. Messages
+are delayed, lost, repeated and reordered; processes are stopped, killed and forked; the ledger fails,
+goes back to an older state, and its clock is set. The ledger is in memory, or in a Redis server behind
+the real backend and script, each trip to which is a message. ``--defects`` introduces known defects one
+by one, and confirms that each is found.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import heapq
 import inspect
 import random
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,9 +30,14 @@ if __package__:
     sys.path.insert(0, str(Path(__file__).parent))
 
 import memory_store
+import redis
+import redis_servers
 from memory_store import Failed, MemoryStore
+from redis_store import RedisStore
 
+from gateway_queue_sync.errors import LedgerError
 from gateway_queue_sync.ledgers.shared import bounds, messages, rows, turns
+from gateway_queue_sync.ledgers.shared import redis as redis_module
 from gateway_queue_sync.ledgers.shared import session as session_module
 from gateway_queue_sync.ledgers.shared.answers import Answers, SessionSettings
 from gateway_queue_sync.ledgers.shared.messages import Reply, Request
@@ -39,6 +47,8 @@ from gateway_queue_sync.models import Permit, Report, SessionStartLimit
 
 SECOND = 1_000_000
 FOREVER = 1 << 62
+MAX_TRY_US = SECOND // 2  # how long a try waits for its reply
+Answer = Reply | list[object] | LedgerError
 STATUS = ("ok", "introduce", "refused")
 
 
@@ -105,6 +115,7 @@ class Process:
         self.reading = False
         self.twin: Process | None = None  # another queue in the same process
         self.attempt: Request | None = None
+        self.trips = 0  # that the ledger has answered, of this attempt
         self.wake_at_us = FOREVER
         self.granted_here: dict[tuple[str, int], int] = {}
         self.session = self.new_session()
@@ -127,7 +138,7 @@ class Process:
         request = self.session.compose(self.lines, now_us, can_read=self.can_read)
         if request is not None:
             self.attempt = request
-            self.world.send(self, request)
+            self.world.send(self, request, [])
             return
         wake_us = self.session.wake_us(now_us)
         if wake_us < FOREVER // 2:
@@ -143,12 +154,23 @@ class Process:
             self.wake_at_us = FOREVER
             self.pump()
 
-    def reply_came(self, request: Request, reply: Reply, there_us: int) -> None:
+    def answer_came(self, request: Request, answer: Answer, there_us: int) -> None:
+        """Go on with what the ledger has answered: a reply, an error, or what another trip needs."""
         if not self.alive:
             return
-        if self.stopped:  # it reads the reply when it goes on
-            self.world.when_resumed(self, self.reply_came, request, reply, there_us)
-            return
+        if self.stopped:  # it reads the answer when it goes on
+            self.world.when_resumed(self, self.answer_came, request, answer, there_us)
+        elif isinstance(answer, Reply):
+            self.reply_came(request, answer, there_us)
+        elif self.attempt is request:
+            if isinstance(answer, list):
+                self.world.send(self, request, answer)
+            else:
+                self.attempt = None
+                self.session.failed(request, answer, self.now_us())
+                self.pump()
+
+    def reply_came(self, request: Request, reply: Reply, there_us: int) -> None:
         flying = self.attempt
         if flying is not None and flying.attempt == request.attempt:
             self.attempt = None
@@ -160,13 +182,13 @@ class Process:
         self.take_in(answers)
         self.pump()
 
-    def timed_out(self, request: Request) -> None:
+    def timed_out(self, request: Request, trips: int) -> None:
         if not self.alive:
             return
         if self.stopped:
-            self.world.when_resumed(self, self.timed_out, request)
+            self.world.when_resumed(self, self.timed_out, request, trips)
             return
-        if self.attempt is request:
+        if self.attempt is request and self.trips == trips:
             self.attempt = None
             self.session.failed(request, TimeoutError(), self.now_us())
             self.pump()
@@ -201,9 +223,9 @@ class Process:
             once,
             self.world.now_us,
         )
-        if once and self.lines.length(shard_id % self.lines.max_concurrency):
-            return
         self.lines.waiters.append(waiter)
+        if once:  # behind a head it need not stay, and for no reply it waits longer
+            self.world.after(self.world.random.choice([0, MAX_TRY_US]), self.leave, waiter)
         self.session.changed(shard_id % self.lines.max_concurrency)
         if not self.world.quiet and self.world.random.random() < 0.3:
             self.world.after(self.world.random.randint(0, 8 * SECOND), self.leave, waiter)
@@ -227,19 +249,19 @@ class Process:
 class World:
     """A system of processes and one ledger, with a walk through what may happen to it."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, store: MemoryStore | RedisStore) -> None:
         self.random = rng = random.Random(seed)
         self.now_us = 1_000 * SECOND
         self.queue: list[tuple[int, int, Callable[..., None], tuple[object, ...]]] = []
         self.counter = 0
         self.trace: list[str] = []
         self.quiet = False
-        self.store = MemoryStore()
-        self.ledger_offset_us = rng.choice([0, 5_000 * SECOND])
+        self.store = store
+        self.ledger_offset_us = rng.choice([5_000, 1_700_000_000]) * SECOND
         self.wall_offset_us = 0  # of the clock that resets count by
         self.lost = False  # the storage knows that it is an older one
         self.was_lost = self.clock_was_set = self.wall_was_set = self.was_forgotten = False
-        self.snapshot = self.store.copy()
+        self.snapshot, self.had_account = self.store.copy(), False
         self.interval_us = rng.choice([SECOND, SECOND // 5])
         self.margin_us = rng.choice([SECOND // 4, SECOND // 10])
         self.lease_us = rng.choice([3 * SECOND // 2, 5 * SECOND])
@@ -378,11 +400,13 @@ class World:
 
     # --- the network and the ledger ---------------------------------------------------------------
 
-    def send(self, process: Process, request: Request) -> None:
+    def send(self, process: Process, request: Request, known: list[object]) -> None:
+        """Send a request, or its next trip after those that the ledger has answered."""
         rng = self.random
         self.sent_as[request.session] = process
+        process.trips = len(known)
         if self.quiet:
-            self.after(500, self.arrive, process, request, 500, True)
+            self.after(500, self.arrive, process, request, known, 500, True)
             return
         there_us, back_us = rng.randint(200, self.delay_us), rng.randint(200, self.delay_us)
         timeout_us = max(200_000, 3 * self.delay_us)
@@ -391,21 +415,28 @@ class World:
             if fate != "request":
                 slow_us = rng.randint(0, 2 * timeout_us) if fate == "slow" else 0
                 back_us += timeout_us if fate == "late" else 0
+                replies = fate != "reply"
                 self.after(
-                    there_us + slow_us, self.arrive, process, request, back_us, fate != "reply"
+                    there_us + slow_us, self.arrive, process, request, known, back_us, replies
                 )
         else:
-            self.after(there_us, self.arrive, process, request, back_us, True)
+            self.after(there_us, self.arrive, process, request, known, back_us, True)
         if rng.random() < self.repeats:
-            self.after(
-                there_us + rng.randint(0, 3 * SECOND), self.arrive, process, request, 0, False
-            )
-        self.after(timeout_us, process.timed_out, request)
+            again_us = there_us + rng.randint(0, 3 * SECOND)
+            self.after(again_us, self.arrive, process, request, known, 0, False)
+        self.after(timeout_us, process.timed_out, request, len(known))
 
     def ledger_now_us(self) -> int:
         return self.now_us + self.ledger_offset_us
 
-    def arrive(self, process: Process, request: Request, back_us: int, replies: bool) -> None:
+    def arrive(
+        self,
+        process: Process,
+        request: Request,
+        known: list[object],
+        back_us: int,
+        replies: bool,
+    ) -> None:
         sent_at_us = request.sent_us - process.offset_us
         if sent_at_us < self.silenced.get(request.session, -1):
             return  # in the minute that counts as over, the network has lost it
@@ -419,11 +450,21 @@ class World:
         }
         try:
             wall_us = now_us + self.wall_offset_us
-            reply = self.store.answer(request, now_us, wall_us, lost=self.lost)
+            reply = self.store.trip(request, known, now_us, wall_us, lost=self.lost)
         except Failed:
             self.log(f"the ledger fails at {process.name} #{request.number}")
             return
         self.lost = False
+        there_us = self.now_us + process.offset_us - request.sent_us
+        if not isinstance(reply, Reply):
+            self.log(
+                f"{process.name} {request.session[:4]}#{request.number}.{request.attempt} "
+                f"{f'trip {len(reply)}' if isinstance(reply, list) else repr(reply)}"
+            )
+            self.check(not self.store.events, "a trip without a reply has granted or refunded")
+            if replies:
+                self.after(back_us, process.answer_came, request, reply, there_us)
+            return
         self.check_order(process, before, reply)
         self.log(
             f"{process.name} {request.session[:4]}#{request.number}.{request.attempt} "
@@ -448,8 +489,7 @@ class World:
             self.stop(process, self.random.choice([SECOND, 3 * SECOND]))
             self.make_silent(process)
         elif replies:
-            there_us = self.now_us + process.offset_us - request.sent_us
-            self.after(back_us, process.reply_came, request, reply, there_us)
+            self.after(back_us, process.answer_came, request, reply, there_us)
 
     def check_order(self, process: Process, before: dict[int, list[LineRow]], reply: Reply) -> None:
         """Check that while nothing goes wrong nobody is passed over by another process."""
@@ -469,7 +509,7 @@ class World:
     def note_events(self, process: Process, request: Request, reply: Reply) -> None:
         for kind, serial in self.store.events:
             if kind == "granted":
-                self.granted_at[request.session, serial] = self.now_us
+                self.granted_at[request.session, serial] = self.now_us - self.store.computed_us
                 self.granted_in[request.session, serial] = request.layout
                 if process.alive and request.session not in self.silenced:
                     self.unaccounted[request.session, serial] = process.name
@@ -637,7 +677,7 @@ class World:
         elif kind < 0.86 and len(self.processes) < 5 and not process.stopped:
             self.fork(process)
         elif kind < 0.89:
-            self.snapshot = self.store.copy()
+            self.snapshot, self.had_account = self.store.copy(), not self.store.is_empty()
             if rng.random() < (
                 0.4 if len(self.processes) > 1 else 0.8
             ):  # while what is lost matters
@@ -667,17 +707,15 @@ class World:
 
     def make_silent(self, process: Process) -> None:
         """Let the ledger believe that it has not heard of a session for a minute."""
-        row = self.store._sessions.get(process.session._id)
-        if row is not None:
+        session = process.session._id
+        if self.store.silence(session, self.ledger_now_us()):
             self.log(f"{process.name} counts as silent")
-            last_request_us = self.ledger_now_us() - 61 * SECOND
-            self.store._sessions[row.session] = row._replace(last_request_us=last_request_us)
             self.forget(process)
-            self.silenced[row.session] = self.now_us
+            self.silenced[session] = self.now_us
 
     def go_back(self) -> None:
         """Let the ledger lose requests; with one process that is left for the rules to notice."""
-        if self.quiet or (self.snapshot._account is None and self.random.random() < 0.5):
+        if self.quiet or (not self.had_account and self.random.random() < 0.5):
             return
         self.log("the ledger goes back to an older state")
         self.store.restore(self.snapshot)
@@ -749,29 +787,30 @@ class World:
 
     def lines(self) -> list[LineRow]:
         """Return the lines of all buckets that are live."""
-        buckets, now_us = self.store._buckets, self.ledger_now_us()
-        return [row for number in buckets for row in self.store.live(number, now_us)]
+        return self.store.all_live(self.ledger_now_us())
 
     def check_stored(self, alive: list[Process]) -> None:
-        store = self.store
         lines = self.lines()
         self.check(not lines, f"lines are live without their processes: {lines[:2]}")
         ids = {one.session._id for one in alive}
-        left = set(store._sessions) - ids
+        left = self.store.sessions() - ids
         self.check(not left or self.clock_was_set, f"sessions are left over: {left}")
         if not self.was_lost:
             self.check(not self.unaccounted, f"permits went nowhere: {self.unaccounted}")
 
 
-def walk(seed: int, steps: int = 60) -> World:
-    """Walk once; raises ``Violation`` with a trace in its notes."""
-    world = World(seed)
+def walk(seed: int, server: redis.Redis | None = None, steps: int = 60) -> World:
+    """Walk once, on a ledger in memory or in a server; a ``Violation`` has a trace in its notes."""
+    store = MemoryStore() if server is None else RedisStore(server)
+    world = World(seed, store)
     try:
         world.walk(steps)
     except Exception as error:
         error.add_note("\n".join(world.trace[-60:]))
         error.add_note(f"seed {seed}, steps {steps}: {settings_of(world)}")
         raise
+    finally:
+        store.close()
     return world
 
 
@@ -786,6 +825,7 @@ def settings_of(world: World) -> dict[str, object]:
 # --- defects --------------------------------------------------------------------------------------
 
 TURNS, SESSION, BOUNDS, ROWS = "turns", "session", "bounds", "rows"
+SCRIPT = "script"  # answer.lua: these defects are looked for in a server
 REPLAY = (
     "    if row is not None and row.number == request.number:\n",
     "    if row is None and request.number < 0:\n",
@@ -891,6 +931,21 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         TURNS,
         [("since_lost = 0 <= account.period - report.period < MAX_PERIODS_BACK", "since_lost = 1")],
     ),
+    "a result is stored over what has changed": (
+        SCRIPT,
+        [("if ARGV[3] ~= (account and account.changed or '') then", "if false then")],
+    ),
+    "number check of the script dropped": (
+        SCRIPT,
+        [("request.number == number + 1 and", "request.number >= 1 and")],
+    ),
+    "a claim lasts for ever": (
+        SCRIPT,
+        [
+            ("request.session, 'PX', 1000)", "request.session)"),
+            ("  write('UNLINK', CLAIM)\n", ""),
+        ],
+    ),
 }
 
 
@@ -906,6 +961,15 @@ def mutated(module: ModuleType, changes: list[tuple[str, str]]) -> ModuleType:
     return copy
 
 
+def changed_script(changes: list[tuple[str, str]]) -> dict[str, str]:
+    """Return ``answer.lua`` with changes in its source, and its digest."""
+    source = redis_module.SCRIPT
+    for old, new in changes:
+        assert source.count(old) == 1, f"answer.lua has {source.count(old)} times: {old}"
+        source = source.replace(old, new)
+    return {"SCRIPT": source, "SHA1": hashlib.sha1(source.encode()).hexdigest()}
+
+
 @contextlib.contextmanager
 def defect(name: str) -> Iterator[None]:
     """Let the code have a defect."""
@@ -918,6 +982,8 @@ def defect(name: str) -> Iterator[None]:
         )
     elif where == ROWS:
         patch = mock.patch.object(turns, "Rows", mutated(rows, changes).Rows)
+    elif where == SCRIPT:
+        patch = mock.patch.multiple(redis_module, **changed_script(changes))
     elif where == BOUNDS:
         patch = mock.patch.object(turns, "refusal", mutated(bounds, changes).refusal)
     else:
@@ -926,49 +992,77 @@ def defect(name: str) -> Iterator[None]:
         yield
 
 
-def find(name: str, seed: int, walks: int) -> tuple[int, Exception] | None:
+def find(
+    name: str, seed: int, walks: int, server: redis.Redis | None = None
+) -> tuple[int, Exception] | None:
     """Walk with a defect until it is found; return after how many walks, and how."""
     with defect(name):
         for count in range(walks):
             try:
-                walk(seed + count)
+                walk(seed + count, server)
             except Exception as error:  # noqa: BLE001 - a defect may break anything
                 return count + 1, error
     return None
 
 
-def find_all(seed: int, walks: int) -> bool:
+def find_all(seed: int, walks: int, server: redis.Redis | None) -> bool:
     """Confirm that each defect is found, and print after how many seconds, in which walk and how."""
     found_all = True
-    for name in DEFECTS:
+    for name, (where, _) in DEFECTS.items():
+        if where == SCRIPT and server is None:
+            print(f"{name:48} SKIPPED: {redis_servers.WITHOUT}")
+            continue
         began = time.monotonic()
-        found = find(name, seed, walks)
+        found = find(name, seed, walks, server if where == SCRIPT else None)
         took = f"{name:48} {time.monotonic() - began:6.1f} s"
         found_all = found_all and found is not None
         if found is None:
             print(f"{took}  NOT FOUND in {walks} walks", flush=True)
         else:
-            print(f"{took}  seed {seed + found[0] - 1}  {found[1]!s:.70}", flush=True)
+            print(f"{took}  walk {found[0]:4}  {found[1]!s:.70}", flush=True)
     return found_all
 
 
+@contextlib.contextmanager
+def running_server() -> Iterator[redis.Redis | None]:
+    """Run a server as long as a test needs it; ``None`` if there is none to run."""
+    if redis_servers.BINARY is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        server = redis_servers.RedisServer(Path(folder))
+        try:
+            with server.client() as client:
+                yield client
+        finally:
+            server.stop()
+
+
 def main() -> None:
-    """Walk for some time from a new seed, which is printed."""
+    """Walk for some time from a new seed, which is printed; half of it on each kind of ledger."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--ledger", choices=["memory", "redis"], help="walk on this one only")
     parser.add_argument("--defects", action="store_true", help="confirm that defects are found")
     wanted = parser.parse_args()
     seed = secrets.randbits(40) if wanted.seed is None else wanted.seed
     print(f"seed {seed}", flush=True)
-    if wanted.defects:
-        sys.exit(not find_all(seed, 3000))
-    deadline, count = time.monotonic() + wanted.seconds, 0
-    while time.monotonic() < deadline:
-        walk(seed + count, wanted.steps)
-        count += 1
-    print(f"{count} walks, no violation")
+    with running_server() as server:
+        if wanted.defects:
+            sys.exit(not find_all(seed, 3000, server))
+        ledgers = {"memory": None, "redis": server}
+        if wanted.ledger:
+            ledgers = {wanted.ledger: ledgers[wanted.ledger]}
+        if server is None and ledgers.pop("redis", "none") is None:
+            print(f"redis: SKIPPED, {redis_servers.WITHOUT}", flush=True)
+        for name, where in ledgers.items():
+            deadline, count = time.monotonic() + wanted.seconds / len(ledgers), 0
+            while time.monotonic() < deadline:
+                walk(seed + count, where, wanted.steps)
+                count += 1
+            print(f"{name}: {count} walks, no violation", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 import pytest
 from memory_store import MemoryStore
 from redis_servers import RedisServer, needs_redis
+from redis_store import SetClock
 
-from gateway_queue_sync.clock import SystemClock
 from gateway_queue_sync.ledgers.shared import messages
 from gateway_queue_sync.ledgers.shared.bounds import check_reply
 from gateway_queue_sync.ledgers.shared.messages import (
@@ -34,18 +34,6 @@ S = 1_000_000
 LIVES = 30  # accounts, one after the other; the environment may say another number
 REQUESTS = 400  # in each
 DEFAULTS = ("last_us", "closed_until_us", "rejections")
-
-
-class SetClock(SystemClock):
-    """A clock that tells what a test says."""
-
-    now = wall = 0
-
-    def now_us(self) -> int:
-        return self.now
-
-    def wall_us(self) -> int:
-        return self.wall
 
 
 @dataclass

@@ -54,7 +54,7 @@ def outlook(account: Account, now_us: int, number: int | None = None) -> Outlook
     ready_in_us = {
         number: max(0, closed_for_us(account, bucket, now_us))
         for number, bucket in buckets.items()
-        if bucket.last_us > closed_since_us or bucket.closed_until_us > now_us
+        if bucket.last_us + bucket.hold_us > closed_since_us or bucket.closed_until_us > now_us
     }
     return Outlook(
         now_us=now_us,

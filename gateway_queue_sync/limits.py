@@ -67,6 +67,7 @@ def rebucket(account: Account, max_concurrency: int) -> None:
     ]
     default = TokenBucket(
         max(bucket.last_us for bucket in known),
+        max(bucket.hold_us for bucket in known),
         closed_until_us=max(bucket.closed_until_us for bucket in known),
         rejections=max(series, default=0),
         rejected_serial=0 if series else -1,  # 0 is the serial of a bucket that has not granted

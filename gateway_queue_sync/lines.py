@@ -27,6 +27,7 @@ class Waiter:
             ``number`` comes first.
         future: completed with the permit; ``None`` for a thread.
         once: it asks once and then leaves (``timeout=0``).
+        hold_us: its permit's window starts only at a report, or after this time.
         number: its number, unique in the process.
         condition: wakes the thread; created when the thread first sleeps.
         ask_at_us: when it may ask the ledger, if it is the head of its line.
@@ -41,6 +42,7 @@ class Waiter:
     position_us: int
     future: PermitFuture | None = None
     once: bool = False
+    hold_us: int = 0
     number: int = field(default_factory=waiter_numbers.__next__)
     condition: threading.Condition | None = None
     ask_at_us: int = 0

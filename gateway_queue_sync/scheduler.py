@@ -382,25 +382,30 @@ class Scheduler:
         # The new head cannot have a permit before the window ends. But if the limit is used up, it asks
         # at once, so that observers and callers learn that now.
         was_last = permit.remaining is not None and permit.remaining <= self.reserve
-        self._remove(waiter, 0 if was_last else self.now_us() + local.account.window_us)
-        return local.restamp(local.account, permit, self.now_us())
+        closed_us = waiter.hold_us + local.account.window_us
+        self._remove(waiter, 0 if was_last else self.now_us() + closed_us)
+        return local.restamp(local.account, permit, self.now_us(), waiter.hold_us)
 
     def return_permit(self, permit: Permit) -> None:
         """Give a permit back, and wake the heads that may get one now. Idempotent."""
         self._record_report(permit, Report.UNUSED)
         left = self.ledger.budget()
-        used_up = left is not None and left.remaining <= self.reserve + 1  # before the refund
-        head = self.lines.head(permit.shard_id)
-        self._ask_again(self.lines.heads() if used_up else (head,) if head else ())
+        if (
+            left is not None and left.remaining <= self.reserve + 1
+        ):  # it was used up before the refund
+            self._ask_again(self.lines.heads())
 
     def _record_report(self, permit: Permit, report: Report) -> int:
         """Record or send a report. Return how many rejections in a row the bucket has."""
+        rejections = 0
         if self.local is not None:
-            return self.local.report(permit, report)
-        if self.remote is not None:
+            rejections = self.local.report(permit, report)
+        elif self.remote is not None:
             self.remote.report(permit, report)
             self.worker.wake(self)
-        return 0
+        head = self.lines.head(permit.shard_id)
+        self._ask_again((head,) if head else ())  # its bucket may open earlier now
+        return rejections
 
     def report(self, permit: Permit, report: Report) -> None:
         """Record a report on a permit, and emit its event."""
@@ -433,15 +438,6 @@ class Scheduler:
         if Report.UNUSED in (before, report) and before is not report:
             log.warning("%r was reported %s: that changes nothing now", permit, report.value)
         return None
-
-    def restart_window(self, permit: Permit) -> None:
-        """Start the window of a permit without a report now, because its IDENTIFY may still come."""
-
-        def restart() -> None:
-            if permit.reported is None:
-                self._record_report(permit, Report.SENT)
-
-        self.complete(restart)
 
     # --- events -----------------------------------------------------------------------------------
 

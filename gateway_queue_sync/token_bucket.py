@@ -24,6 +24,7 @@ MAX_CLOSURE_US = 60 * US_PER_SECOND
 MANY_REJECTIONS = 10  # in a row; from then on a bucket may close for longer
 MAX_LONG_CLOSURE_US = 900 * US_PER_SECOND
 MAX_REJECTIONS = 32  # that are counted in a row; more make no difference
+MAX_HOLD_US = 10 * US_PER_SECOND  # the longest time for which a permit is held
 UNSEEN_US = 60 * US_PER_SECOND  # how long a session start may take to show in an answer, at most
 
 
@@ -33,6 +34,7 @@ class TokenBucket:
 
     Attributes:
         last_us: when its window started.
+        hold_us: how much later it starts, unless a report on the latest permit comes sooner.
         serial: the number of its latest grant.
         previous_us, previous_serial: the values of both before that grant, so that it can be undone.
         closed_until_us: until when it is closed because of rejections.
@@ -41,6 +43,7 @@ class TokenBucket:
     """
 
     last_us: int = NEVER
+    hold_us: int = 0
     serial: int = 0
     previous_us: int = NEVER
     previous_serial: int = 0
@@ -136,6 +139,7 @@ def take(
     wait_us = 0
     if (
         last_us + account.window_us > now_us
+        or bucket.hold_us
         or bucket.closed_until_us > now_us
         or not_before_us > now_us
     ):
@@ -172,7 +176,7 @@ def take(
     account.remaining, account.resets_at_us, account.period = left, resets_at_us, period
     account.granted, account.used = serial, used
     bucket.previous_us, bucket.previous_serial = last_us, bucket.serial
-    bucket.last_us, bucket.serial = now_us, serial
+    bucket.last_us, bucket.hold_us, bucket.serial = now_us, 0, serial
     return permit
 
 
@@ -246,7 +250,7 @@ def resets_in(account: Account, wall_us: int) -> int:
 
 def closed_for_us(account: Account, bucket: TokenBucket, now_us: int) -> int:
     """Return how long the bucket is still closed; if it is open, minus the time since it opened."""
-    last_us = min(bucket.last_us, now_us)  # the clock may have been set back
+    last_us = min(bucket.last_us, now_us) + bucket.hold_us  # the clock may have been set back
     max_us = _max_closure_us(account, bucket.rejections)
     closed_until_us = min(bucket.closed_until_us, now_us + max_us)
     return max(last_us + account.window_us, closed_until_us) - now_us
@@ -272,21 +276,27 @@ def bucket_of(account: Account, shard_id: int) -> TokenBucket:
 # --- reports --------------------------------------------------------------------------------------
 
 
-def restamp(account: Account, permit: Permit, now_us: int) -> bool:
-    """Start the window now, when a permit is handed over. False if its bucket has granted again."""
+def restamp(account: Account, permit: Permit, now_us: int, hold_us: int = 0) -> bool:
+    """Start the window when a permit is handed over: now, or when its hold ends.
+
+    Returns false if its bucket has granted again.
+    """
     bucket = account.buckets.get(permit.bucket)
     if bucket is None or bucket.serial != permit.serial:
         return False
+    bucket.hold_us = hold_us
     bucket.last_us = permit.stamp_us = max(bucket.last_us, now_us)
     return True
 
 
 def sent(account: Account, permit: Permit, now_us: int) -> None:
-    """Start the window now, because the IDENTIFY was sent only now."""
+    """Start the window now, because the IDENTIFY was sent only now. This ends a hold."""
     bucket = bucket_of(account, permit.shard_id)
     bucket.last_us = max(bucket.last_us, now_us)
-    if bucket.serial != permit.serial:  # in case the later grant is undone
-        bucket.previous_us = bucket.last_us
+    if bucket.serial == permit.serial:
+        bucket.hold_us = 0
+    else:
+        bucket.previous_us = bucket.last_us  # in case the later grant is undone
 
 
 def unused(account: Account, permit: Permit) -> None:
@@ -294,9 +304,9 @@ def unused(account: Account, permit: Permit) -> None:
     if permit.returned:
         return
     bucket = bucket_of(account, permit.shard_id)
-    last_us, serial = bucket.last_us, bucket.serial
+    last_us, hold_us, serial = bucket.last_us, bucket.hold_us, bucket.serial
     if serial == permit.serial:
-        last_us, serial = bucket.previous_us, bucket.previous_serial
+        last_us, hold_us, serial = bucket.previous_us, 0, bucket.previous_serial
     remaining, used, recent = account.remaining, account.used, account.recent
     if account.total is not None and account.period == permit.period:
         used = max(0, used - 1)
@@ -305,7 +315,7 @@ def unused(account: Account, permit: Permit) -> None:
     # From here on there are only assignments: no interrupt can come between them.
     permit.returned = True
     account.remaining, account.used = remaining, used
-    bucket.last_us, bucket.serial = last_us, serial
+    bucket.last_us, bucket.hold_us, bucket.serial = last_us, hold_us, serial
     if recent is not None:
         recent.pop(permit.serial, None)
 

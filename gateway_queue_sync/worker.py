@@ -196,12 +196,16 @@ class Worker:
 
 
 def enqueue(
-    scheduler: Scheduler, shard_id: int, priority_us: int, arrived_us: int | None = None
+    scheduler: Scheduler,
+    shard_id: int,
+    priority_us: int,
+    arrived_us: int | None = None,
+    hold_us: int = 0,
 ) -> PermitFuture:
     """Return the future of a permit.
 
     The worker emits all events of a future that waits, so that they come in order. If ``arrived_us`` is
-    passed (by the broker), the worker completes the future in any case.
+    passed (by the broker), the worker completes the future in any case, and its permit may be held.
     """
     future = PermitFuture()
     permit: Permit | None = None
@@ -213,7 +217,7 @@ def enqueue(
         else:
             scheduler.check_caller(waits=False)
             waiter = scheduler.waiter(shard_id, arrived_us, priority_us, permit)
-            waiter.future = future
+            waiter.future, waiter.hold_us = future, hold_us
             future.on_cancel = partial(_leave_cancelled, scheduler, waiter, scheduler.forks)
             with scheduler.clock.inside():
                 scheduler.locked(_join, scheduler, waiter)

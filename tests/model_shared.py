@@ -64,6 +64,7 @@ class Waiter:
     position_us: int
     once: bool
     joined_us: int  # real time
+    hold_us: int = 0
     permit: Permit | None = None
 
 

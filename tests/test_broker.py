@@ -408,56 +408,71 @@ def test_the_window_starts_when_the_client_reports_that_it_has_identified(client
 
 
 @pytest.fixture
-def confirming(account, clock, monkeypatch):
-    """What asks a broker that looks often at permits without a report, and its queue."""
-    monkeypatch.setattr(waiting, "TICK", 0.01)
+def confirming(account, clock):
+    """What asks a broker, its queue, and the broker."""
     with account.large(limit(), clock=clock) as queue, serve(queue, port=0) as broker:
         with clients_of(broker.port) as client:
-            yield client, queue
+            yield client, queue, broker
 
 
-def begins_anew(queue):
-    until(lambda: queue.snapshot().buckets[0].ready_in == WINDOW, "a new window")
-
-
-def seconds_until_granted(client, clock):
-    passed = 0
-    while client.is_silent():
-        clock.advance(1)
-        passed += 1
-    assert client.granted
-    return passed
+def ready_in(queue):
+    return queue.snapshot().buckets[0].ready_in
 
 
 @ledgers
 def test_a_bucket_is_closed_until_its_client_reports_but_for_10_s_only(confirming, clock):
-    client, queue = confirming
+    client, queue, _ = confirming
     assert client(CONFIRMED).granted
-    for _ in range(2):
-        clock.advance(WINDOW - 0.25)
-        begins_anew(queue)
-    assert WINDOW <= seconds_until_granted(client("/?shard=2"), clock) <= 2 * WINDOW
+    assert ready_in(queue) == 10 + WINDOW
+    other = client("/?shard=2")
+    wait_for_line(queue, 1)
+    clock.advance(10 + WINDOW - 0.1)
+    assert other.is_silent()
+    clock.advance(0.1)
+    assert other.granted
+
+
+@ledgers
+def test_a_bucket_stays_closed_for_10_s_though_its_broker_has_ended(confirming, clock):
+    client, queue, broker = confirming
+    assert client(CONFIRMED).granted
+    broker.close()
+    clock.advance(10)
+    assert ready_in(queue) == WINDOW
 
 
 @ledgers
 def test_a_client_that_takes_its_time_gives_back_an_unused_permit(confirming, clock):
-    client, queue = confirming
+    client, queue, _ = confirming
     assert client(CONFIRMED).granted
-    clock.advance(WINDOW - 1)
-    begins_anew(queue)
+    clock.advance(WINDOW + 1)
     assert report(client, "unused") == 200
     until(lambda: queue.snapshot().limit.remaining == 1000, "the report")
-    assert queue.snapshot().buckets[0].ready_in == 0
+    assert ready_in(queue) == 0
 
 
 @ledgers
-def test_a_client_that_takes_its_time_identifies_at_last(confirming, clock):
-    client, queue = confirming
+@pytest.mark.parametrize("after", [1, WINDOW + 1, 10 + WINDOW + 1])
+def test_a_client_that_takes_its_time_identifies_at_last(confirming, clock, after):
+    client, queue, _ = confirming
     assert client(CONFIRMED).granted
-    clock.advance(WINDOW - 1)
-    begins_anew(queue)
+    clock.advance(after)
     assert report(client, "sent") == 200
-    assert seconds_until_granted(client("/?shard=2"), clock) <= WINDOW + 2
+    until(lambda: ready_in(queue) == WINDOW, "the report")
+    other = client("/?shard=2")
+    wait_for_line(queue, 1)
+    clock.advance(WINDOW)
+    assert other.granted
+
+
+def test_who_waits_for_a_held_bucket_learns_of_the_report(client, queue, clock):
+    assert client(CONFIRMED).granted
+    other = client("/?shard=2")
+    wait_for_line(queue, 1)
+    assert report(client, "sent") == 200
+    until(lambda: ready_in(queue) == WINDOW, "the report")
+    clock.advance(WINDOW)
+    assert other.granted
 
 
 def test_an_unused_permit_is_given_back(client, queue, clock):

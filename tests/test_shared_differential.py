@@ -33,7 +33,7 @@ pytestmark = [needs_redis, pytest.mark.slow]
 S = 1_000_000
 LIVES = 30  # accounts, one after the other; the environment may say another number
 REQUESTS = 400  # in each
-DEFAULTS = ("last_us", "closed_until_us", "rejections")
+DEFAULTS = ("last_us", "hold_us", "closed_until_us", "rejections")
 
 
 @dataclass
@@ -115,7 +115,8 @@ class World:
             if dice.random() < 0.3:  # so that some are equal, by the ledger's clock
                 position_us -= position_us % (5 * S)
             once = int(dice.random() < 0.15)
-            made.append(Waiter(self.waiter, shard_id, arrived_us, position_us, once))
+            hold_us = self.rudely(dice.choice((0, 0, 0, 3 * S, 10 * S)))
+            made.append(Waiter(self.waiter, shard_id, arrived_us, position_us, once, hold_us))
         return tuple(made)
 
     def lines(self, speaker: Speaker, now_us: int) -> tuple[Line, ...]:

@@ -639,6 +639,7 @@ class Someone:
     arrived_us: int
     position_us: int
     once: bool = False
+    hold_us: int = 0
 
 
 class Here:
@@ -1058,7 +1059,7 @@ def test_an_introduction_that_is_refused_is_tried_again_after_a_pause():
 
 def test_what_is_malformed_is_named():
     with pytest.raises(ValueError, match="shard_id is wrong: 'x'"):
-        from_wire(Waiter, [1, "x", 0, 0, 0])
+        from_wire(Waiter, [1, "x", 0, 0, 0, 0])
     with pytest.raises(ValueError, match="waiters is wrong"):
         from_wire(Line, [0, 0, 5])
 

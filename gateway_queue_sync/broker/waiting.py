@@ -19,13 +19,13 @@ from gateway_queue_sync.errors import QueueClosed, SessionLimitExhausted
 from gateway_queue_sync.models import US_PER_SECOND, Permit, Report
 from gateway_queue_sync.request_parser import PermitRequest
 from gateway_queue_sync.scheduler import Scheduler
+from gateway_queue_sync.token_bucket import MAX_HOLD_US
 from gateway_queue_sync.worker import enqueue
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
 # Seconds between two checks of the session start limit and of permits without a report, at most:
 TICK = 1.0
-CLOSED_US = 10 * US_PER_SECOND  # how long a bucket stays closed for a client that has yet to report
 REPORT_US = 60 * US_PER_SECOND  # how long a client may report on its permit
 MAX_REPORTABLE = 100_000
 MAX_REST = 60.0  # s until a client that gets no status joins again, if the limit is used up
@@ -61,15 +61,9 @@ class WaitingRoom:
         self._tick()
 
     def _tick(self) -> None:
-        window = self.scheduler.ledger.window_us / US_PER_SECOND
-        self.loop.call_later(min(TICK, window / 4 or TICK), self._tick)
+        self.loop.call_later(TICK, self._tick)
         now_us = self.scheduler.now_us()
         self.positions.expire(now_us)
-        for since_us, permit in reversed(self._reportable.values()):
-            if since_us < now_us - CLOSED_US:
-                break
-            if permit.reported is None:  # its IDENTIFY may be sent at any time
-                self.scheduler.restart_window(permit)
         while self._reportable and next(iter(self._reportable.values()))[0] < now_us - REPORT_US:
             self._reportable.popitem(last=False)
         left = self.scheduler.ledger.budget()
@@ -148,9 +142,10 @@ class WaitingClient:
         self._join()  # even if the limit is used up: joining asks the ledger how much is left now
 
     def _join(self) -> None:
-        arrived_us, priority_us = self.position
+        (arrived_us, priority_us), asked = self.position, self._request
+        hold_us = MAX_HOLD_US if asked.confirms else 0
         try:
-            future = enqueue(self._room.scheduler, self._request.shard_id, priority_us, arrived_us)
+            future = enqueue(self._room.scheduler, asked.shard_id, priority_us, arrived_us, hold_us)
         except Exception as error:
             if not isinstance(error, QueueClosed):
                 log.exception("a client cannot wait")

@@ -27,7 +27,7 @@ class MemoryLedger:
 
     remote: Literal[False] = False
     take: Callable[[Account, int, int], Permit | Denial] = staticmethod(token_bucket.take)
-    restamp: Callable[[Account, Permit, int], bool] = staticmethod(token_bucket.restamp)
+    restamp: Callable[[Account, Permit, int, int], bool] = staticmethod(token_bucket.restamp)
 
     def __init__(self, settings: Settings) -> None:
         interval_us, self.margin_us, period_us = settings.timings_us
@@ -63,13 +63,13 @@ class MemoryLedger:
         return resets_at_us is not None and now_us >= resets_at_us
 
     def report(self, permit: Permit, report: Report) -> int:
-        if report is Report.REJECTED:
-            return token_bucket.rejected(self.account, permit, self._now_us())
-        if report is Report.SENT:
-            token_bucket.sent(self.account, permit, self._now_us())
-        else:
+        if report is Report.UNUSED:
             token_bucket.unused(self.account, permit)
-        return 0
+            return 0
+        token_bucket.sent(self.account, permit, self._now_us())
+        if report is Report.SENT:
+            return 0
+        return token_bucket.rejected(self.account, permit, self._now_us())
 
     def adopt(self, limit: SessionStartLimit) -> None:
         limits.adopt(self.account, limit, self._now_us())

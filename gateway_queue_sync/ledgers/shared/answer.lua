@@ -18,9 +18,9 @@
 
 local LEDGER, RECENT, SESSION, REPLACED, CLAIM, PROBE = unpack(KEYS)
 local S, NEVER, MAX_PERIODS_BACK = 1e6, -2 ^ 62, 100
-local SENT, UNUSED = 0, 1 -- kinds of report
+local UNUSED, REJECTED = 1, 2 -- kinds of report; 0: sent
 local WINDOW, BUDGET, RESET = 0, 1, 2 -- why there is no permit
-local NUMBER, SHARD_ID, ARRIVED, POSITION, ONCE = 1, 2, 3, 4, 5 -- of a waiter
+local NUMBER, SHARD_ID, ARRIVED, POSITION, ONCE, HOLD = 1, 2, 3, 4, 5, 6 -- of a waiter
 local ID, UNTIL, HEAD, COUNT, WAITERS = 1, 2, 3, 4, 5 -- of a line: strings; HEAD is the position of its head
 local SILENT, PATIENCE, READ_AGAIN, UNSEEN = 60 * S, 5 * S, S / 2, 60 * S
 local max, min, floor, ceil = math.max, math.min, math.floor, math.ceil
@@ -79,7 +79,7 @@ local function get_bucket(number)
   if buckets[number] then return buckets[number] end
   local text, lines = redis.call('HGET', LEDGER, whole(number)), {}
   local bucket = text and cjson.decode(text) or {
-    last_us = account.default_last_us, serial = 0, previous_us = NEVER, previous_serial = 0,
+    last_us = account.default_last_us, hold_us = account.default_hold_us, serial = 0, previous_us = NEVER, previous_serial = 0,
     closed_until_us = account.default_closed_until_us, rejections = account.default_rejections, rejected_serial = 0,
     opened_us = NEVER, lines = {},
   }
@@ -112,7 +112,7 @@ local function max_closure(rejected) return max(rejected >= 10 and 900 * S or 60
 
 local function closed_until(bucket)
   local rejected_us = min(bucket.closed_until_us, now + max_closure(bucket.rejections))
-  return max(min(bucket.last_us, now) + account.window_us, rejected_us)
+  return max(min(bucket.last_us, now) + bucket.hold_us + account.window_us, rejected_us)
 end
 
 local function due_us(bucket) return max(closed_until(bucket), account.settle_until_us) end
@@ -140,7 +140,8 @@ local function take(bucket, not_before_us, can_refresh) -- what is left; or nil,
   local due, wait_us = is_reset_due(), 0
   local used = due and early() or account.used
   local left = (due and account.total - used or account.remaining) - 1
-  if bucket.last_us + account.window_us > now or bucket.closed_until_us > now or not_before_us > now then
+  local opens_us = max(bucket.last_us + bucket.hold_us + account.window_us, bucket.closed_until_us, not_before_us)
+  if opens_us > now then
     wait_us = max(closed_until(bucket), not_before_us) - now
     bucket.last_us = min(bucket.last_us, now)
     bucket.closed_until_us = min(bucket.closed_until_us, now + max_closure(bucket.rejections))
@@ -166,9 +167,16 @@ local function take(bucket, not_before_us, can_refresh) -- what is left; or nil,
   return left
 end
 
+local function sent(bucket, serial, at_us)
+  bucket.last_us = max(bucket.last_us, at_us)
+  if bucket.serial == serial then bucket.hold_us = 0 else bucket.previous_us = bucket.last_us end
+end
+
 local function unused(bucket, serial, period)
   local at_us = not refunded[serial] and redis.call('ZSCORE', RECENT, whole(serial))
-  if bucket.serial == serial then bucket.last_us, bucket.serial = bucket.previous_us, bucket.previous_serial end
+  if bucket.serial == serial then
+    bucket.last_us, bucket.hold_us, bucket.serial = bucket.previous_us, 0, bucket.previous_serial
+  end
   if account.total and account.period == period then
     if at_us or not has_reader() then account.remaining = min(account.remaining + 1, account.total) end
     account.used = max(0, account.used - 1)
@@ -207,14 +215,12 @@ local function report(kind, serial, shard_id, period, at_us)
   local due, back = due_us(bucket), account.period - period
   local since_lost = back >= 0 and back < MAX_PERIODS_BACK
   at_us = min(now, at_us + shift_us)
-  if kind == SENT then
-    bucket.last_us = max(bucket.last_us, at_us)
-    if bucket.serial ~= serial then bucket.previous_us = bucket.last_us end
-  elseif kind == UNUSED and since_lost then
-    unused(bucket, serial, period)
-  elseif kind > UNUSED and serial > bucket.rejected_serial then
-    rejected(bucket, serial, at_us)
+  if kind == UNUSED then
+    if since_lost then unused(bucket, serial, period) end
+  else
+    sent(bucket, since_lost and serial or -1, at_us)
   end
+  if kind == REJECTED and serial > bucket.rejected_serial then rejected(bucket, serial, at_us) end
   if now < due and due > due_us(bucket) then bucket.opened_us = min(due, now + notice_us) end
 end
 
@@ -270,6 +276,7 @@ local function ask(number, head) -- a permit, or a wait
   if resets_at_us and account.resets_at_us ~= resets_at_us then
     account.opened_us = max(account.opened_us, reset_us)
   end
+  bucket.hold_us = head[HOLD]
   for _, line in ipairs(ahead) do line[UNTIL] = whole(now) end
   write('ZADD', RECENT, whole(wall), whole(account.granted))
   write('ZREMRANGEBYSCORE', RECENT, '-inf', '(' .. whole(wall - 2 * UNSEEN))

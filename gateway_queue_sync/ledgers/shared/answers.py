@@ -20,6 +20,7 @@ class Waits(Protocol):
     arrived_us: int
     position_us: int
     once: bool
+    hold_us: int
 
 
 class WaitingLines(Protocol):

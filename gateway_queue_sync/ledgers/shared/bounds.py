@@ -19,6 +19,7 @@ from gateway_queue_sync.ledgers.shared.messages import (
     Request,
 )
 from gateway_queue_sync.models import MAX_BUCKETS, MAX_RESET_AFTER, US_PER_SECOND
+from gateway_queue_sync.token_bucket import MAX_HOLD_US
 
 MAX_INTERVAL_US = 60 * US_PER_SECOND
 MAX_MARGIN_US = 10 * US_PER_SECOND
@@ -65,6 +66,7 @@ def _durations(request: Request) -> Iterator[Bound]:
             head_start_us = waiter.arrived_us - waiter.position_us
             yield "age", age_us, -MAX_HEAD_START_US, MAX_AGE_US
             yield "head start", head_start_us, -MAX_HEAD_START_US, MAX_HEAD_START_US
+            yield "hold", waiter.hold_us, 0, MAX_HOLD_US
     for limit in _limits(request):
         yield "reset_after", limit.reset_after_us, 0, MAX_RESET_AFTER_US
 

@@ -28,7 +28,7 @@ class Waiter(NamedTuple):
     """A waiter: a number that is unique in its session, and when it arrived.
 
     A line is sorted by ``position_us``: arrival minus priority. A waiter that asks ``once`` is not added
-    to the line.
+    to the line. With ``hold_us``, the window of its permit starts only at a report, or after this time.
     """
 
     number: int
@@ -36,6 +36,7 @@ class Waiter(NamedTuple):
     arrived_us: int
     position_us: int
     once: int = 0
+    hold_us: int = 0
 
 
 class Line(NamedTuple):

@@ -75,6 +75,7 @@ class Rows:
             if bucket is None:
                 bucket = SharedBucket(
                     default.last_us,
+                    default.hold_us,
                     closed_until_us=default.closed_until_us,
                     rejections=default.rejections,
                     rejected_serial=0,  # a new bucket's serial is 0, too, so the series continues
@@ -103,6 +104,7 @@ class Rows:
             assert isinstance(bucket, SharedBucket)
             others += bucket.waiting(but_for=self.request.session)
             default.last_us = max(default.last_us, bucket.last_us)
+            default.hold_us = max(default.hold_us, bucket.hold_us)
             default.closed_until_us = max(default.closed_until_us, bucket.closed_until_us)
             if bucket.rejected_serial in (bucket.serial, bucket.previous_serial):
                 default.rejections = max(default.rejections, bucket.rejections)

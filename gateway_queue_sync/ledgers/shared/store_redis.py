@@ -22,7 +22,7 @@ _LEDGER, _RECENT, _SESSION, _REPLACED = 1, 2, 3, 4  # as Lua counts
 _APART = {"buckets", "default_bucket", "recent", "patience_us", "other_reset"}
 _ACCOUNT = [field.name for field in fields(SharedAccount) if field.name not in _APART]
 _BUCKET = [field.name for field in fields(SharedBucket)]
-_DEFAULT = ("last_us", "closed_until_us", "rejections")
+_DEFAULT = ("last_us", "hold_us", "closed_until_us", "rejections")
 
 
 class RedisStore:

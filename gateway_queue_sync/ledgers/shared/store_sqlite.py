@@ -19,7 +19,7 @@ from gateway_queue_sync.ledgers.shared.store import (
 from gateway_queue_sync.token_bucket import NEVER, TokenBucket
 
 APPLICATION_ID = 0x47515359  # "GQSY": the file is this library's
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MAX_REMOVED = 4  # silent sessions that one request deletes
 
 
@@ -43,7 +43,7 @@ class Kept(NamedTuple):
 
 _NOT_COLUMNS = {"buckets", "default_bucket", "recent", "patience_us", "other_reset"}
 _ACCOUNT = [field.name for field in fields(SharedAccount) if field.name not in _NOT_COLUMNS]
-_DEFAULT = ("last_us", "closed_until_us", "rejections")
+_DEFAULT = ("last_us", "hold_us", "closed_until_us", "rejections")
 _BUCKET = [field.name for field in fields(SharedBucket)]  # the lines, which are JSON, come last
 _account_values, _default_values, _bucket_values = (
     attrgetter(*columns) for columns in (_ACCOUNT, _DEFAULT, _BUCKET)

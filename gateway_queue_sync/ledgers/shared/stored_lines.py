@@ -182,4 +182,4 @@ def _waiter(one: Waits, now_us: int) -> Waiter:
     arrived_us = max(one.arrived_us, now_us - MAX_WAIT_US)
     most_us = messages.MAX_HEAD_START_US
     position_us = arrived_us - max(-most_us, min(one.arrived_us - one.position_us, most_us))
-    return Waiter(one.number, one.shard_id, arrived_us, position_us, int(one.once))
+    return Waiter(one.number, one.shard_id, arrived_us, position_us, int(one.once), one.hold_us)

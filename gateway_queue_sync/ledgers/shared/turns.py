@@ -286,12 +286,17 @@ class _Step:
         permit.serial, permit.period = report.serial, report.period
         at_us = min(self.now_us, report.at_us + self.shift_us)
         since_lost = 0 <= account.period - report.period < MAX_PERIODS_BACK
-        if report.kind == messages.SENT:
-            token_bucket.sent(account, permit, at_us)
-        elif report.kind == messages.UNUSED:
+        if report.kind == messages.UNUSED:
             if since_lost:
                 self._refund(permit)
-        elif report.serial > bucket.rejected_serial:
+        else:
+            if not since_lost:
+                permit.serial = (
+                    -1
+                )  # the bucket's latest permit may have the same, and is another one
+            token_bucket.sent(account, permit, at_us)
+            permit.serial = report.serial
+        if report.kind == messages.REJECTED and report.serial > bucket.rejected_serial:
             in_a_row = token_bucket.rejected(account, permit, at_us)
             self.rejections.append(Rejections(report.serial, in_a_row))
         if self.now_us < due_us > self.rows.due_us(bucket):
@@ -391,6 +396,7 @@ class _Step:
             return self._wait(number, wait_us, messages.RESET)
         if resets_at_us is not None and account.resets_at_us != resets_at_us:
             account.opened_us = max(account.opened_us, reset_us)
+        bucket.hold_us = head.hold_us
         for row in ahead:
             self._put_line(bucket, row.session, row._replace(until_us=now_us))
         self.store.put_recent(answered.serial, wall_us)

@@ -257,6 +257,7 @@ class World:
         self.counter = 0
         self.trace: list[str] = []
         self.quiet = False
+        self.introductions = 0  # that were asked for since then
         self.store = store
         self.ledger_offset_us = rng.choice([5_000, 1_700_000_000]) * SECOND
         self.wall_offset_us = 0  # of the clock that resets count by
@@ -406,11 +407,12 @@ class World:
         rng = self.random
         self.sent_as[request.session] = process
         process.trips = len(known)
+        timeout_us = max(200_000, 3 * self.delay_us)
+        self.after(timeout_us, process.timed_out, request, len(known))
         if self.quiet:
             self.after(500, self.arrive, process, request, known, 500, True)
             return
         there_us, back_us = rng.randint(200, self.delay_us), rng.randint(200, self.delay_us)
-        timeout_us = max(200_000, 3 * self.delay_us)
         if rng.random() < self.loss:
             fate = rng.choice(["request", "reply", "late", "slow"])
             if fate != "request":
@@ -425,7 +427,6 @@ class World:
         if rng.random() < self.repeats:
             again_us = there_us + rng.randint(0, 3 * SECOND)
             self.after(again_us, self.arrive, process, request, known, 0, False)
-        self.after(timeout_us, process.timed_out, request, len(known))
 
     def ledger_now_us(self) -> int:
         return self.now_us + self.ledger_offset_us
@@ -476,6 +477,9 @@ class World:
             f"{' lost' if reply.lost else ''}{' limit' if request.limit else ''}"
         )
         self.note_events(process, request, reply)
+        if self.quiet and reply.status == messages.INTRODUCE:
+            self.introductions += 1
+            self.check(self.introductions <= 100, "a process introduces itself again and again")
         self.check(
             reply.status != messages.OK
             or max(request.interval_us, request.margin_us * 6, request.lease_us) <= 60 * SECOND,

@@ -157,9 +157,9 @@ def _until_all_are_in_line(port: int, count: int) -> None:
 def _until_the_margin_is_normal(port: int) -> None:
     """Wait until the window is the configured one.
 
-    While thousands connect, replies of the ledger reach the broker later than this small margin: a
-    full garbage collection alone takes longer. Then the broker raises its margin for some seconds,
-    so each permit is due that much later.
+    While thousands connect, permits can be older than this small margin when they reach the broker: full
+    garbage collections take longer, and the processors are busy. Then the broker raises its margin for
+    some seconds, so each permit is due that much later.
     """
     give_up = time.monotonic() + PATIENCE
     while True:

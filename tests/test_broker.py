@@ -27,6 +27,7 @@ from wire_clients import PATIENCE, Client, clients_of, first_to_hear, timed, wai
 from gateway_queue_sync import (
     HttpQueue,
     LargeBotQueue,
+    LedgerError,
     LocalQueue,
     NoOpQueue,
     PermitReported,
@@ -987,6 +988,31 @@ def test_a_queue_that_is_closed_just_now_is_told(client, monkeypatch):
 
     monkeypatch.setattr(waiting, "enqueue", closed)
     assert client("/?shard=0", "GET", OURS).read()[0] == 503
+
+
+def test_an_end_does_not_wait_for_a_request_to_the_ledger(tmp_path, caplog, monkeypatch):
+    begun, goes_on, went_on = threading.Event(), threading.Event(), []
+
+    def relay(_):
+        begun.set()
+        went_on.append(goes_on.wait(PATIENCE))
+        raise LedgerError("out of reach")
+
+    with (
+        SqliteQueue(tmp_path / "q") as queue,
+        serve(queue, port=0) as broker,
+        clients_of(broker.port) as client,
+    ):
+        monkeypatch.setattr(backend_of(queue), "relay", relay)
+        body = json.dumps(REQUEST)
+        one = client("/ledger", "POST", JSON, f"Content-Length: {len(body)}").send(body)
+        assert begun.wait(PATIENCE)
+        broker.close()
+        goes_on.set()
+        assert one.is_closed_without_a_byte()
+        broker._service.ledger.executor.shutdown()
+    assert went_on == [True]
+    assert not caplog.records
 
 
 def test_an_error_at_the_ledgers_endpoint_is_logged_and_answered(tmp_path, caplog, monkeypatch):

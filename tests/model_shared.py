@@ -938,7 +938,7 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ),
     "a result is stored over what has changed": (
         SCRIPT,
-        [("if ARGV[3] ~= (account and account.changed or '') then", "if false then")],
+        [("if ARGV[2] == 'store' and ARGV[3] == changed then", "if ARGV[2] == 'store' then")],
     ),
     "number check of the script dropped": (
         SCRIPT,
@@ -947,8 +947,8 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "a claim lasts for ever": (
         SCRIPT,
         [
-            ("request.session, 'PX', 1000)", "request.session)"),
-            ("  write('UNLINK', CLAIM)\n", ""),
+            (", 'PX', whole(min(max(1000, 2 * trip_ms), 10000))", ""),
+            ("if claim then write('UNLINK', CLAIM) end\n", ""),
         ],
     ),
 }

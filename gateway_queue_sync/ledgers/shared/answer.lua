@@ -1,9 +1,10 @@
 -- Answers a request in one step, as turns.py does: same rules, same names, and the comments there hold here.
 --
--- Most requests only report, ask for permits and replace lines: these are answered here ('apply'). All others are
--- rare (an introduction, a limit, a repeated request, a loss): the script returns what is stored ('read'), Python
+-- Most requests only begin a session, report, ask for permits and replace lines: these are answered here ('apply').
+-- All others are rare (a limit, a repeated request, a loss): the script returns what is stored ('read'), Python
 -- computes with turns.py what is to be written, and the script writes it ('store') if nothing was written in
--- between. If something was, nobody else is answered for a second, or until the process has stored its result.
+-- between. If something was, nobody else is answered until the process has stored its result: at most for twice as
+-- long as that took, but a second at least, and 10 s at most.
 --
 -- All reads come first: `write` only collects, and `save`, at the end, is the one place that writes. So an error
 -- changes nothing. Numbers are whole and below 2^53, which Lua holds exactly. None is false.
@@ -13,8 +14,8 @@
 --       3 session, 4 the one that it replaces: `number last_request_us created reply`; both expire
 --       5 claim    the session whose request Python computes: others wait; it expires    6 probe  to try commands
 -- ARGV  1 the request as JSON    2 'apply', 'read' or 'store'
---       3, 4 to store: what `changed` must still be; the commands as JSON: name, index of the key, arguments
---       5, 6 the time by both clocks, if it is not this server's (for tests)
+--       3, 4, 5 to store: what `changed` must still be; the commands as JSON: name, index of the key, arguments;
+--       when their rows were read    6, 7 the time by both clocks, if it is not this server's (for tests)
 
 local LEDGER, RECENT, SESSION, REPLACED, CLAIM, PROBE = unpack(KEYS)
 local S, NEVER, MAX_PERIODS_BACK = 1e6, -2 ^ 62, 100
@@ -50,11 +51,13 @@ for at, name in ipairs({
   'attempt', 'sent_us', 'session', 'number', 'interval_us', 'margin_us', 'period_us', 'lease_us', 'reserve',
   'reread_us', 'can_read', 'look', 'layout', 'lines', 'reports',
 }) do request[name] = given[at] end
+local new = given[17] -- the introduction, {} if this is none
+local REPLACES, BOT, LIMIT, GRANTED = 1, 2, 3, 4
 
 local tag = whole(request.attempt) .. ' ' .. request.session -- of the request that this is the answer to
 local time = redis.call('TIME')
-local now = tonumber(ARGV[5]) or time[1] * S + time[2]
-local wall, shift_us = tonumber(ARGV[6]) or now, now - request.sent_us
+local now = tonumber(ARGV[6]) or time[1] * S + time[2]
+local wall, shift_us = tonumber(ARGV[7]) or now, now - request.sent_us
 local notice_us = min(floor(request.lease_us / 3), 2 * S)
 local stored = redis.call('HGET', LEDGER, 'account')
 local account = stored and cjson.decode(stored)
@@ -316,6 +319,7 @@ end
 local function reads(uses) -- whether this process should read the limit now, for all
   local own, claimed = account.reader == request.session, account.reader ~= '' and now < account.reader_until_us
   local due = not account.total or account.refresh_owed == 1 or reset_denied or uses and now >= account.read_due_us
+  due = due or #new > 0 and now >= account.read_us + 60 * S
   if request.can_read == 0 and own then account.reader = '' end
   if request.can_read == 0 or not due or claimed and not own then return 0 end
   if not claimed then account.reader, account.reader_until_us = request.session, now + 10 * S end
@@ -340,6 +344,7 @@ local function apply()
     settle_until_us = 2 * S, reader_until_us = 10 * S, read_us = 0,
   })
   if request.reread_us ~= 0 then bound_times(account, {read_due_us = max(request.reread_us, 60 * S)}) end
+  if #new > 0 and account.bot == '' then account.bot = new[BOT] end
   settings()
   reports()
   for _, line in ipairs(request.lines) do
@@ -387,25 +392,34 @@ local function rows(text) -- what is stored
   }
 end
 
+local function begins_plainly() -- a new session that has only to be made known
+  local other_bot = account.bot ~= '' and new[BOT] ~= '' and account.bot ~= new[BOT]
+  return #new[LIMIT] == 0 and new[GRANTED] <= account.granted and not other_bot and not redis.call('GET', REPLACED)
+end
+
 local claim = request.session ~= '' and redis.call('GET', CLAIM)
 if claim and claim ~= request.session then return {tag, 'busy'} end
-if ARGV[2] == 'store' then
-  if ARGV[3] ~= (account and account.changed or '') then
-    redis.call('SET', CLAIM, request.session, 'PX', 1000)
-    return rows('')
-  end
+if claim then write('UNLINK', CLAIM) end
+local changed = account and account.changed or ''
+if ARGV[2] == 'store' and ARGV[3] == changed then
   for _, words in ipairs(cjson.decode(ARGV[4])) do
     words[2] = KEYS[words[2]]
     write(unpack(words))
   end
-  write('UNLINK', CLAIM)
   save()
   return {tag, 'stored'}
 end
 local number, at, created = string.match(session or '', '^(%d+) (%d+) (%S+)')
-local is_next = number and request.number == number + 1 and now - at <= SILENT
-local is_known = account and account.created == created -- else the key `ledger` was deleted
-local is_plain = is_next and is_known and is_bounded() and not lost() and not is_forgotten()
-if ARGV[2] == 'read' or not is_plain then return rows('') end
-local text = apply()
-return request.look ~= 0 and rows(text) or {tag, text}
+local is_next = number and request.number == number + 1 and now - at <= SILENT and account and account.created == created
+local is_plain = account and #given[16] == 0 and is_bounded() and not lost() and not is_forgotten()
+if #new > 0 then is_plain = is_plain and not session and begins_plainly() else is_plain = is_plain and is_next end
+if ARGV[2] ~= 'read' and is_plain then
+  local text = apply()
+  return request.look ~= 0 and rows(text) or {tag, text}
+end
+if ARGV[2] == 'store' and not (number and request.number <= tonumber(number)) then -- no copy of it was stored
+  local trip_ms = floor((now - ARGV[5]) / 1000)
+  write('SET', CLAIM, request.session, 'PX', whole(min(max(1000, 2 * trip_ms), 10000)))
+  save()
+end
+return rows('')

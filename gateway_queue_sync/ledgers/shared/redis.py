@@ -144,7 +144,7 @@ class RedisBackend:
             self._client = self._make()
         if not self._tried:
             self._try_commands()
-        rare = not request.session or request.introduction or request.limit or refusal(request)
+        rare = not request.session or request.limit or refusal(request)
         text, *rows = self._run(request, "read" if rare else "apply")
         if not text:
             reply = self._compute(request, rows)
@@ -163,16 +163,20 @@ class RedisBackend:
             reply = answer(store, request, store.now_us, store.wall_us, lost=store.lost)
             if not store.writes:
                 return reply
-            text, *rows = self._run(request, "store", store.changed, json.dumps(store.writes))
+            text, *rows = self._run(request, "store", store)
             if text:
-                return reply
+                return reply if text == "stored" else from_wire(Reply, json.loads(text))
         raise Busy(f"{self!r} changes again and again")
 
-    def _run(self, request: Request, mode: str, changed: str = "", writes: str = "") -> list[Any]:
+    def _run(self, request: Request, mode: str, store: RedisStore | None = None) -> list[Any]:
         """Run the script. Return the reply as JSON, if it has one, and the rows that it read."""
         assert self._client is not None
         keys = self._keys(request)
-        given = [json.dumps(to_wire(request), separators=(",", ":")), mode, changed, writes]
+        given = [json.dumps(to_wire(request), separators=(",", ":")), mode]
+        if store is None:
+            given += ["", "", ""]
+        else:
+            given += [store.changed, json.dumps(store.writes), str(store.now_us)]
         if self._clock is not None:
             given += [str(self._clock.now_us()), str(self._clock.wall_us())]
         try:

@@ -28,11 +28,13 @@ MAX_OVER_LIMIT = 32  # connections over the limit that get an error; others are 
 
 
 class Service:
-    """Finds the route of each request to a broker.
+    """What all connections of a broker share. It answers their requests, by the table ``ROUTES``.
 
     Attributes:
         connections: all open connections.
+        ledger: answers ``POST /ledger``.
         reports: the counters, and the state of the queue.
+        shared: the answers that are computed once a second for all readers.
         room: the clients that wait.
     """
 

@@ -19,6 +19,7 @@ from test_waiting import in_line, limit
 from gateway_queue_sync import AcquireTimeout, LargeBotQueue, LocalQueue, Report
 from gateway_queue_sync.lines import Lines, Waiter
 from gateway_queue_sync.queue import scheduler_of
+from gateway_queue_sync.testing import FakeClock
 
 SEED = 20261123
 
@@ -358,6 +359,32 @@ def test_an_interrupt_at_any_point_of_joining_a_line_leaves_the_number_of_waiter
         waiters.append(Waiter(1, 1, 1))
 
     assert run_interrupted_everywhere(lambda: lines.join(waiters[0]), check, prepare) > 2
+
+
+def test_an_interrupt_at_any_point_of_deleting_a_queue_leaves_the_lock_to_its_worker(monkeypatch):
+    """The deletion wakes the worker, which needs the lock to end."""
+    monkeypatch.setattr(
+        sys, "unraisablehook", lambda unraisable: None
+    )  # the interrupt arrives there
+    queues, locks = [], []
+
+    def prepare():
+        clock = FakeClock()
+        queue = LocalQueue(clock=clock)
+        queue.acquire(0)
+        queue.enqueue(0).cancel()  # starts the worker
+        clock.settle(0)  # it sleeps, and has no reference to what is deleted
+        locks.append(scheduler_of(queue).lock)
+        queues.append(queue)
+
+    def check(outcome, injector):
+        taken, lock = [], locks.pop()
+        thread = threading.Thread(target=lambda: taken.append(lock.acquire(timeout=5)), daemon=True)
+        thread.start()
+        thread.join()
+        assert taken == [True], injector.where
+
+    assert run_interrupted_everywhere(queues.clear, check, prepare) > 0
 
 
 def test_an_interrupt_at_any_point_of_an_enqueue_loses_nothing(clock):

@@ -90,7 +90,7 @@ def supervise(start, account, until_then):
 
 
 def test_a_crash_loop_without_a_queue_has_the_token_reset(start):
-    with Gateway(**RULES) as gateway:
+    with Gateway(**RULES | {"period": 3600.0}) as gateway:
         supervise(start, bots.Account(gateway.url, TOKEN), lambda: gateway.referee.token_reset)
         assert len(gateway.started) <= TOTAL
 

@@ -153,7 +153,8 @@ def serving():
 def server():
     with serving() as server:
         yield server
-        assert not server.answers, "there were fewer requests than answers"
+        # A request that ran out of time may not have been read yet.
+        until(lambda: not server.answers)
 
 
 @pytest.fixture

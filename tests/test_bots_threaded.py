@@ -61,6 +61,7 @@ def running(library, gateway, queue, shards, token=TOKEN):
         assert not thread.is_alive(), "a shard goes on without a token"
 
 
+@pytest.mark.slow
 def test_48_shards_are_ready_in_a_storm_without_a_refusal(library):
     seed = random.randrange(1 << 32)
     print(f"{seed=}")

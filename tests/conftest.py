@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ import accounts
 import pytest
 import redis_servers
 from freezegun import freeze_time
+from hypothesis import settings
 
 from gateway_queue_sync.testing import FakeClock
 
@@ -22,6 +24,18 @@ PATIENCE = 20.0  # s a test waits for what must come; nothing takes that long un
 
 # Whoever started the tests may ignore it, such as a shell that runs them in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Property tests try the same examples each time. CI tries many others, too, from a seed that it prints:
+# pytest -m hypothesis --hypothesis-profile explore --hypothesis-seed SEED
+settings.register_profile("same", max_examples=100, deadline=None, database=None, derandomize=True)
+settings.register_profile("explore", max_examples=1_000, deadline=None, database=None)
+settings.load_profile("same")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what exists by now out of all later garbage collections, for which many tests ask."""
+    gc.collect()
+    gc.freeze()
 
 
 class Crew:

@@ -251,6 +251,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestQueue = Machine.TestCase
-TestQueue.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, database=None, derandomize=True
-)
+TestQueue.settings = settings(stateful_step_count=40)

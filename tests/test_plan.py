@@ -6,7 +6,7 @@ import inspect
 from collections import defaultdict
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway_queue_sync import (
@@ -128,7 +128,6 @@ limits = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @given(
     st.integers(0, 7), st.integers(1, 14), limits, st.integers(0, 3), st.sampled_from([7.0, DAY])
 )
@@ -147,7 +146,6 @@ def test_any_fleet_of_futures_starts_at_exactly_those_times(first, count, some, 
     assert len(plan.starts) == queue.snapshot().granted
 
 
-@settings(max_examples=40, deadline=None, database=None, derandomize=True)
 @given(st.lists(st.integers(0, 40), max_size=12), limits, st.integers(0, 3))
 def test_any_shards_start_at_exactly_those_times(shard_ids, some, reserve):
     reserve = min(reserve, some.total - 1)
@@ -156,7 +154,6 @@ def test_any_shards_start_at_exactly_those_times(shard_ids, some, reserve):
     assert planned(plan_start(shard_ids, some, reserve=reserve)) == happened(permits)
 
 
-@settings(max_examples=40, deadline=None, database=None, derandomize=True)
 @given(st.lists(st.integers(0, 40), max_size=12), st.integers(1, 20))
 def test_any_shards_in_any_order_do_where_the_budget_lasts(shard_ids, max_concurrency):
     ample = limit(max_concurrency=max_concurrency)
@@ -164,7 +161,6 @@ def test_any_shards_in_any_order_do_where_the_budget_lasts(shard_ids, max_concur
     assert planned(plan_start(shard_ids, ample)) == happened(permits)
 
 
-@settings(max_examples=100, deadline=None, database=None, derandomize=True)
 @given(st.integers(0, 60), limits, st.integers(0, 3))
 def test_it_agrees_with_the_forecast_that_snapshots_show(count, some, reserve):
     reserve = min(reserve, some.total - 1)

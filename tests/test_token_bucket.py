@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway_queue_sync import forecast, limits, models, token_bucket
@@ -818,7 +818,6 @@ class Bot:
         max_size=30,
     ),
 )
-@settings(max_examples=500, deadline=None, database=None, derandomize=True)
 def test_no_sequence_of_reads_that_lag_and_permits_exceeds_discords_total(
     total, max_concurrency, steps
 ):
@@ -879,7 +878,6 @@ def test_a_reset_after_a_day_of_failed_reads_forgets_the_day_before():
         max_size=60,
     ),
 )
-@settings(max_examples=400, deadline=None, database=None, derandomize=True)
 def test_no_remaining_that_is_read_grants_more_than_the_total_until_the_reset(total, steps):
     kept = with_reads(total=total)
     now_us, permits = 0, 0
@@ -910,7 +908,6 @@ def test_no_remaining_that_is_read_grants_more_than_the_total_until_the_reset(to
         max_size=60,
     ),
 )
-@settings(max_examples=400, deadline=None, database=None, derandomize=True)
 def test_no_answers_within_a_minute_grant_more_than_was_known_to_be_left(remaining, steps):
     """Whatever they say: another reset needs a second read a minute later."""
     kept = Account(window_us=0, period_us=DAY, recent={})
@@ -1705,7 +1702,6 @@ LIVES = st.builds(
     HAPPENINGS,
 )
 SIZES = st.dictionaries(st.integers(0, 3), st.integers(0, 5))
-whatever_happens = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 
 
 def lines_of(life, sizes):
@@ -1713,7 +1709,6 @@ def lines_of(life, sizes):
 
 
 @given(LIVES)
-@whatever_happens
 def test_permits_of_a_bucket_are_a_window_apart_and_no_budget_is_overspent(life):
     """The bookkeeper checks each permit as it comes."""
     left = limits.budget(life.account, life.now_us)
@@ -1727,7 +1722,6 @@ def test_permits_of_a_bucket_are_a_window_apart_and_no_budget_is_overspent(life)
 
 
 @given(LIVES, SHARDS, st.data())
-@whatever_happens
 def test_a_denial_is_exact(life, shard_id, data):
     """Whoever asks before the promised instant is denied, whoever asks at it is granted."""
     promised_us = life.now_us + wait(life.account, life.now_us, shard_id)
@@ -1742,7 +1736,6 @@ def test_a_denial_is_exact(life, shard_id, data):
 
 
 @given(LIVES, SHARDS)
-@whatever_happens
 def test_asking_in_vain_changes_nothing_to_be_seen(life, shard_id):
     before, granted_before = life.outlook(), life.account.granted
     if isinstance(life.take(shard_id), Denial):
@@ -1751,7 +1744,6 @@ def test_asking_in_vain_changes_nothing_to_be_seen(life, shard_id):
 
 
 @given(LIVES, SHARDS)
-@whatever_happens
 def test_a_reset_is_told_of_instead_of_the_permit_that_would_come(life, shard_id):
     """So nobody reads the limit anew who could not go on at once if that fails."""
     kept = life.account
@@ -1789,14 +1781,12 @@ def drive(life, lines):
 
 
 @given(LIVES, SIZES)
-@whatever_happens
 def test_permits_come_exactly_when_they_are_foretold(life, sizes):
     lines = lines_of(life, sizes)
     assert list(forecast.starts(life.outlook(), lines)) == drive(life, lines)
 
 
 @given(LIVES, SIZES)
-@whatever_happens
 def test_what_is_foretold_is_in_order_and_complete(life, sizes):
     lines = lines_of(life, sizes)
     coming = list(forecast.starts(life.outlook(), lines))
@@ -1808,7 +1798,6 @@ def test_what_is_foretold_is_in_order_and_complete(life, sizes):
 
 
 @given(LIVES, SIZES)
-@whatever_happens
 def test_the_eta_of_a_place_in_a_snapshot_is_when_its_permit_is_foretold(life, sizes):
     lines = lines_of(life, sizes)
     ahead = life.outlook()
@@ -1817,7 +1806,6 @@ def test_the_eta_of_a_place_in_a_snapshot_is_when_its_permit_is_foretold(life, s
 
 
 @given(LIVES, SIZES)
-@whatever_happens
 def test_an_eta_is_exact_where_the_budget_lasts_and_else_no_earlier_than_the_windows(life, sizes):
     lines = {number: size for number, size in lines_of(life, sizes).items() if size}
     ahead = life.outlook()
@@ -1830,7 +1818,6 @@ def test_an_eta_is_exact_where_the_budget_lasts_and_else_no_earlier_than_the_win
 
 
 @given(LIVES, SHARDS, st.integers(1, 10 * DAY))
-@whatever_happens
 def test_no_clock_set_back_denies_for_longer_than_a_window_or_a_closure(life, shard_id, back_us):
     now_us = life.now_us - back_us
     wall_us = life.now_us + 100 * DAY  # so that the budget is no matter

@@ -70,7 +70,10 @@ class Waiter:
 
 @dataclass(eq=False)
 class Use:
-    """A permit that was handed over: the bucket's next one comes an interval after ``at_us``."""
+    """A permit that was handed over: the bucket's next one comes an interval after ``at_us``.
+
+    That is when the IDENTIFY may be sent at the latest: at once, or when a hold ends or is reported.
+    """
 
     process: Process
     permit: Permit
@@ -223,6 +226,7 @@ class Process:
             now_us - priority_us,
             once,
             self.world.now_us,
+            self.world.random.choice(self.world.holds),
         )
         self.lines.waiters.append(waiter)
         if once:  # behind a head it need not stay, and for no reply it waits longer
@@ -278,6 +282,7 @@ class World:
         self.repeats = rng.choice([0.0, 0.1])
         self.fails = rng.choice([0.0, 0.05])
         self.silenced: dict[str, int] = {}  # since when, by session
+        self.holds = rng.choice([[0], [0, SECOND // 2, 3 * SECOND]])
         self.long_waits = rng.choice([0.0, 0.0, 0.1])
         self.faults = rng.random() < 0.7
         self.uses: list[Use] = []
@@ -568,7 +573,8 @@ class World:
             permit.stamp_us <= true_us or self.clock_was_set,
             f"serial {permit.serial} counts as younger than it is, by {permit.stamp_us - true_us}",
         )
-        use = Use(process, permit, self.now_us, self.granted_in[session])
+        at_us = self.now_us + waiter.hold_us
+        use = Use(process, permit, at_us, self.granted_in[session])
         self.log(f"** {process.name} holds serial {permit.serial} for {waiter.number}")
         for other in reversed(self.uses):
             if other.permit.serial == permit.serial and not self.was_lost:
@@ -610,6 +616,8 @@ class World:
 
     def reported(self, process: Process, use: Use, report: Report) -> None:
         if process.alive and not process.stopped:
+            if report is not Report.UNUSED:
+                use.at_us = min(use.at_us, self.now_us)
             if report is Report.UNUSED:
                 self.granted_period[use.permit.period] -= 1
             process.report(use, report)
@@ -727,6 +735,8 @@ class World:
         self.was_lost = True
         self.lost = len(self.processes) > 1
         self.unaccounted.clear()
+        for use in self.uses:  # the ledger may have lost holds, too
+            use.at_us = min(use.at_us, self.now_us)
 
     def update(self, process: Process) -> None:
         self.max_concurrency = self.random.choice([1, 2, 4])
@@ -767,7 +777,7 @@ class World:
             process.pump()
         alive = [one for one in self.processes if one.alive]
         waiting = sum(len(one.lines.waiters) for one in alive)
-        window_us = self.interval_us + 2 * SECOND
+        window_us = self.interval_us + 2 * SECOND + max(self.holds)
         # rejections, losses that are noticed one after another, dead sessions, limits, pauses
         self.run(self.now_us + 75 * SECOND)
         limit_us = (waiting // self.total + 2) * (self.period_us + 15 * SECOND)
@@ -936,6 +946,7 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         TURNS,
         [("since_lost = 0 <= account.period - report.period < MAX_PERIODS_BACK", "since_lost = 1")],
     ),
+    "hold not kept": (TURNS, [("bucket.hold_us = head.hold_us", "bucket.hold_us = 0")]),
     "a result is stored over what has changed": (
         SCRIPT,
         [("if ARGV[2] == 'store' and ARGV[3] == changed then", "if ARGV[2] == 'store' then")],

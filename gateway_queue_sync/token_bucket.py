@@ -325,17 +325,21 @@ def rejected(account: Account, permit: Permit, now_us: int) -> int:
 
     The maximum is a minute, from the tenth on 15 minutes, because 16 buckets that are rejected once a
     minute would use up a day's limit in an hour. A permit that is not rejected before its bucket's next
-    grant ends the series.
+    grant ends the series. One that is reported after a later one of its bucket is not counted (0),
+    because a ledger cannot tell it from one that is reported again; it closes the bucket for 2 windows.
     """
     bucket = bucket_of(account, permit.shard_id)
-    if bucket.rejected_serial == permit.serial:
+    if permit.serial < bucket.rejected_serial:
+        closed_until_us = now_us + 2 * account.window_us
+        bucket.closed_until_us = max(bucket.closed_until_us, closed_until_us)
+        return 0
+    if permit.serial == bucket.rejected_serial:
         return bucket.rejections  # repeated, after an interrupt
     goes_on = bucket.rejected_serial in (bucket.serial, bucket.previous_serial)
     rejections = min(bucket.rejections + 1, MAX_REJECTIONS) if goes_on else 1
-    rejected_serial = max(bucket.rejected_serial, permit.serial)
     closed_us = min(account.window_us << rejections, _max_closure_us(account, rejections))
     closed_until_us = max(bucket.closed_until_us, now_us + closed_us)
     # From here on there are only assignments: no interrupt can come between them.
-    bucket.rejections, bucket.rejected_serial = rejections, rejected_serial
+    bucket.rejections, bucket.rejected_serial = rejections, permit.serial
     bucket.closed_until_us = closed_until_us
     return rejections

@@ -200,6 +200,19 @@ def test_a_permit_that_is_not_rejected_ends_the_row(queue, clock):
     assert ready_in(queue) == 2 * WINDOW
 
 
+def test_a_rejection_that_comes_after_that_of_a_later_permit_closes_for_two_windows(queue, clock):
+    """It is not counted: ledgers that processes share cannot tell it from one that is reported again."""
+    earlier = queue.acquire(0)
+    clock.advance(WINDOW)
+    queue.acquire(0).rejected()
+    clock.advance(WINDOW)
+    earlier.rejected()
+    assert ready_in(queue) == 2 * WINDOW
+    clock.advance(2 * WINDOW)
+    queue.acquire(0).rejected()
+    assert ready_in(queue) == 4 * WINDOW
+
+
 def test_a_rejection_costs_its_budget_and_no_other_bucket(account, clock):
     queue = account.large(limit(10, 10, 600.0, max_concurrency=2), clock=clock)
     queue.acquire(0).rejected()

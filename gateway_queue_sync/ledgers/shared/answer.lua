@@ -190,6 +190,8 @@ end
 
 local function rejected(bucket, serial, at_us)
   local last = bucket.rejected_serial
+  if serial < last then bucket.closed_until_us = max(bucket.closed_until_us, at_us + 2 * account.window_us) end
+  if serial <= last then return end
   local goes_on = last == bucket.serial or last == bucket.previous_serial
   bucket.rejections, bucket.rejected_serial = goes_on and min(bucket.rejections + 1, 32) or 1, serial
   local closed_us = min(account.window_us * 2 ^ bucket.rejections, max_closure(bucket.rejections))
@@ -223,7 +225,7 @@ local function report(kind, serial, shard_id, period, at_us)
   else
     sent(bucket, since_lost and serial or -1, at_us)
   end
-  if kind == REJECTED and serial > bucket.rejected_serial then rejected(bucket, serial, at_us) end
+  if kind == REJECTED then rejected(bucket, serial, at_us) end
   if now < due and due > due_us(bucket) then bucket.opened_us = min(due, now + notice_us) end
 end
 

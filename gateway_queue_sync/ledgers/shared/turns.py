@@ -296,9 +296,11 @@ class _Step:
                 )  # the bucket's latest permit may have the same, and is another one
             token_bucket.sent(account, permit, at_us)
             permit.serial = report.serial
-        if report.kind == messages.REJECTED and report.serial > bucket.rejected_serial:
+        if report.kind == messages.REJECTED:
+            is_new = report.serial > bucket.rejected_serial
             in_a_row = token_bucket.rejected(account, permit, at_us)
-            self.rejections.append(Rejections(report.serial, in_a_row))
+            if is_new:
+                self.rejections.append(Rejections(report.serial, in_a_row))
         if self.now_us < due_us > self.rows.due_us(bucket):
             bucket.opened_us = min(due_us, self.now_us + self.rows.notice_us)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate, islice
 from typing import Protocol
 
 from gateway_queue_sync.limits import Budget, budget
@@ -17,6 +17,8 @@ from gateway_queue_sync.models import (
     WaitingShard,
 )
 from gateway_queue_sync.token_bucket import Account, closed_for_us
+
+MAX_UNKNOWN = 100_000  # waiters that are only counted, for which permits are forecast
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,18 +143,38 @@ class Waits(Protocol):
         """When it joined."""
 
 
-def snapshot(outlook: Outlook, lines: Mapping[int, Sequence[Waits]]) -> QueueSnapshot:
-    """Return the snapshot of a queue with this outlook and these lines, each in order."""
+def snapshot(
+    outlook: Outlook,
+    lines: Mapping[int, Sequence[Waits]],
+    unknown: Mapping[int, Sequence[int]] | None = None,
+) -> QueueSnapshot:
+    """Return the snapshot of a queue with this outlook and these lines, each in order.
+
+    ``unknown``: how many waiters, of whom only that is known, come after each one of a line. They may be
+    any number, so permits are forecast only for the first 100,000 of them.
+    """
+    places = {
+        number: [
+            0,
+            *accumulate(1 + after for after in (unknown or {}).get(number, [0] * len(line))),
+        ]
+        for number, line in lines.items()
+    }
+    lengths = {number: line[-1] for number, line in places.items()}
+    known = sum(len(line) for line in lines.values())
     etas: dict[int, list[float]] = {number: [] for number in lines}
-    for in_us, number in starts(outlook, {number: len(line) for number, line in lines.items()}):
+    for in_us, number in islice(starts(outlook, lengths), known + MAX_UNKNOWN):
         etas[number].append(in_us / US_PER_SECOND)
     buckets = []
     for number in range(outlook.max_concurrency):
+        due = etas.get(number, [])
         shards = (
             WaitingShard(
-                waiter.shard_id, max(0, outlook.now_us - waiter.arrived_us) / US_PER_SECOND, eta
+                waiter.shard_id,
+                max(0, outlook.now_us - waiter.arrived_us) / US_PER_SECOND,
+                due[place] if place < len(due) else None,
             )
-            for waiter, eta in zip_longest(lines.get(number, ()), etas.get(number, ()))
+            for waiter, place in zip(lines.get(number, ()), places.get(number, ()), strict=False)
         )
         ready_in = outlook.ready(number) / US_PER_SECOND
         buckets.append(BucketSnapshot(number, ready_in, tuple(shards)))
@@ -160,5 +182,4 @@ def snapshot(outlook: Outlook, lines: Mapping[int, Sequence[Waits]]) -> QueueSna
     if outlook.budget is not None:
         left = outlook.budget
         limit = LimitSnapshot(left.total, left.remaining, left.resets_in_us / US_PER_SECOND)
-    waiting = sum(len(line) for line in lines.values())
-    return QueueSnapshot(waiting, outlook.granted, tuple(buckets), limit)
+    return QueueSnapshot(sum(lengths.values()), outlook.granted, tuple(buckets), limit)

@@ -29,7 +29,7 @@ from gateway_queue_sync import (
     ShardWaiting,
 )
 from gateway_queue_sync.clock import SYSTEM_CLOCK
-from gateway_queue_sync.ledgers.shared import messages
+from gateway_queue_sync.ledgers.shared import bounds, messages
 from gateway_queue_sync.ledgers.shared.backend import Busy
 from gateway_queue_sync.ledgers.shared.inquiry import peek
 from gateway_queue_sync.queue import scheduler_of
@@ -1424,6 +1424,27 @@ def test_of_each_other_line_the_first_two_are_shown_and_the_others_counted(two, 
     assert (seen.waiting, order(seen)) == (5, [1, 2, 5])
     etas = [shard.eta for shard in seen.buckets[0].shards]
     assert etas == pytest.approx([WINDOW * n - 0.01 for n in (1, 2, 5)])
+    one.close()
+    other.close()
+
+
+def test_however_many_a_process_says_wait_they_are_only_counted(two, clock, crew, monkeypatch):
+    one, other = two
+    one.acquire(99)
+    ask, many = backend_of(one).ask, bounds.MAX_MORE
+
+    def exaggerate(request):
+        lines = tuple(line._replace(more=many) for line in request.lines)
+        return ask(request._replace(lines=lines))
+
+    monkeypatch.setattr(backend_of(one), "ask", exaggerate)
+    in_line(one, crew, clock, [1])
+    clock.advance(0.01)
+    in_line(other, crew, clock, [2])
+    for seen in (other.snapshot(), peek(backend_of(other), Settings(clock=clock))):
+        assert (seen.waiting, order(seen)) == (many + 2, [1, 2])
+        etas = [shard.eta for shard in seen.buckets[0].shards]
+        assert etas == [WINDOW - 0.01, None]  # it is not worked out for one so far behind
     one.close()
     other.close()
 

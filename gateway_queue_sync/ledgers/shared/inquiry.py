@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import replace
 
 from gateway_queue_sync import forecast
 from gateway_queue_sync.clock import FOREVER_US, SYSTEM_CLOCK, start
@@ -131,19 +130,15 @@ def seen_in(
         granted=reply.granted,
         knows_limit=left is not None,
     )
-    lines = {number: list(waiters) for number, waiters in own.items()}
+    lines = {number: [(one, 0) for one in waiters] for number, waiters in own.items()}
     for line in look.lines:
-        last = line.waiters[-1]  # the others come after it; their shards are unknown
-        unknown = [last._replace(shard_id=-1)] * line.more
-        lines.setdefault(line.bucket, []).extend((*line.waiters, *unknown))
+        *others, last = line.waiters  # those that are only counted come after it
+        lines.setdefault(line.bucket, []).extend([*((one, 0) for one in others), (last, line.more)])
     for waiters in lines.values():
-        waiters.sort(key=lambda one: (one.position_us, one.number))
-    snapshot = forecast.snapshot(outlook, lines)
-    buckets = (
-        replace(bucket, shards=tuple(one for one in bucket.shards if one.shard_id >= 0))
-        for bucket in snapshot.buckets
-    )
-    return replace(snapshot, buckets=tuple(buckets))
+        waiters.sort(key=lambda entry: (entry[0].position_us, entry[0].number))
+    known = {number: [one for one, _ in line] for number, line in lines.items()}
+    unknown = {number: [more for _, more in line] for number, line in lines.items()}
+    return forecast.snapshot(outlook, known, unknown)
 
 
 def peek(backend: Backend, settings: Settings) -> QueueSnapshot:

@@ -261,6 +261,7 @@ class World:
         self.counter = 0
         self.trace: list[str] = []
         self.quiet = False
+        self.lost_us = -1
         self.introductions = 0  # that were asked for since then
         self.store = store
         self.ledger_offset_us = rng.choice([5_000, 1_700_000_000]) * SECOND
@@ -573,7 +574,8 @@ class World:
             permit.stamp_us <= true_us or self.clock_was_set,
             f"serial {permit.serial} counts as younger than it is, by {permit.stamp_us - true_us}",
         )
-        at_us = self.now_us + waiter.hold_us
+        is_kept = self.granted_at[session] > self.lost_us  # a loss forgets the hold
+        at_us = self.now_us + (waiter.hold_us if is_kept else 0)
         use = Use(process, permit, at_us, self.granted_in[session])
         self.log(f"** {process.name} holds serial {permit.serial} for {waiter.number}")
         for other in reversed(self.uses):
@@ -735,6 +737,7 @@ class World:
         self.was_lost = True
         self.lost = len(self.processes) > 1
         self.unaccounted.clear()
+        self.lost_us = self.now_us
         for use in self.uses:  # the ledger may have lost holds, too
             use.at_us = min(use.at_us, self.now_us)
 

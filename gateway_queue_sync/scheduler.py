@@ -353,7 +353,8 @@ class Scheduler:
     def record(self, waiter: Waiter, answer: Permit | Denial, now_us: int) -> events.Event | None:
         """Store the ledger's answer on the waiter. Return an event to emit, if there is one."""
         if isinstance(answer, Permit):
-            answer.waited = max(0, answer.stamp_us - waiter.arrived_us) / US_PER_SECOND
+            granted_us = min(answer.stamp_us, now_us)
+            answer.waited = max(0, granted_us - waiter.arrived_us) / US_PER_SECOND
             answer.waiter, answer.reporter = waiter.number, self
             waiter.permit = answer
             return None

@@ -24,7 +24,6 @@ MAX_CLOSURE_US = 60 * US_PER_SECOND
 MANY_REJECTIONS = 10  # in a row; from then on a bucket may close for longer
 MAX_LONG_CLOSURE_US = 900 * US_PER_SECOND
 MAX_REJECTIONS = 32  # that are counted in a row; more make no difference
-MAX_HOLD_US = 10 * US_PER_SECOND  # the longest time for which a permit is held
 UNSEEN_US = 60 * US_PER_SECOND  # how long a session start may take to show in an answer, at most
 
 

@@ -288,6 +288,7 @@ class World:
         self.faults = rng.random() < 0.7
         self.uses: list[Use] = []
         self.granted_at: dict[tuple[str, int], int] = {}
+        self.held_us: dict[tuple[str, int], int] = {}  # how much later its window starts
         self.granted_in: dict[tuple[str, int], int] = {}
         self.granted_period: dict[int, int] = {}
         self.unaccounted: dict[tuple[str, int], str] = {}
@@ -518,6 +519,9 @@ class World:
                 )
 
     def note_events(self, process: Process, request: Request, reply: Reply) -> None:
+        holds_us = {one.number: one.hold_us for line in request.lines for one in line.waiters}
+        for permit in reply.permits:
+            self.held_us[request.session, permit.serial] = holds_us[permit.waiter]
         for kind, serial in self.store.events:
             if kind == "granted":
                 self.granted_at[request.session, serial] = self.now_us - self.store.computed_us
@@ -552,7 +556,9 @@ class World:
             self.check(known, f"{process.name} gets serial {one.serial}, which was not granted")
             age_us = self.now_us - self.granted_at[request.session, one.serial]
             self.check(
-                one.serial in passed or age_us + there_us > request.margin_us or self.clock_was_set,
+                one.serial in passed
+                or age_us + there_us > request.margin_us + self.held_us[request.session, one.serial]
+                or self.clock_was_set,
                 f"serial {one.serial} is given back, {age_us} us old",
             )
 
@@ -569,7 +575,7 @@ class World:
         self.check(session is not None, f"{process.name} has a permit that was not granted")
         assert session is not None
         self.unaccounted.pop(session, None)
-        true_us = self.granted_at[session] + process.offset_us
+        true_us = self.granted_at[session] + self.held_us[session] + process.offset_us
         self.check(
             permit.stamp_us <= true_us or self.clock_was_set,
             f"serial {permit.serial} counts as younger than it is, by {permit.stamp_us - true_us}",
@@ -889,8 +895,8 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         SESSION,
         [
             (
-                "permit.stamp_us = request.sent_us - one.age_us",
-                "permit.stamp_us = self._first_us - one.age_us",
+                "age_us = now_us - (request.sent_us - one.age_us)",
+                "age_us = now_us - (self._first_us - one.age_us)",
             ),
             (
                 SENDS,
@@ -923,8 +929,8 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
         SESSION,
         [
             (
-                "if request.margin_us and age_us > request.margin_us:",
-                "if request.margin_us < 0:",
+                "if self.margin_us and age_us > self._round_trips.margin_us:",
+                "if self.margin_us < 0:",
             )
         ],
     ),

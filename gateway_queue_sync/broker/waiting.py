@@ -19,13 +19,13 @@ from gateway_queue_sync.errors import QueueClosed, SessionLimitExhausted
 from gateway_queue_sync.models import US_PER_SECOND, Permit, Report
 from gateway_queue_sync.request_parser import PermitRequest
 from gateway_queue_sync.scheduler import Scheduler
-from gateway_queue_sync.token_bucket import MAX_HOLD_US
 from gateway_queue_sync.worker import enqueue
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
 # Seconds between two checks of the session start limit and of permits without a report, at most:
 TICK = 1.0
+HOLD_US = 10 * US_PER_SECOND  # how long a bucket stays closed for a client that has yet to report
 REPORT_US = 60 * US_PER_SECOND  # how long a client may report on its permit
 MAX_REPORTABLE = 100_000
 MAX_REST = 60.0  # s until a client that gets no status joins again, if the limit is used up
@@ -143,7 +143,7 @@ class WaitingClient:
 
     def _join(self) -> None:
         (arrived_us, priority_us), asked = self.position, self._request
-        hold_us = MAX_HOLD_US if asked.confirms else 0
+        hold_us = HOLD_US if asked.confirms else 0
         try:
             future = enqueue(self._room.scheduler, asked.shard_id, priority_us, arrived_us, hold_us)
         except Exception as error:

@@ -195,7 +195,7 @@ class RemoteLedger:
 
     @property
     def margin_us(self) -> int:
-        """How old a permit may be when it reaches its caller."""
+        """How long after the start of its window a permit may reach its caller."""
         return self._session.margin_us
 
     @property

@@ -10,6 +10,7 @@ from gateway_queue_sync.ledgers.shared.messages import (
     MAX_CHANGES,
     MAX_COUNTER,
     MAX_HEAD_START_US,
+    MAX_HOLD_US,
     MAX_NUMBER,
     REFUSED,
     REJECTED,
@@ -19,7 +20,6 @@ from gateway_queue_sync.ledgers.shared.messages import (
     Request,
 )
 from gateway_queue_sync.models import MAX_BUCKETS, MAX_RESET_AFTER, US_PER_SECOND
-from gateway_queue_sync.token_bucket import MAX_HOLD_US
 
 MAX_INTERVAL_US = 60 * US_PER_SECOND
 MAX_MARGIN_US = 10 * US_PER_SECOND

@@ -21,6 +21,9 @@ MAX_NUMBER = (1 << 53) - 1  # what Lua holds exactly
 MAX_TEXT = 300  # characters
 MAX_AGE_US = 7 * 86_400_000_000  # of a waiter
 MAX_HEAD_START_US = 86_400_000_000
+MAX_HOLD_US = (
+    12_000_000  # of a permit: 10 s for a client that reports, 2 s for a long way to the ledger
+)
 MAX_COUNTER = 1 << 52  # the maximum of granted, period and layout in an introduction
 
 

@@ -16,7 +16,8 @@ class RoundTrips:
     """The round trips of one process to its ledger.
 
     A process whose permits come late again and again would give each back, while the others wait for
-    nothing. So it raises its margin, and at the maximum it asks for no permits for a while.
+    nothing. So it raises its margin, and its permits are held for the difference: the windows after them
+    become longer, no others. At the maximum it asks for no permits for a while.
 
     Attributes:
         margin_us: how old a permit may be when it reaches its caller: the margin of the settings, or
@@ -29,6 +30,11 @@ class RoundTrips:
         self._slow_us = lease_us // 3  # from then on, other processes take the turns of this one
         self.resumes_us = FOREVER_US
         self._late = self._slow = self._trips = self._longest_us = 0
+
+    @property
+    def hold_us(self) -> int:
+        """How much later than its grant the window of a permit has to start."""
+        return self.margin_us - self._least_us
 
     def note(self, trip_us: int, age_us: int | None, now_us: int) -> list[str]:
         """Note a reply that took so long, and the age of its oldest permit, if it had any.

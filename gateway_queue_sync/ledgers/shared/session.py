@@ -9,8 +9,8 @@ Invariants:
 - One request is in flight. Until it is answered it is sent again with the same content, so the ledger
   applies it once; a reply to any other attempt than the latest is dropped. A number is given when a
   request is composed: with ``_number`` 0 and none in flight, the session has to introduce itself.
-- A permit is handed over only while it is younger than the margin. Its age is counted from when the
-  attempt was sent. An older one is given back, and its waiter keeps its position.
+- A permit is handed over only while it is younger than the raised margin. Its age is counted from when
+  the attempt was sent. An older one is given back, and its waiter keeps its position.
 - The ledger has the same lines as the process. A new head is sent at once, other changes a little later.
 - After an introduction that the ledger asked for, only changes that may be applied twice are repeated.
 """
@@ -105,8 +105,8 @@ class Session:
 
     @property
     def margin_us(self) -> int:
-        """How old a permit may be when it reaches its caller."""
-        return self._round_trips.margin_us
+        """How long after the start of its window a permit may reach its caller."""
+        return self._settings.margin_us
 
     # --- what the scheduler says ------------------------------------------------------------------
 
@@ -205,7 +205,8 @@ class Session:
             lines = NoLines(self.max_concurrency)
         most = messages.MAX_CHANGES - min(len(self._reports), messages.MAX_CHANGES // 2)
         sends = self._wants_now()
-        return self._lines.to_send(lines, now_us, most, self._sent_us, sends=sends)
+        send = self._lines.to_send(lines, now_us, most, self._sent_us, sends=sends)
+        return [_held(line, self._round_trips.hold_us) for line in send]
 
     def _send(self, request: Request, now_us: int) -> Request:
         self._attempt, self._sent_us = self._attempt + 1, now_us
@@ -222,7 +223,7 @@ class Session:
             session=self._id,
             number=self._number,
             interval_us=wanted.interval_us,
-            margin_us=self.margin_us,
+            margin_us=wanted.margin_us,
             period_us=wanted.period_us,
             lease_us=wanted.lease_us,
             reserve=wanted.reserve,
@@ -385,10 +386,10 @@ class Session:
             remaining = None if one.remaining < 0 else one.remaining
             permit = Permit(one.shard_id, one.bucket, remaining=remaining)
             permit.serial, permit.period, permit.waiter = one.serial, one.period, one.waiter
-            permit.stamp_us = request.sent_us - one.age_us
-            age_us = now_us - permit.stamp_us
+            age_us = now_us - (request.sent_us - one.age_us)
+            permit.stamp_us = now_us - age_us + self._round_trips.hold_us  # when its window starts
             oldest_us = max(age_us, oldest_us or age_us)
-            if request.margin_us and age_us > request.margin_us:
+            if self.margin_us and age_us > self._round_trips.margin_us:
                 self.report(permit, models.Report.UNUSED, now_us)
                 self._lines.changed(one.bucket)
             else:
@@ -438,6 +439,12 @@ class Session:
 def budget_of(reply: Reply) -> Budget | None:
     """Return what is left by a reply; ``None`` if the ledger has no limit."""
     return None if reply.total < 0 else Budget(reply.total, reply.remaining, reply.resets_in_us)
+
+
+def _held(line: Line, hold_us: int) -> Line:
+    """Return a line whose permits are held for longer."""
+    waiters = (one._replace(hold_us=one.hold_us + hold_us) for one in line.waiters)
+    return line._replace(waiters=tuple(waiters)) if hold_us else line
 
 
 def _limit(kind: int, limit: SessionStartLimit, asked_us: int, at_us: int) -> Limit:

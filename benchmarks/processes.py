@@ -28,7 +28,7 @@ from gateway_queue_sync import (
     serve,
 )
 
-INTERVAL, MARGIN = 0.03, 0.05  # s: in a smaller margin a thousand threads on two cores do not start
+INTERVAL, MARGIN = 0.03, 0.05  # s: a thousand threads on two cores begin within it
 WINDOW = INTERVAL + MARGIN
 LEASE = 60.0  # s: no heartbeat comes meanwhile
 FLEETS = ((8, 8, 1), (32, 32, 1), (8, 128, 16))  # processes, callers in each, buckets

@@ -551,13 +551,16 @@ class World:
     ) -> None:
         """Check that no permit is given back that is young, but for the way of its request."""
         passed = {permit.serial for permit in answers.permits}
+        wanted_us = {one.number: one.hold_us for one in process.lines.waiters}
         for one in reply.permits if reply.status == messages.OK else ():
             known = (request.session, one.serial) in self.granted_at
             self.check(known, f"{process.name} gets serial {one.serial}, which was not granted")
             age_us = self.now_us - self.granted_at[request.session, one.serial]
+            held_us = self.held_us[request.session, one.serial]
+            raised_us = held_us - wanted_us.get(one.waiter, held_us)
             self.check(
                 one.serial in passed
-                or age_us + there_us > request.margin_us + self.held_us[request.session, one.serial]
+                or age_us + there_us > request.margin_us + raised_us
                 or self.clock_was_set,
                 f"serial {one.serial} is given back, {age_us} us old",
             )
@@ -575,7 +578,8 @@ class World:
         self.check(session is not None, f"{process.name} has a permit that was not granted")
         assert session is not None
         self.unaccounted.pop(session, None)
-        true_us = self.granted_at[session] + self.held_us[session] + process.offset_us
+        raised_us = self.held_us[session] - waiter.hold_us
+        true_us = self.granted_at[session] + raised_us + process.offset_us
         self.check(
             permit.stamp_us <= true_us or self.clock_was_set,
             f"serial {permit.serial} counts as younger than it is, by {permit.stamp_us - true_us}",

@@ -23,7 +23,6 @@ from gateway_queue_sync.ledgers.shared.messages import (
     Report,
     Request,
     Waiter,
-    to_wire,
 )
 from gateway_queue_sync.ledgers.shared.redis import RedisBackend
 from gateway_queue_sync.ledgers.shared.store import SharedBucket
@@ -241,14 +240,7 @@ def stored_in_python(store: MemoryStore) -> dict[str, object]:
 
 
 def as_stored(bucket: SharedBucket) -> dict[str, object]:
-    return asdict(bucket) | {"lines": sorted(to_wire(row) for row in bucket.lines)}
-
-
-def line_in_redis(text: str) -> list[object]:
-    session, until_us, position_us, count, written = text.split(" ", 4)
-    waiters = json.loads(written)
-    assert waiters[0][3] == int(position_us)
-    return [session, int(until_us), int(count) - len(waiters), waiters]
+    return asdict(bucket) | {"lines": sorted(row.text() for row in bucket.lines)}
 
 
 def stored_in_redis(client, name: str) -> dict[str, object]:
@@ -276,8 +268,7 @@ def stored_in_redis(client, name: str) -> dict[str, object]:
     return {
         "account": account,
         "bucket": {
-            int(number): row | {"lines": sorted(map(line_in_redis, row["lines"]))}
-            for number, row in ledger.items()
+            int(number): row | {"lines": sorted(row["lines"])} for number, row in ledger.items()
         },
         "session": sessions,
         "recent": {

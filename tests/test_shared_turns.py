@@ -432,6 +432,14 @@ def test_a_session_that_is_alone_is_not_known_after_a_minute_either(ledger):
 # --- what is refused ------------------------------------------------------------------------------
 
 
+def test_a_session_whose_line_could_not_be_read_again_is_refused(ledger):
+    reply = ledger.answer(ledger.talker().latest._replace(session="a b"))
+    assert (reply.status, reply.error) == (
+        REFUSED,
+        "session must be without white space, not 'a b'",
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -22,7 +22,7 @@ local S, NEVER, MAX_PERIODS_BACK = 1e6, -2 ^ 62, 100
 local UNUSED, REJECTED = 1, 2 -- kinds of report; 0: sent
 local WINDOW, BUDGET, RESET = 0, 1, 2 -- why there is no permit
 local NUMBER, SHARD_ID, ARRIVED, POSITION, ONCE, HOLD = 1, 2, 3, 4, 5, 6 -- of a waiter
-local ID, UNTIL, HEAD, COUNT, WAITERS = 1, 2, 3, 4, 5 -- of a line: strings; HEAD is the position of its head
+local ID, UNTIL, HEAD, WAITING, FIRST = 1, 2, 3, 4, 5 -- of a line: strings; HEAD is the position of its head
 local SILENT, PATIENCE, READ_AGAIN, UNSEEN = 60 * S, 5 * S, S / 2, 60 * S
 local max, min, floor, ceil = math.max, math.min, math.floor, math.ceil
 
@@ -294,7 +294,7 @@ local function replace_line(number, more, waiters)
   end
   local bucket, known, wait, count = get_bucket(number), {}, nil, 0
   for _, line in ipairs(bucket.lines) do
-    local own = line[ID] == request.session and cjson.decode(line[WAITERS]) or {}
+    local own = line[ID] == request.session and cjson.decode(line[FIRST]) or {}
     for _, waiter in ipairs(own) do known[waiter[NUMBER]] = waiter end
   end
   for _, waiter in ipairs(waiters) do
@@ -313,7 +313,7 @@ local function replace_line(number, more, waiters)
   put_line(bucket, #waiters > 0 and {
     request.session, whole(now + request.lease_us), whole(waiters[1][POSITION]), whole(#waiters + more), to_json(waiters),
   } or nil)
-  for _, line in ipairs(bucket.lines) do count = count + line[COUNT] end
+  for _, line in ipairs(bucket.lines) do count = count + line[WAITING] end
   if wait then wait[5] = count end
   waits[#waits + 1] = wait
 end

@@ -38,6 +38,8 @@ Bound = tuple[str, int, int, int]
 
 def refusal(request: Request) -> str:
     """Return why a request is out of bounds, empty if it is not."""
+    if request.session and request.session.split() != [request.session]:
+        return f"session must be without white space, not {request.session!r}"
     for name, value, least, most in _durations(request):
         if not least <= value <= most:
             least_s, most_s, value_s = (us / US_PER_SECOND for us in (least, most, value))

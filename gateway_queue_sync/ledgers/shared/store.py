@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from gateway_queue_sync.ledgers.shared.messages import Waiter
+from gateway_queue_sync.ledgers.shared.messages import Waiter, from_wire, to_wire
 from gateway_queue_sync.models import US_PER_SECOND
 from gateway_queue_sync.token_bucket import NEVER, Account, TokenBucket
 
 
 class LineRow(NamedTuple):
-    """A session's line for a bucket, with times by the ledger's clock; live until ``until_us``."""
+    """A session's line for a bucket, with times by the ledger's clock; live until ``until_us``.
+
+    It is stored as text, and its first waiters are JSON in it: a request reads and writes the lines of
+    all sessions that wait for a bucket, but needs the waiters of its own only.
+
+    Attributes:
+        position_us: of its head.
+        waiting: how many wait in it.
+    """
 
     session: str
     until_us: int
-    more: int
-    waiters: tuple[Waiter, ...]
+    position_us: int
+    waiting: int
+    first: str
+
+    @classmethod
+    def of(cls, session: str, until_us: int, more: int, waiters: Sequence[Waiter]) -> LineRow:
+        """Return the line of these waiters, and so many more."""
+        first = json.dumps(to_wire(tuple(waiters)), separators=(",", ":"))
+        return cls(session, until_us, waiters[0].position_us, len(waiters) + more, first)
+
+    @classmethod
+    def from_text(cls, text: str) -> LineRow:
+        """Return a line that was stored."""
+        session, until_us, position_us, waiting, first = text.split(" ", 4)
+        return cls(session, int(until_us), int(position_us), int(waiting), first)
+
+    def text(self) -> str:
+        """Return the line as it is stored."""
+        return f"{self.session} {self.until_us} {self.position_us} {self.waiting} {self.first}"
+
+    @property
+    def waiters(self) -> tuple[Waiter, ...]:
+        """The first waiters."""
+        return from_wire(tuple[Waiter, ...], json.loads(self.first))
 
 
 @dataclass(slots=True)
@@ -33,7 +65,7 @@ class SharedBucket(TokenBucket):
 
     def waiting(self, but_for: str = "") -> int:
         """Return how many wait for it, in all sessions but one."""
-        return sum(len(row.waiters) + row.more for row in self.lines if row.session != but_for)
+        return sum(row.waiting for row in self.lines if row.session != but_for)
 
 
 @dataclass(slots=True)

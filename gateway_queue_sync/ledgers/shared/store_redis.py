@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from gateway_queue_sync.ledgers.shared.messages import Request, Waiter, from_wire, to_wire
+from gateway_queue_sync.ledgers.shared.messages import Request
 from gateway_queue_sync.ledgers.shared.store import (
     SILENT_US,
     LineRow,
@@ -106,7 +106,7 @@ class RedisStore:
     def put_bucket(self, number: int, bucket: SharedBucket) -> None:
         if bucket != self.bucket(number):
             row = {name: getattr(bucket, name) for name in _BUCKET}
-            text = _json(row | {"lines": [_line_text(line) for line in bucket.lines]})
+            text = _json(row | {"lines": [line.text() for line in bucket.lines]})
             self._rows[str(number)] = text
             self._write("HSET", _LEDGER, number, text)
 
@@ -153,22 +153,7 @@ class RedisStore:
 
 def _as_bucket(text: str) -> SharedBucket:
     row = json.loads(text)
-    return SharedBucket(**row | {"lines": tuple(map(_as_line, row["lines"]))})
-
-
-def _as_line(text: str) -> LineRow:
-    session, until_us, _, count, written = text.split(" ", 4)
-    waiters = from_wire(tuple[Waiter, ...], json.loads(written))
-    return LineRow(session, int(until_us), int(count) - len(waiters), waiters)
-
-
-def _line_text(line: LineRow) -> str:
-    """Return a line as text, so that the script need not decode the waiters of other processes."""
-    waiters = line.waiters
-    count = line.more + len(waiters)
-    return (
-        f"{line.session} {line.until_us} {waiters[0].position_us} {count} {_json(to_wire(waiters))}"
-    )
+    return SharedBucket(**row | {"lines": tuple(map(LineRow.from_text, row["lines"]))})
 
 
 def _or_none(value: Any) -> Any:

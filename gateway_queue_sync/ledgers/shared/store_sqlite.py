@@ -8,7 +8,6 @@ from dataclasses import fields
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from gateway_queue_sync.ledgers.shared.messages import Waiter
 from gateway_queue_sync.ledgers.shared.store import (
     SILENT_US,
     LineRow,
@@ -157,12 +156,12 @@ class SqliteStore:
         self._unchanged[row[0]] = row
         *values, lines = row[1:]
         bucket = SharedBucket(*values)
-        bucket.lines = tuple(map(_as_line, json.loads(lines)))
+        bucket.lines = tuple(map(LineRow.from_text, json.loads(lines)))
         return bucket
 
     def put_bucket(self, number: int, bucket: SharedBucket) -> None:
         *values, lines = _bucket_values(bucket)
-        row = (number, *values, json.dumps(lines, separators=(",", ":")))
+        row = (number, *values, json.dumps([line.text() for line in lines]))
         if self._unchanged.get(number) != row:
             self._run(_PUT["bucket"], (self._name, *row))
             self._unchanged[number] = row
@@ -199,8 +198,3 @@ class SqliteStore:
 
     def drop_recent_before(self, wall_us: int) -> None:
         self._run("DELETE FROM recent WHERE name = ? AND wall_us < ?", (self._name, wall_us))
-
-
-def _as_line(wire: list[Any]) -> LineRow:
-    session, until_us, more, waiters = wire
-    return LineRow(session, until_us, more, tuple(map(Waiter._make, waiters)))

@@ -213,7 +213,7 @@ class _Step:
         )
         others_us = token_bucket.closed_for_us(account, account.default_bucket, now_us)
         lines = tuple(
-            Line(number, row.more, row.waiters)
+            Line(number, row.waiting - len(row.waiters), row.waiters)
             for number in sorted(account.buckets)
             for row in sorted(self.rows.bucket(number).lines)
             if row.session != self.request.session
@@ -335,7 +335,7 @@ class _Step:
                     break
             del waiters[0]
         until_us = self.now_us + request.lease_us
-        new = LineRow(request.session, until_us, line.more, tuple(waiters)) if waiters else None
+        new = LineRow.of(request.session, until_us, line.more, waiters) if waiters else None
         self._put_line(bucket, request.session, new)
         if wait is not None:
             self.waits.append(wait._replace(waiting=bucket.waiting()))
@@ -365,7 +365,7 @@ class _Step:
         ahead = [
             row
             for row in bucket.lines
-            if row.until_us > now_us and (row.waiters[0].position_us, row.session) < position
+            if row.until_us > now_us and (row.position_us, row.session) < position
             if row.session != request.session
         ]
         graces_us = len(ahead) * min(MAX_GRACE_US, account.window_us // 5)

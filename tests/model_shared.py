@@ -957,7 +957,7 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     ),
     "permits from before a loss are refunded": (
         TURNS,
-        [("since_lost = 0 <= account.period - report.period < MAX_PERIODS_BACK", "since_lost = 1")],
+        [("0 <= account.period - report.period < MAX_PERIODS_BACK", "True")],
     ),
     "hold not kept": (TURNS, [("bucket.hold_us = head.hold_us", "bucket.hold_us = 0")]),
     "a result is stored over what has changed": (

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gateway_queue_sync.broker.positions import HOLD_US, MAX_HELD, HeldPositions, Position
+from gateway_queue_sync.broker.positions import KEPT_US, MAX_HELD, HeldPositions, Position
 from gateway_queue_sync.request_parser import (
     MAX_HEAD,
     Head,
@@ -197,8 +197,8 @@ def test_a_position_is_let_go_after_30_s() -> None:
     held = HeldPositions()
     held.store("key", Position(2, 0), 0)
     held.store("key", Position(1, 0), 5)
-    assert held.claim("key", HOLD_US + 1) == (1, 0)
-    assert held.claim("key", HOLD_US + 1) is None
+    assert held.claim("key", KEPT_US + 1) == (1, 0)
+    assert held.claim("key", KEPT_US + 1) is None
     assert len(held) == 0
 
 

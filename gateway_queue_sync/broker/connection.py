@@ -186,7 +186,7 @@ class Connection(asyncio.Protocol):
             self._enter(State.CLOSING, FLUSH_TIMEOUT, self.abort)
             with contextlib.suppress(OSError):  # it is gone
                 self._transport.write_eof()
-        elif self.state is State.BUSY:  # else the client has not taken it yet
+        elif self.state is State.BUSY:  # else writing was paused: the client has not taken it yet
             self._expect_next()
         return True
 

@@ -7,7 +7,7 @@ import itertools
 from collections import OrderedDict
 from typing import NamedTuple
 
-HOLD_US = 30_000_000
+KEPT_US = 30_000_000
 MAX_HELD = 100_000
 
 
@@ -35,7 +35,7 @@ class HeldPositions:
     def store(self, key: object, position: Position, now_us: int) -> None:
         """Store a position for 30 s; if there are too many, the one stored first is removed."""
         number = next(self._numbers)
-        self._held[number] = now_us + HOLD_US, key, position
+        self._held[number] = now_us + KEPT_US, key, position
         heapq.heappush(self._by_key.setdefault(key, []), (*position, number))
         self.expire(now_us)
 

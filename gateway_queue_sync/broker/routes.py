@@ -85,7 +85,7 @@ class Service:
         connection.legacy = connection.legacy and route is PERMIT
         refusal = self._refusal(connection, head, route)
         if refusal is not None:
-            self._warn(head, f"refused: {refusal[1]}")  # existing clients only see a close
+            self._warn(head, f"refused: {refusal[1]}")  # a legacy client sees only a close
             return lambda _: connection.refuse(*refusal)
         connection.reads_body = route.reads_body
         return partial(route.handler, self, connection, head)

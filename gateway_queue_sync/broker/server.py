@@ -123,7 +123,7 @@ class Broker:
             for one in self._sockets:
                 self._loop.remove_reader(one)
         accepting = asyncio.all_tasks() - {asyncio.current_task()}
-        if accepting:  # connections that would be lost if the server was closed now
+        if accepting:  # closing the servers now would drop these connections
             await asyncio.wait(accepting, timeout=END_TIMEOUT)
         for server in self._servers:
             server.close()

@@ -28,7 +28,7 @@ TICK = 1.0
 HOLD_US = 10 * US_PER_SECOND  # how long a bucket stays closed for a client that has yet to report
 REPORT_US = 60 * US_PER_SECOND  # how long a client may report on its permit
 MAX_REPORTABLE = 100_000
-MAX_REST = 60.0  # s until a client that gets no status joins again, if the limit is used up
+MAX_REST = 60.0  # s until a legacy client joins the line again, if the limit is used up
 
 
 class Client(Protocol):
@@ -164,7 +164,7 @@ class WaitingClient:
                 self._room.give_back(future)
 
     def _hand_over(self, future: Future[Permit]) -> None:
-        """Send a permit to the client, if that is still there and the permit not too old."""
+        """Send a permit to the client, unless the client has left or the permit is too old."""
         if self.future is not future:
             return  # the client has left, and the future is being given back
         room, failure, self.future = self._room, future.exception(), None

@@ -2,7 +2,8 @@
 
 The scheduler calls a method for each change. Its worker sends one request at a time, without the lock,
 and applies the reply. ``Session`` decides what a request contains and what a reply means. All methods
-are called with the scheduler's lock held, except ``open``, ``exchange``, ``update`` and ``snapshot``.
+except these are called with the scheduler's lock held: ``open``, ``exchange``, ``update``, ``snapshot``,
+``close`` and those for a fork.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ log = logging.getLogger("gateway_queue_sync")
 
 MIN_MARGIN = 0.02  # s
 MANY_FAILURES = 3  # in a row, until a WARNING
-MAX_BUSY_US = 1_500_000  # for so long a busy ledger is no outage: a claim in Redis lasts 1 s
+MAX_BUSY_US = 1_500_000  # until a busy ledger counts as failing
 MAX_TRY_US = 500_000  # how long ``timeout=0`` waits for the reply
-MAX_LATE_US = 40_000  # how long after its deadline a waiter still waits for a reply under way
+MAX_LATE_US = 40_000  # how long a waiter waits after its deadline if the reply may still come
 MAX_REQUEST_US = 5 * US_PER_SECOND  # how long ``update`` and ``snapshot`` wait for the reply
 
 
@@ -331,7 +332,7 @@ class RemoteLedger:
         return self._session.is_in_flight or self._session.wake_us(self._now_us()) < FOREVER_US
 
     def exchange(self, scheduler: Scheduler, answered: list[Waiter]) -> bool:
-        """Send a request, without the lock, and apply the reply. False if there was nothing to send.
+        """Send a request, without the lock, and apply the reply. False if there was nothing to do.
 
         Futures that were answered are added to ``answered``: with a permit, a wait or an error.
         """
@@ -379,7 +380,9 @@ class RemoteLedger:
 
     def _compose(self, scheduler: Scheduler) -> tuple[Request | None, list[Event]]:
         """Return the request to send, if any, and the events to emit first."""
-        if scheduler.lines.max_concurrency != self.max_concurrency:  # an exception came in between
+        if (
+            scheduler.lines.max_concurrency != self.max_concurrency
+        ):  # ``limit_changed`` was interrupted
             scheduler.limit_changed()
         now_us, reader = self._now_us(), scheduler.reader
         can_read = reader is not None and reader.can_read(now_us)
@@ -388,7 +391,7 @@ class RemoteLedger:
         return request, self._waiting_events(scheduler)
 
     def _failed(self, scheduler: Scheduler, request: Request, error: LedgerError) -> list[str]:
-        """Note that an attempt has failed, and wake the heads: some do not wait any longer."""
+        """Note that an attempt has failed, and wake the heads, which may stop waiting now."""
         now_us = self._now_us()
         self._session.failed(request, error, now_us)
         error.__traceback__ = None  # which refers to the request

@@ -1,4 +1,4 @@
--- Answers a request in one step, as turns.py does: same rules, same names, and the comments there hold here.
+-- Answers a request in one atomic step. The rules and names are those of turns.py; see the comments there.
 --
 -- Most requests only begin a session, report, ask for permits and replace lines: these are answered here ('apply').
 -- All others are rare (a limit, a repeated request, a loss): the script returns what is stored ('read'), Python
@@ -7,7 +7,7 @@
 -- long as that took, but a second at least, and 10 s at most.
 --
 -- All reads come first: `write` only collects, and `save`, at the end, is the one place that writes. So an error
--- changes nothing. Numbers are whole and below 2^53, which Lua holds exactly. None is false.
+-- changes nothing. Numbers are whole and below 2^53, so exact (but for NEVER and FOREVER). None is false.
 --
 -- KEYS  1 ledger   hash: 'account', and each bucket by its number, as JSON objects
 --       2 recent   sorted set: serials by when they were granted
@@ -28,7 +28,8 @@ local max, min, floor, ceil = math.max, math.min, math.floor, math.ceil
 
 -- JSON and what is stored ---------------------------------------------------------------------------------------
 
-local WHOLE = string.format('%d', 2 ^ 53) == '9007199254740992' and '%d' or '%.0f' -- %d is faster, but 32 bits may not do
+-- %d is faster, but may have 32 bits.
+local WHOLE = string.format('%d', 2 ^ 53) == '9007199254740992' and '%d' or '%.0f'
 
 local function whole(number) return string.format(WHOLE, number) end
 
@@ -82,9 +83,9 @@ local function get_bucket(number)
   if buckets[number] then return buckets[number] end
   local text, lines = redis.call('HGET', LEDGER, whole(number)), {}
   local bucket = text and cjson.decode(text) or {
-    last_us = account.default_last_us, hold_us = account.default_hold_us, serial = 0, previous_us = NEVER, previous_serial = 0,
-    closed_until_us = account.default_closed_until_us, rejections = account.default_rejections, rejected_serial = 0,
-    opened_us = NEVER, lines = {},
+    last_us = account.default_last_us, hold_us = account.default_hold_us, serial = 0,
+    previous_us = NEVER, previous_serial = 0, closed_until_us = account.default_closed_until_us,
+    rejections = account.default_rejections, rejected_serial = 0, opened_us = NEVER, lines = {},
   }
   bucket.opened_us = min(bucket.opened_us, now + 2 * S)
   for _, row in ipairs(bucket.lines) do
@@ -97,8 +98,8 @@ local function get_bucket(number)
 end
 
 local function save()
-  -- What this user may not do, or another program keeps under a key, shows before anything changes.
-  -- ZADD first: Redis only looks whether there is memory at a script's first write, if that may need any.
+  -- First run each command without effect: if the user may not, or a key has another type, this fails here.
+  -- ZADD first: Redis checks its memory limit only at the first write of a script, if that one can use memory.
   redis.call('ZADD', RECENT, 'XX', 0, '')
   redis.call('ZREM', RECENT, '')
   redis.call('ZREMRANGEBYSCORE', RECENT, 1, 0)
@@ -218,12 +219,12 @@ end
 local function report(kind, serial, shard_id, period, at_us)
   local bucket = get_bucket(math.fmod(shard_id, account.max_concurrency))
   local due, back = due_us(bucket), account.period - period
-  local since_lost = back >= 0 and back < MAX_PERIODS_BACK
+  local is_after_loss = back >= 0 and back < MAX_PERIODS_BACK
   at_us = min(now, at_us + shift_us)
   if kind == UNUSED then
-    if since_lost then unused(bucket, serial, period) end
+    if is_after_loss then unused(bucket, serial, period) end
   else
-    sent(bucket, since_lost and serial or -1, at_us)
+    sent(bucket, is_after_loss and serial or -1, at_us)
   end
   if kind == REJECTED then rejected(bucket, serial, at_us) end
   if now < due and due > due_us(bucket) then bucket.opened_us = min(due, now + notice_us) end
@@ -311,7 +312,8 @@ local function replace_line(number, more, waiters)
     table.remove(waiters, 1)
   end
   put_line(bucket, #waiters > 0 and {
-    request.session, whole(now + request.lease_us), whole(waiters[1][POSITION]), whole(#waiters + more), to_json(waiters),
+    request.session, whole(now + request.lease_us), whole(waiters[1][POSITION]), whole(#waiters + more),
+    to_json(waiters),
   } or nil)
   for _, line in ipairs(bucket.lines) do count = count + line[WAITING] end
   if wait then wait[5] = count end
@@ -383,7 +385,7 @@ local function is_bounded() -- as bounds.py, which a process asks first: larger 
   return is_fine
 end
 
-local function is_forgotten() -- whether Discord's default may have to count, since nobody has read the limit
+local function is_forgotten() -- whether Discord's default may have to replace a forgotten limit
   return not account.total and request.can_read == 0 and is_reset_due()
 end
 
@@ -394,7 +396,7 @@ local function rows(text) -- what is stored
   }
 end
 
-local function begins_plainly() -- a new session that has only to be made known
+local function begins_plainly() -- whether this introduction only adds a session
   local other_bot = account.bot ~= '' and new[BOT] ~= '' and account.bot ~= new[BOT]
   return #new[LIMIT] == 0 and new[GRANTED] <= account.granted and not other_bot and not redis.call('GET', REPLACED)
 end
@@ -412,9 +414,12 @@ if ARGV[2] == 'store' and ARGV[3] == changed then
   return {tag, 'stored'}
 end
 local number, at, created = string.match(session or '', '^(%d+) (%d+) (%S+)')
-local is_next = number and request.number == number + 1 and now - at <= SILENT and account and account.created == created
 local is_plain = account and #given[16] == 0 and is_bounded() and not lost() and not is_forgotten()
-if #new > 0 then is_plain = is_plain and not session and begins_plainly() else is_plain = is_plain and is_next end
+if #new > 0 then
+  is_plain = is_plain and not session and begins_plainly()
+else -- `created` is another one if the key `ledger` was deleted
+  is_plain = is_plain and number and request.number == number + 1 and now - at <= SILENT and created == account.created
+end
 if ARGV[2] ~= 'read' and is_plain then
   local text = apply()
   return request.look ~= 0 and rows(text) or {tag, text}

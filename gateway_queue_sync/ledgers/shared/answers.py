@@ -72,7 +72,7 @@ class Answers:
         changes: limit changes that are done.
         limit_changed: the session start limit or the buckets may have changed.
         read: this process should read the limit now.
-        uncounted: how many session starts a read says are left, if fewer count; else ``None``.
+        uncounted: what a read says is left, if a smaller number counts instead; else ``None``.
         rejected_often: the shards whose rejected permit was the tenth in a row of its bucket.
         look: the waiters of all processes, if the request asked for them.
         error: the ledger refuses this process, or its latest request.

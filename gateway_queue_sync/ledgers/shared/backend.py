@@ -27,11 +27,12 @@ class Backend(Protocol):
 
         Raises:
             Unreachable: there was no answer.
+            Busy: another process has the ledger locked; the request was not applied.
             LedgerError: the ledger cannot be used; the file is another program's, for example.
         """
 
     def relay(self, request: Request) -> Reply:
-        """Have the ledger apply a request of another process, by that one's clock. From any thread.
+        """Have the ledger apply a request whose times are by another process's clock. From any thread.
 
         The times in the request are moved by ``now_us - sent_us``. Raises as ``ask``.
         """

@@ -87,7 +87,7 @@ def _counts(request: Request) -> Iterator[Bound]:
             yield "shard_id", waiter.shard_id, 0, MAX_COUNTER
     for report in request.reports:
         yield "kind of report", report.kind, 0, REJECTED
-        yield "serial", report.serial, 1, MAX_COUNTER + MAX_COUNTER - 1
+        yield "serial", report.serial, 1, MAX_NUMBER
         yield "shard_id", report.shard_id, 0, MAX_COUNTER
     for limit in _limits(request):
         yield "kind of limit", limit.kind, 0, FORGET

@@ -193,7 +193,7 @@ class HttpBackend:
         self._disconnect()
 
     def __del__(self) -> None:
-        if hasattr(self, "_idle"):  # it was made in whole
+        if hasattr(self, "_idle"):  # else the constructor has raised
             self._disconnect()
 
     # --- forks ------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class _LookUp:
         if thread.is_alive():
             raise TimeoutError(f"the look-up of {self._name} timed out")
         if isinstance(self._found, OSError):
-            raise OSError(*self._found.args)  # another one: its traceback is this call's
+            raise OSError(*self._found.args)  # a new one, with a traceback of this call only
         return self._found
 
     def _run(self) -> None:
@@ -271,7 +271,7 @@ def _open(addresses: list[Any], give_up: float) -> socket.socket:
     try:
         raise failure
     finally:
-        del failure  # else its frame and it hold each other
+        del failure  # else the exception and this frame refer to each other
 
 
 def _now() -> float:

@@ -38,7 +38,7 @@ def create(rows: Rows, new: Introduction) -> None:
 
 
 def recover(rows: Rows, new: Introduction) -> None:
-    """Repair an account that has lost grants which this process knows."""
+    """Repair an account that has lost grants, with what this process knows of it."""
     account = rows.kept
     account.layout = max(account.layout, new.layout + 1)
     account.granted = new.granted
@@ -56,7 +56,7 @@ def change(rows: Rows, limit: Limit) -> tuple[int, int]:
         return messages.APPLIED, uncounted
     if limit.kind != messages.UPDATE:
         account.reader = "" if account.reader == rows.request.session else account.reader
-        is_late = rows.request.sent_us - limit.asked_us > UNSEEN_US  # so not all grants since count
+        is_late = rows.request.sent_us - limit.asked_us > UNSEEN_US  # grants since may be deleted
         before_reset = limit.reset_after_us > 0 and not given.reset_after
         if before_reset or (is_late and account.total is not None):
             return messages.NOT_APPLIED, uncounted

@@ -21,9 +21,7 @@ MAX_NUMBER = (1 << 53) - 1  # what Lua holds exactly
 MAX_TEXT = 300  # characters
 MAX_AGE_US = 7 * 86_400_000_000  # of a waiter
 MAX_HEAD_START_US = 86_400_000_000
-MAX_HOLD_US = (
-    12_000_000  # of a permit: 10 s for a client that reports, 2 s for a long way to the ledger
-)
+MAX_HOLD_US = 12_000_000  # 10 s for a client that reports, 2 s for a margin that was raised
 MAX_COUNTER = 1 << 52  # the maximum of granted, period and layout in an introduction
 
 
@@ -61,7 +59,7 @@ class Report(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """A session start limit as it was at ``at_us``. The read of one that was read began at ``asked_us``.
+    """A session start limit as it was at ``at_us``. If it was read, the read began at ``asked_us``.
 
     The kind ``FORGET`` deletes the limit and the bot of the account; its numbers are ignored.
     """
@@ -152,7 +150,7 @@ class Ready(NamedTuple):
 
 
 class Rejections(NamedTuple):
-    """How many permits of its bucket have been rejected in a row, with that of ``serial``."""
+    """How many permits of a bucket were rejected in a row, up to and with the one of ``serial``."""
 
     serial: int
     in_a_row: int
@@ -192,7 +190,7 @@ class Reply(NamedTuple):
     differs: int  # processes have different intervals or margins
     read: int  # this process should read the limit now
     limit_result: int
-    uncounted: int  # how many a read says are left, if fewer count; else -1
+    uncounted: int  # what a read says is left, if a smaller number counts instead; else -1
     rejections: tuple[Rejections, ...] = ()
     permits: tuple[Granted, ...] = ()
     waits: tuple[Wait, ...] = ()

@@ -290,7 +290,7 @@ def disconnect(client: Client) -> None:
         client.disconnect_connection_pools()  # type: ignore[no-untyped-call]
     else:
         client.connection_pool.disconnect(inuse_connections=False)
-        if client.connection is not None:  # its only one, which is in use all the time
+        if client.connection is not None:  # a client made with single_connection_client=True
             client.connection.disconnect()  # type: ignore[no-untyped-call]
 
 
@@ -420,5 +420,5 @@ def _among(names: set[str], given: dict[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in given.items()
-        if name in names and value is not defaults[name].default  # which need not pickle
+        if name in names and value is not defaults[name].default  # some cannot be pickled
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gateway_queue_sync.clock import FOREVER_US
 from gateway_queue_sync.models import US_PER_SECOND
 
-MAX_MARGIN_US = 2 * US_PER_SECOND  # to which the margin is raised
+MAX_RAISED_US = 2 * US_PER_SECOND  # to which the margin is raised
 MANY_LATE = 3  # replies with late permits, in a row
 MANY_SLOW = 3  # round trips, in a row
 MANY_TRIPS = 20  # after which a margin that was raised may be lowered
@@ -15,9 +15,9 @@ PAUSE_US = 30 * US_PER_SECOND
 class RoundTrips:
     """The round trips of one process to its ledger.
 
-    A process whose permits come late again and again would give each back, while the others wait for
-    nothing. So it raises its margin, and its permits are held for the difference: the windows after them
-    become longer, no others. At the maximum it asks for no permits for a while.
+    If permits come late again and again, the process would give each one back, and the others would wait
+    in vain. So it raises its margin, and its permits are held for the difference: the windows after them
+    become longer, no others. If permits are late even at the maximum, it asks for none for a while.
 
     Attributes:
         margin_us: how old a permit may be when it reaches its caller: the margin of the settings, or
@@ -62,11 +62,11 @@ class RoundTrips:
     def _note_late(self, age_us: int, now_us: int) -> list[str]:
         """Raise the margin or pause if permits were late in several replies in a row.
 
-        Then round trips are long, or replies are lost: what is sent again has aged meanwhile.
+        They are late if round trips are long, or if a reply was lost and the request was sent again.
         """
         self._late += 1
         said = f"the ledger answers after {age_us / US_PER_SECOND:.2f} s"
-        margin_us = min(age_us * 3 // 2, MAX_MARGIN_US)
+        margin_us = min(age_us * 3 // 2, MAX_RAISED_US)
         if self._late >= MANY_LATE - 1 and margin_us > self.margin_us:
             self.margin_us, self._late = margin_us, 0
             raised = f"it is raised to {margin_us / US_PER_SECOND:.2f} s"

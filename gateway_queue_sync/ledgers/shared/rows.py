@@ -16,7 +16,7 @@ from gateway_queue_sync.models import US_PER_SECOND
 
 MAX_SETTINGS_US = MAX_LEASE_US + MAX_INTERVAL_US + MAX_MARGIN_US
 MAX_NOTICE_US = 2 * US_PER_SECOND  # the longest time that heads get to learn of an opening
-MAX_PERIODS_BACK = 100  # a permit from an earlier period was lost, and is not refunded
+MAX_PERIODS_BACK = 100  # a permit from so many periods ago counts as one from before a loss
 DIFFERS_US = 60 * US_PER_SECOND  # how long replies say that processes have different settings
 READ_CLAIM_US = 10 * US_PER_SECOND  # how long other processes leave a read to the one that began it
 
@@ -93,7 +93,7 @@ class Rows:
             self.bucket(number)
 
     def divide(self, max_concurrency: int) -> None:
-        """Replace all buckets, with their lines, by new ones that are closed as long as any of them.
+        """Replace all buckets by new ones without lines, closed until the last old one would open.
 
         So all sessions send their lines again. If the number of buckets changes, they get time for it.
         """
@@ -108,7 +108,9 @@ class Rows:
             default.closed_until_us = max(default.closed_until_us, bucket.closed_until_us)
             if bucket.rejected_serial in (bucket.serial, bucket.previous_serial):
                 default.rejections = max(default.rejections, bucket.rejections)
-        begins = self.request.introduction is not None  # many that start must not stop all
+        begins = (
+            self.request.introduction is not None
+        )  # else each start would close the buckets for all
         if others and not begins and max_concurrency != account.max_concurrency:
             account.settle_until_us = self.now_us + self.notice_us
         self.store.drop_buckets()

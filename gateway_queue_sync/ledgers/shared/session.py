@@ -51,7 +51,7 @@ FIRST_PAUSE_US = 50_000  # before a failed request is sent again; doubled each t
 BUSY_PAUSE_US = 5_000  # the same, if another process has locked the ledger
 MAX_PAUSE_US = 2 * US_PER_SECOND
 MAX_BUSY_PAUSE_US = 200_000
-FORGOTTEN_US = 50 * US_PER_SECOND  # a ledger removes sessions that are silent for 60 s
+RENEW_AFTER_US = 50 * US_PER_SECOND  # a ledger removes sessions that are silent for 60 s
 KINDS = {models.Report.SENT: 0, models.Report.UNUSED: 1, models.Report.REJECTED: 2}
 UNKNOWN_FATE = "the limit may or may not have been applied"
 
@@ -181,7 +181,7 @@ class Session:
         send = self._lines_to_send(lines, now_us) if self._number else []
         if self._number and not (send or self._wants_now()):
             return None
-        if self._number and now_us - self._answered_us > FORGOTTEN_US:
+        if self._number and now_us - self._answered_us > RENEW_AFTER_US:
             self._start_anew()
         if not self._number:
             request = self._new_request(can_read)._replace(introduction=self._introduction(now_us))
@@ -312,7 +312,7 @@ class Session:
     def _refused(self, request: Request, answers: Answers, now_us: int) -> None:
         """Drop a request that the ledger refused, since it would refuse it again.
 
-        An introduction is sent again, with pauses, because waiting is only possible after it.
+        An introduction is sent again, with pauses: without one, no other request is accepted.
         """
         if request.introduction is not None:
             self.failed(request, answers.error or LedgerError(), now_us)
@@ -442,7 +442,7 @@ def budget_of(reply: Reply) -> Budget | None:
 
 
 def _held(line: Line, hold_us: int) -> Line:
-    """Return a line whose permits are held for longer."""
+    """Return a line that asks for permits whose windows start ``hold_us`` later."""
     waiters = (one._replace(hold_us=one.hold_us + hold_us) for one in line.waiters)
     return line._replace(waiters=tuple(waiters)) if hold_us else line
 

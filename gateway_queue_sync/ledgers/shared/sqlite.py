@@ -83,7 +83,7 @@ class SqliteBackend:
                     self._asks = False
                     if self._closes:
                         self._disconnect()
-        finally:  # not earlier: a log may be slow, and others wait for the file
+        finally:  # after the lock is released, because a log handler may be slow
             warnings, self._warnings = self._warnings, []
             for warning in warnings:
                 log.warning("%r %s", self, warning)
@@ -255,7 +255,7 @@ class SqliteBackend:
 
     def after_fork_in_parent(self) -> None:
         """Go on after a fork."""
-        if self._is_inside() and not self._asks:  # else the fork came amid a request of this thread
+        if self._is_inside() and not self._asks:  # else a signal handler forked during a request
             self._io.release()
 
     def begin_in_child(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple, Protocol
 
 from gateway_queue_sync.ledgers.shared.messages import Waiter, from_wire, to_wire
@@ -56,7 +56,7 @@ class SharedBucket(TokenBucket):
     """A bucket, with the lines of all sessions that wait for it.
 
     Attributes:
-        opened_us: from when graces count at the earliest, after the bucket opened early.
+        opened_us: if the bucket opened early, the earliest time from which graces count.
         lines: at most one of each session.
     """
 
@@ -78,7 +78,7 @@ class SharedAccount(Account):
         interval_until_us, margin_until_us: until when a smaller one does not count.
         differs_until_us: until when replies say that processes have different ones.
         layout: counts how often all buckets were replaced; a request's lines must be for the latest.
-        opened_us: from when graces count at the earliest, after buckets or session starts came free.
+        opened_us: the same for all buckets, after a shorter window or new session starts.
         settle_until_us: no permit is granted until then, because sessions send their lines again.
         reader, reader_until_us: the session that reads the limit, and until when no other may.
         read_us, read_due_us: when the limit was read, and when it should be again. Only a process that
@@ -104,6 +104,14 @@ class SharedAccount(Account):
         """Whether a process that can read the limit uses this account, or has used it."""
         return self.read_us > NEVER
 
+
+ACCOUNT_FIELDS = [
+    field.name
+    for field in fields(SharedAccount)
+    if field.name not in ("buckets", "default_bucket", "recent", "patience_us", "other_reset")
+]
+DEFAULT_FIELDS = ("last_us", "hold_us", "closed_until_us", "rejections")  # of the default bucket
+BUCKET_FIELDS = [field.name for field in fields(SharedBucket)]  # the lines come last
 
 SILENT_US = 60 * US_PER_SECOND
 """How long after its last request a session counts as removed."""

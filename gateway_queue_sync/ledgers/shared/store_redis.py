@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from gateway_queue_sync.ledgers.shared.messages import Request
 from gateway_queue_sync.ledgers.shared.store import (
+    ACCOUNT_FIELDS,
+    BUCKET_FIELDS,
+    DEFAULT_FIELDS,
     SILENT_US,
     LineRow,
     SessionRow,
@@ -19,10 +21,6 @@ from gateway_queue_sync.token_bucket import TokenBucket
 
 KEYS = ("ledger", "recent", "session", "replaced", "claim", "probe")
 _LEDGER, _RECENT, _SESSION, _REPLACED = 1, 2, 3, 4  # as Lua counts
-_APART = {"buckets", "default_bucket", "recent", "patience_us", "other_reset"}
-_ACCOUNT = [field.name for field in fields(SharedAccount) if field.name not in _APART]
-_BUCKET = [field.name for field in fields(SharedBucket)]
-_DEFAULT = ("last_us", "hold_us", "closed_until_us", "rejections")
 
 
 class RedisStore:
@@ -70,21 +68,23 @@ class RedisStore:
         row = self._account
         if row is None:
             return None
-        values = {name: row[name] for name in _ACCOUNT}
+        values = {name: row[name] for name in ACCOUNT_FIELDS}
         values["total"] = _or_none(row["total"])
         values["resets_at_us"] = _or_none(row["resets_at_us"])
         account = SharedAccount(**values)
         account.refresh_owed = bool(account.refresh_owed)
-        account.default_bucket = TokenBucket(**{name: row[f"default_{name}"] for name in _DEFAULT})
+        account.default_bucket = TokenBucket(
+            **{name: row[f"default_{name}"] for name in DEFAULT_FIELDS}
+        )
         if row["other_reset_us"] is not False:
             account.other_reset = row["other_reset_us"], row["other_read_us"]
         return account
 
     def put_account(self, account: SharedAccount) -> None:
         before = self._account or {"run": "", "replid": ""}
-        row = {name: getattr(account, name) for name in _ACCOUNT}
+        row = {name: getattr(account, name) for name in ACCOUNT_FIELDS}
         row["refresh_owed"] = int(account.refresh_owed)
-        row |= {f"default_{name}": getattr(account.default_bucket, name) for name in _DEFAULT}
+        row |= {f"default_{name}": getattr(account.default_bucket, name) for name in DEFAULT_FIELDS}
         row["other_reset_us"], row["other_read_us"] = account.other_reset or (None, None)
         row |= {
             "run": self._run or before["run"],
@@ -105,7 +105,7 @@ class RedisStore:
 
     def put_bucket(self, number: int, bucket: SharedBucket) -> None:
         if bucket != self.bucket(number):
-            row = {name: getattr(bucket, name) for name in _BUCKET}
+            row = {name: getattr(bucket, name) for name in BUCKET_FIELDS}
             text = _json(row | {"lines": [line.text() for line in bucket.lines]})
             self._rows[str(number)] = text
             self._write("HSET", _LEDGER, number, text)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from dataclasses import fields
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 from gateway_queue_sync.ledgers.shared.store import (
+    ACCOUNT_FIELDS,
+    BUCKET_FIELDS,
+    DEFAULT_FIELDS,
     SILENT_US,
     LineRow,
     SessionRow,
@@ -40,22 +42,18 @@ class Kept(NamedTuple):
     generation: int
 
 
-_NOT_COLUMNS = {"buckets", "default_bucket", "recent", "patience_us", "other_reset"}
-_ACCOUNT = [field.name for field in fields(SharedAccount) if field.name not in _NOT_COLUMNS]
-_DEFAULT = ("last_us", "hold_us", "closed_until_us", "rejections")
-_BUCKET = [field.name for field in fields(SharedBucket)]  # the lines, which are JSON, come last
 _account_values, _default_values, _bucket_values = (
-    attrgetter(*columns) for columns in (_ACCOUNT, _DEFAULT, _BUCKET)
+    attrgetter(*columns) for columns in (ACCOUNT_FIELDS, DEFAULT_FIELDS, BUCKET_FIELDS)
 )
 _ALL_OF_ACCOUNT = (
-    *_ACCOUNT,
-    *(f"default_{column}" for column in _DEFAULT),
+    *ACCOUNT_FIELDS,
+    *(f"default_{column}" for column in DEFAULT_FIELDS),
     *("other_reset_us", "other_read_us"),
     *Kept._fields,
 )
 _TABLES = {  # the rest of the key after ``name``, and the columns
     "account": ("", _ALL_OF_ACCOUNT),
-    "bucket": (", number", ("number", *_BUCKET)),
+    "bucket": (", number", ("number", *BUCKET_FIELDS)),
     "session": (", session", SessionRow._fields),
     "recent": (", serial", ("serial", "wall_us")),
 }
@@ -125,10 +123,10 @@ class SqliteStore:
         if self._account is None:
             return None
         values = dict(zip(_ALL_OF_ACCOUNT, self._account, strict=True))
-        account = SharedAccount(**{column: values[column] for column in _ACCOUNT})
+        account = SharedAccount(**{column: values[column] for column in ACCOUNT_FIELDS})
         account.refresh_owed = bool(account.refresh_owed)
         account.default_bucket = TokenBucket(
-            **{column: values[f"default_{column}"] for column in _DEFAULT}
+            **{column: values[f"default_{column}"] for column in DEFAULT_FIELDS}
         )
         if values["other_reset_us"] is not None:
             account.other_reset = values["other_reset_us"], values["other_read_us"]

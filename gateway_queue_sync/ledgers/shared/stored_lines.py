@@ -22,7 +22,7 @@ from gateway_queue_sync.models import US_PER_SECOND
 from gateway_queue_sync.token_bucket import Denial, Reason
 
 MAX_COUNT_AGE_US = 100_000  # after the latest request, until changed counts are sent
-MAX_WAIT_US = messages.MAX_AGE_US - 86_400 * US_PER_SECOND  # minus a day in which it is sent again
+MAX_WAIT_US = messages.MAX_AGE_US - 86_400 * US_PER_SECOND  # a day less, since it may be sent again
 REASONS = (Reason.WINDOW, Reason.BUDGET, Reason.RESET)
 
 
@@ -32,7 +32,7 @@ class Head(NamedTuple):
     number: int
     ask_us: int  # when it asks next
     opens_us: int  # in how long the bucket opens, from when the request was sent
-    others: int  # who wait for it in other processes
+    others: int  # how many wait for it in other processes
 
 
 class StoredLines:
@@ -123,7 +123,7 @@ class StoredLines:
     def note(self, request: Request, reply: Reply, now_us: int) -> dict[int, Denial]:
         """Note what the ledger has stored. Return the denials of those that it has answered.
 
-        These are all that ask ``once``, and the first that stays.
+        It has answered those at the front that ask ``once``, and the first one that does not.
         """
         granted = {one.waiter for one in reply.permits}
         waits = {one.bucket: one for one in reply.waits}

@@ -171,7 +171,7 @@ class _Step:
         )
 
     def with_look(self, reply: Reply) -> Reply:
-        """Return a reply with who waits, if the request asked for it. Nothing is stored after that."""
+        """Add a look if the request asked for it. Call it last: rows that it reads are not saved."""
         return reply._replace(look=self.look()) if self.request.look else reply
 
     def reply(self, status: int, error: str = "", *, read: int = 0) -> Reply:
@@ -285,15 +285,13 @@ class _Step:
         permit = Permit(report.shard_id, report.shard_id % account.max_concurrency)
         permit.serial, permit.period = report.serial, report.period
         at_us = min(self.now_us, report.at_us + self.shift_us)
-        since_lost = 0 <= account.period - report.period < MAX_PERIODS_BACK
+        is_after_loss = 0 <= account.period - report.period < MAX_PERIODS_BACK
         if report.kind == messages.UNUSED:
-            if since_lost:
+            if is_after_loss:
                 self._refund(permit)
         else:
-            if not since_lost:
-                permit.serial = (
-                    -1
-                )  # the bucket's latest permit may have the same, and is another one
+            if not is_after_loss:  # the bucket's latest permit may have the same serial
+                permit.serial = -1
             token_bucket.sent(account, permit, at_us)
             permit.serial = report.serial
         if report.kind == messages.REJECTED:
@@ -305,7 +303,7 @@ class _Step:
             bucket.opened_us = min(due_us, self.now_us + self.rows.notice_us)
 
     def _refund(self, permit: Permit) -> None:
-        """Undo a grant. ``remaining`` stays if a read since has not counted this permit."""
+        """Undo a grant. If a later read did not count this permit, ``remaining`` does not change."""
         account = self.rows.kept
         recent, is_recent = account.recent, self.store.drop_recent(permit.serial)
         # ``token_bucket.unused`` does not change ``remaining`` if the permit is missing in ``recent``.

@@ -65,9 +65,10 @@ def rebucket(account: Account, max_concurrency: int) -> None:
         for bucket in known
         if bucket.rejected_serial in (bucket.serial, bucket.previous_serial)
     ]
+    last_us = max(bucket.last_us for bucket in known)
     default = TokenBucket(
-        max(bucket.last_us for bucket in known),
-        max(bucket.hold_us for bucket in known),
+        last_us,
+        max(bucket.last_us + bucket.hold_us for bucket in known) - last_us,
         closed_until_us=max(bucket.closed_until_us for bucket in known),
         rejections=max(series, default=0),
         rejected_serial=0 if series else -1,  # 0 is the serial of a bucket that has not granted

@@ -971,7 +971,7 @@ DEFECTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "a claim lasts for ever": (
         SCRIPT,
         [
-            (", 'PX', whole(min(max(1000, 2 * trip_ms), 10000))", ""),
+            (", 'PX', whole(min(max(1000, 2 * trip_ms), 4000))", ""),
             ("if claim then write('UNLINK', CLAIM) end\n", ""),
         ],
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import pickle
@@ -304,6 +305,18 @@ def test_a_right_that_is_taken_away_meanwhile_changes_nothing(server, command):
     user(server)
     one.number = number
     assert [one.say(lines=line, reports=report).permits[0].serial] == [permit.serial + 1]
+
+
+def test_an_account_of_another_version_is_refused(server):
+    one = Talker(RedisBackend(user(server), "default", SYSTEM_CLOCK))
+    one.introduce()
+    with server.client() as client:
+        (key,) = client.keys("*:ledger")
+        account = json.loads(client.hget(key, "account"))
+        client.hset(key, "account", json.dumps(account | {"version": 1}))
+    with pytest.raises(LedgerError, match="written by another version of this package") as caught:
+        one.ask()
+    assert not isinstance(caught.value, Unreachable)
 
 
 @pytest.mark.parametrize("command", ["eval", "evalsha"])

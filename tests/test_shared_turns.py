@@ -429,6 +429,65 @@ def test_a_session_that_is_alone_is_not_known_after_a_minute_either(ledger):
     assert (reply.status, reply.lost) == (INTRODUCE, 0)
 
 
+# --- holds ----------------------------------------------------------------------------------------
+
+
+def opens_us(ledger, talker) -> int:
+    return talker.ask(99, once=1).waits[0].opens_us
+
+
+@pytest.fixture
+def holder(ledger) -> tuple[Talker, messages.Granted]:
+    talker = ledger.talker()
+    ledger.later(WINDOW)
+    return talker, talker.ask(hold_us=10 * S).permits[0]
+
+
+def test_a_held_permit_keeps_its_bucket_closed_until_its_report(ledger, holder):
+    talker, permit = holder
+    assert opens_us(ledger, talker) == 10 * S + WINDOW
+    ledger.later(S)
+    assert (
+        talker.say(reports=(Report(SENT, permit.serial, 0, permit.period, ledger.now_us),)).status
+        == OK
+    )
+    assert opens_us(ledger, talker) == WINDOW
+
+
+def test_a_loss_closes_for_the_longest_hold_too(ledger, holder):
+    talker, _ = holder
+    ledger.answer(talker.latest, lost=True)
+    assert opens_us(ledger, ledger.talker("b", limit=None)) == 10 * S + WINDOW
+
+
+def test_other_buckets_are_closed_for_as_long_as_a_hold_lasts(ledger, holder):
+    talker, _ = holder
+    ledger.later(4 * S)
+    talker.say(limit=limit(UPDATE, buckets=2, at_us=ledger.now_us))
+    assert opens_us(ledger, talker) == 6 * S + WINDOW
+    ledger.later(40 * S)
+    talker.say(limit=limit(UPDATE, buckets=3, at_us=ledger.now_us))
+    assert talker.ask(99, once=1).permits
+
+
+def test_a_refused_request_does_not_store_a_loss(ledger, holder):
+    talker, _ = holder
+    granted = ledger.store._account.period
+    refused = talker.latest._replace(interval_us=3600 * S)
+    assert ledger.answer(refused, lost=True).status == REFUSED
+    assert ledger.store._account.period == granted
+
+
+def test_a_refund_that_is_repeated_after_an_interrupt_is_sent_once(alone):
+    ledger, session, lines = alone
+    join(ledger, session, lines)
+    (permit,) = exchange(ledger, session, lines).permits
+    for _ in range(2):
+        session.report(permit, Said.UNUSED, ledger.now_us)
+    request = session.compose(lines, ledger.now_us, can_read=False)
+    assert len(request.reports) == 1
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

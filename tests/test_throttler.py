@@ -96,7 +96,7 @@ def node(queue, monkeypatch):
     """Return what runs Node with a throttler, by default for a broker that is there."""
     if shutil.which("node") is None:
         pytest.skip("there is no node here")
-    monkeypatch.setattr(waiting, "CLOSED_US", -1)  # windows start at grants and reports alone
+    monkeypatch.setattr(waiting, "HOLD_US", 0)  # windows start at grants
     with ExitStack() as stack:
         broker = stack.enter_context(serve(queue, port=0, secret="s3cret"))
 

@@ -4,7 +4,7 @@
 -- All others are rare (a limit, a repeated request, a loss): the script returns what is stored ('read'), Python
 -- computes with turns.py what is to be written, and the script writes it ('store') if nothing was written in
 -- between. If something was, nobody else is answered until the process has stored its result: at most for twice as
--- long as that took, but a second at least, and 10 s at most.
+-- long as that took, but a second at least, and 4 s at most.
 --
 -- All reads come first: `write` only collects, and `save`, at the end, is the one place that writes. So an error
 -- changes nothing. Numbers are whole and below 2^53, so exact (but for NEVER and FOREVER). None is false.
@@ -19,6 +19,7 @@
 
 local LEDGER, RECENT, SESSION, REPLACED, CLAIM, PROBE = unpack(KEYS)
 local S, NEVER, MAX_PERIODS_BACK = 1e6, -2 ^ 62, 100
+local VERSION = 6 -- of what is stored, as in store_redis.py
 local UNUSED, REJECTED = 1, 2 -- kinds of report; 0: sent
 local WINDOW, BUDGET, RESET = 0, 1, 2 -- why there is no permit
 local NUMBER, SHARD_ID, ARRIVED, POSITION, ONCE, HOLD = 1, 2, 3, 4, 5, 6 -- of a waiter
@@ -62,6 +63,9 @@ local wall, shift_us = tonumber(ARGV[7]) or now, now - request.sent_us
 local notice_us = min(floor(request.lease_us / 3), 2 * S)
 local stored = redis.call('HGET', LEDGER, 'account')
 local account = stored and cjson.decode(stored)
+if account and account.version ~= VERSION then
+  return redis.error_reply('ERR it was written by another version of this package; to begin anew, delete its keys')
+end
 local session = redis.call('GET', SESSION)
 local buckets, refunded, writes = {}, {}, {}
 local rejections, permits, waits, reset_denied = {}, {}, {}, false
@@ -282,7 +286,7 @@ local function ask(number, head) -- a permit, or a wait
   if resets_at_us and account.resets_at_us ~= resets_at_us then
     account.opened_us = max(account.opened_us, reset_us)
   end
-  bucket.hold_us = head[HOLD]
+  bucket.hold_us, account.held_us = head[HOLD], max(account.held_us, head[HOLD])
   for _, line in ipairs(ahead) do line[UNTIL] = whole(now) end
   write('ZADD', RECENT, whole(wall), whole(account.granted))
   write('ZREMRANGEBYSCORE', RECENT, '-inf', '(' .. whole(wall - 2 * UNSEEN))
@@ -424,9 +428,10 @@ if ARGV[2] ~= 'read' and is_plain then
   local text = apply()
   return request.look ~= 0 and rows(text) or {tag, text}
 end
-if ARGV[2] == 'store' and not (number and request.number <= tonumber(number)) then -- no copy of it was stored
+local is_new = #new > 0 and not session or number and request.number > tonumber(number) -- no copy of it was stored
+if ARGV[2] == 'store' and is_new then
   local trip_ms = floor((now - ARGV[5]) / 1000)
-  write('SET', CLAIM, request.session, 'PX', whole(min(max(1000, 2 * trip_ms), 10000)))
+  write('SET', CLAIM, request.session, 'PX', whole(min(max(1000, 2 * trip_ms), 4000)))
   save()
 end
 return rows('')

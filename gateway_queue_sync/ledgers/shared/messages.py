@@ -176,7 +176,7 @@ class Reply(NamedTuple):
     number: int
     status: int
     error: str
-    lost: int  # the ledger is new or has lost requests: all buckets are closed for one window
+    lost: int  # the ledger is new or has lost requests: all buckets are closed for a window
     now_us: int
     granted: int
     period: int

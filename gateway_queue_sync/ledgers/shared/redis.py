@@ -146,13 +146,7 @@ class RedisBackend:
             self._try_commands()
         rare = not request.session or request.limit or refusal(request)
         text, *rows = self._run(request, "read" if rare else "apply")
-        if not text:
-            reply = self._compute(request, rows)
-        else:
-            reply = from_wire(Reply, json.loads(text))
-            if rows:
-                store = RedisStore(rows, request)
-                reply = reply._replace(look=look(store, request, store.now_us, store.wall_us))
+        reply = _reply(request, text, rows) if text else self._compute(request, rows)
         check_reply(request, reply)
         return reply
 
@@ -165,7 +159,7 @@ class RedisBackend:
                 return reply
             text, *rows = self._run(request, "store", store)
             if text:
-                return reply if text == "stored" else from_wire(Reply, json.loads(text))
+                return reply if text == "stored" else _reply(request, text, rows)
         raise Busy(f"{self!r} changes again and again")
 
     def _run(self, request: Request, mode: str, store: RedisStore | None = None) -> list[Any]:
@@ -251,6 +245,15 @@ class RedisBackend:
         """Close a client that was made here. One that was passed belongs to its owner."""
         if self._made and self._client is not None:
             self._client.close()
+
+
+def _reply(request: Request, text: str, rows: list[Any]) -> Reply:
+    """Return a reply of the script. If it comes with rows, the request asks for a look, too."""
+    reply = from_wire(Reply, json.loads(text))
+    if rows:
+        store = RedisStore(rows, request)
+        reply = reply._replace(look=look(store, request, store.now_us, store.wall_us))
+    return reply
 
 
 def made_from(url: str) -> redis.Redis:

@@ -103,8 +103,9 @@ class Rows:
         for bucket in account.buckets.values():
             assert isinstance(bucket, SharedBucket)
             others += bucket.waiting(but_for=self.request.session)
+            held_until_us = max(default.last_us + default.hold_us, bucket.last_us + bucket.hold_us)
             default.last_us = max(default.last_us, bucket.last_us)
-            default.hold_us = max(default.hold_us, bucket.hold_us)
+            default.hold_us = held_until_us - default.last_us
             default.closed_until_us = max(default.closed_until_us, bucket.closed_until_us)
             if bucket.rejected_serial in (bucket.serial, bucket.previous_serial):
                 default.rejections = max(default.rejections, bucket.rejections)
@@ -125,7 +126,7 @@ class Rows:
         return max(due_us, account.settle_until_us)
 
     def lose(self, period: int = 0) -> None:
-        """Close all buckets for one window, and ask for all lines, because requests were lost.
+        """Close all buckets for one window and the longest hold, because requests were lost.
 
         The serials of lost grants are used again. So the period gets a number that it cannot have had
         before the loss: it shows which permits are from before, and these cannot be given back.
@@ -133,6 +134,7 @@ class Rows:
         account = self.kept
         self.divide(account.max_concurrency)
         account.default_bucket.last_us = self.now_us
+        account.default_bucket.hold_us = account.held_us  # permits that were lost may be held
         account.period = max(max(account.period, period) + MAX_PERIODS_BACK, self.wall_us)
 
     def save(self) -> None:

@@ -116,9 +116,13 @@ class Session:
 
     def report(self, permit: Permit, report: models.Report, now_us: int) -> None:
         """Add a report to the next request."""
-        self._reports.append(
-            Report(KINDS[report], permit.serial, permit.shard_id, permit.period, now_us)
-        )
+        kind = KINDS[report]
+        one = Report(kind, permit.serial, permit.shard_id, permit.period, now_us)
+        if kind == messages.UNUSED:
+            if permit.returned:
+                return  # repeated, after an interrupt: it would be refunded twice
+            permit.returned = True
+        self._reports.append(one)
 
     def change_limit(
         self,

@@ -75,6 +75,7 @@ class SharedAccount(Account):
     Attributes:
         bot: the id of the bot that starts the sessions; empty if unknown.
         interval_us, margin_us: the largest of all live processes; together the window.
+        held_us: the longest time for which a permit was held.
         interval_until_us, margin_until_us: until when a smaller one does not count.
         differs_until_us: until when replies say that processes have different ones.
         layout: counts how often all buckets were replaced; a request's lines must be for the latest.
@@ -88,6 +89,7 @@ class SharedAccount(Account):
     bot: str = ""
     interval_us: int = 0
     margin_us: int = 0
+    held_us: int = 0
     interval_until_us: int = NEVER
     margin_until_us: int = NEVER
     differs_until_us: int = NEVER

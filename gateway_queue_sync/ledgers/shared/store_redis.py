@@ -19,6 +19,7 @@ from gateway_queue_sync.ledgers.shared.store import (
 )
 from gateway_queue_sync.token_bucket import TokenBucket
 
+VERSION = 6  # of what is stored, as in answer.lua
 KEYS = ("ledger", "recent", "session", "replaced", "claim", "probe")
 _LEDGER, _RECENT, _SESSION, _REPLACED = 1, 2, 3, 4  # as Lua counts
 
@@ -87,6 +88,7 @@ class RedisStore:
         row |= {f"default_{name}": getattr(account.default_bucket, name) for name in DEFAULT_FIELDS}
         row["other_reset_us"], row["other_read_us"] = account.other_reset or (None, None)
         row |= {
+            "version": VERSION,
             "run": self._run or before["run"],
             "replid": self._replid or before["replid"],
             "created": self._created,

@@ -20,7 +20,7 @@ from gateway_queue_sync.ledgers.shared.store import (
 from gateway_queue_sync.token_bucket import NEVER, TokenBucket
 
 APPLICATION_ID = 0x47515359  # "GQSY": the file is this library's
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 MAX_REMOVED = 4  # silent sessions that one request deletes
 
 

@@ -73,14 +73,14 @@ def answer(
     """
     step = _Step(store, request, now_us, wall_us)
     account = step.rows.account
+    error = refusal(request) or step.other_bot()
+    if error:
+        return step.reply(messages.REFUSED, error)
     if lost and account is not None and request.session:
         step.lost = 1
         step.rows.lose()
         account.refresh_owed = True
         step.rows.save()
-    error = refusal(request) or step.other_bot()
-    if error:
-        return step.reply(messages.REFUSED, error)
     if account is not None and not request.session:
         return step.with_look(step.reply(messages.OK))
     introduces, row = request.introduction is not None, step.session_row()
@@ -397,6 +397,7 @@ class _Step:
         if resets_at_us is not None and account.resets_at_us != resets_at_us:
             account.opened_us = max(account.opened_us, reset_us)
         bucket.hold_us = head.hold_us
+        account.held_us = max(account.held_us, head.hold_us)
         for row in ahead:
             self._put_line(bucket, row.session, row._replace(until_us=now_us))
         self.store.put_recent(answered.serial, wall_us)

@@ -26,7 +26,7 @@ PATIENCE = 20.0  # s a test waits for what must come; nothing takes that long un
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Property tests try the same examples each time. CI tries many others, too, from a seed that it prints:
-# pytest -m hypothesis --hypothesis-profile explore --hypothesis-seed SEED
+# pytest -m hypothesis --hypothesis-profile explore --hypothesis-seed SEED tests/test_token_bucket.py
 settings.register_profile("same", max_examples=100, deadline=None, database=None, derandomize=True)
 settings.register_profile("explore", max_examples=1_000, deadline=None, database=None)
 settings.load_profile("same")

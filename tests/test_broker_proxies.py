@@ -142,6 +142,7 @@ def test_a_proxy_for_tcp_passes_on_a_refusal_as_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_no_request_of_one_client_answers_another(proxy, tmp_path, monkeypatch):
     """Whatever is sent: a permit for each answer, and the next client's answer is its own."""

@@ -219,6 +219,7 @@ def test_a_queue_that_cannot_read_its_first_limit_waits_in_acquire(
         assert queue.acquire(0, timeout=10).remaining == 899
 
 
+@pytest.mark.slow
 def test_a_queue_in_memory_waits_for_its_first_limit_too(discord, caplog, monkeypatch):
     monkeypatch.setattr(limit_reader, "FIRST_PAUSE_US", 200_000)
     discord.status = 500

@@ -185,6 +185,7 @@ def test_a_broker_on_a_broker_passes_requests_on(broker, backend, queue):
 # --- queues on it ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_remote_queues_and_plain_clients_stand_in_one_line(broker, queue):
     """The larger window counts: so long may it take on a busy machine to hear of a permit."""
     queue.update(limit(1000, 0, 60.0))

@@ -31,6 +31,8 @@ from gateway_queue_sync import (
 )
 from gateway_queue_sync.testing import FakeClock
 
+pytestmark = pytest.mark.slow  # in a browser
+
 HOST = "127.0.0.1"
 NO_CONTRAST_BELOW = 4.5  # WCAG 2, level AA
 

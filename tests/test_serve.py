@@ -459,6 +459,7 @@ def test_its_end_is_logged(serving):
     assert "stopped" in served.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_not_lost_while_the_process_is_stopped(serving, tmp_path, number):
     for attempt in range(4):
@@ -551,6 +552,7 @@ def test_an_end_that_is_held_up_is_over_after_5_s_with_status_1(tmp_path):
         assert process.wait(PATIENCE) == 1
 
 
+@pytest.mark.slow
 @needs_redis
 def test_a_server_that_hangs_stops_grants_and_nothing_else(serving, tmp_path):
     server = RedisServer(tmp_path)

@@ -6,6 +6,8 @@ import model_shared
 import pytest
 from redis_servers import needs_redis
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server():

@@ -361,6 +361,7 @@ def test_a_head_notices_that_a_bucket_has_opened_before_others_may_take(ledger, 
 # --- what is stored -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fault_9_a_request_costs_the_same_with_many_dead_processes(ledger):
     costs = []
     for dead in (10, 1_000):
@@ -376,6 +377,7 @@ def test_fault_9_a_request_costs_the_same_with_many_dead_processes(ledger):
     assert costs[1] <= costs[0] + 60
 
 
+@pytest.mark.slow
 def test_a_look_reads_the_lines_that_are_live(ledger):
     for number in range(1_000):
         row = Talker(ledger, f"dead{number}")

@@ -985,6 +985,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_processes_that_are_killed_lose_no_spacing(path):
     dice, lines, workers = random.Random(3), [], []
 

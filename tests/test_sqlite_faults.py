@@ -330,6 +330,7 @@ def test_a_future_outlasts_a_locked_file(queue, hold, monkeypatch):
     assert future.result(PATIENCE).shard_id == 0
 
 
+@pytest.mark.slow
 def test_each_outage_is_warned_of_once(queue, hold, crew, caplog, monkeypatch):
     monkeypatch.setattr(session, "MAX_PAUSE_US", 100_000)
     queue.update(limit(max_concurrency=2))

@@ -771,8 +771,8 @@ class Discord:
 
 
 TOTALS = st.integers(1, 8)
-PAUSES = st.sampled_from([0, S, W, 20 * S, 30 * MINUTE])
-PERIOD = 30 * MINUTE
+PERIOD = 120 * MINUTE  # so that an answer may lag for a minute (UNSEEN_US)
+PAUSES = st.sampled_from([0, S, W, 20 * S, PERIOD])
 
 
 class Bot:

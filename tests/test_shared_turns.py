@@ -472,6 +472,17 @@ def test_other_buckets_are_closed_for_as_long_as_a_hold_lasts(ledger, holder):
     assert talker.ask(99, once=1).permits
 
 
+def test_a_hold_is_not_forgotten_if_the_clock_was_set_back_before(ledger):
+    talker = ledger.talker()
+    ledger.later(-100 * S)
+    ledger.later(WINDOW)
+    assert not talker.ask(hold_us=10 * S).permits  # the time of the account's beginning is ahead
+    ledger.later(WINDOW)
+    assert talker.ask(hold_us=10 * S).permits
+    talker.say(limit=limit(UPDATE, buckets=2, at_us=ledger.now_us))
+    assert opens_us(ledger, talker) == 10 * S + WINDOW
+
+
 def test_a_refused_request_does_not_store_a_loss(ledger, holder):
     talker, _ = holder
     granted = ledger.store._account.period

@@ -100,18 +100,19 @@ class Rows:
         self.load_all()
         account, others = self.kept, 0
         default = account.default_bucket
+        default.last_us = min(default.last_us, self.now_us)  # the clock may have been set back
         for bucket in account.buckets.values():
             assert isinstance(bucket, SharedBucket)
             others += bucket.waiting(but_for=self.request.session)
-            held_until_us = max(default.last_us + default.hold_us, bucket.last_us + bucket.hold_us)
-            default.last_us = max(default.last_us, bucket.last_us)
+            last_us = min(bucket.last_us, self.now_us)
+            held_until_us = max(default.last_us + default.hold_us, last_us + bucket.hold_us)
+            default.last_us = max(default.last_us, last_us)
             default.hold_us = held_until_us - default.last_us
             default.closed_until_us = max(default.closed_until_us, bucket.closed_until_us)
             if bucket.rejected_serial in (bucket.serial, bucket.previous_serial):
                 default.rejections = max(default.rejections, bucket.rejections)
-        begins = (
-            self.request.introduction is not None
-        )  # else each start would close the buckets for all
+        # Not at an introduction: else each process that starts would close the buckets for all.
+        begins = self.request.introduction is not None
         if others and not begins and max_concurrency != account.max_concurrency:
             account.settle_until_us = self.now_us + self.notice_us
         self.store.drop_buckets()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import signal
 import threading
 import time
@@ -30,12 +29,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("same", max_examples=100, deadline=None, database=None, derandomize=True)
 settings.register_profile("explore", max_examples=1_000, deadline=None, database=None)
 settings.load_profile("same")
-
-
-def pytest_collection_finish() -> None:
-    """Leave what exists by now out of all later garbage collections, for which many tests ask."""
-    gc.collect()
-    gc.freeze()
 
 
 class Crew:

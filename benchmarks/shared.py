@@ -161,7 +161,7 @@ def redis_server() -> str | None:
 @contextlib.contextmanager
 def ledger(kind: str) -> Iterator[str]:
     """Return where an account is stored in the block: a new file, or the URL of a new server."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         if kind == "sqlite":
             yield str(Path(folder) / "queue.sqlite3")
         else:

@@ -23,8 +23,7 @@ from gateway_queue_sync.worker import enqueue
 
 log = logging.getLogger("gateway_queue_sync.broker")
 
-# Seconds between two checks of the session start limit and of permits without a report, at most:
-TICK = 1.0
+TICK = 1.0  # s between two looks at the session start limit, and at what has expired
 HOLD_US = 10 * US_PER_SECOND  # how long a bucket stays closed for a client that has yet to report
 REPORT_US = 60 * US_PER_SECOND  # how long a client may report on its permit
 MAX_REPORTABLE = 100_000

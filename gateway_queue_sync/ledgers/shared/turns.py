@@ -213,10 +213,11 @@ class _Step:
         )
         others_us = token_bucket.closed_for_us(account, account.default_bucket, now_us)
         lines = tuple(
-            Line(number, row.waiting - len(row.waiters), row.waiters)
+            Line(number, row.waiting - len(first), first)
             for number in sorted(account.buckets)
             for row in sorted(self.rows.bucket(number).lines)
             if row.session != self.request.session
+            for first in (row.waiters,)
         )
         others_us = max(0, others_us, account.settle_until_us - now_us)
         return Look(ready, others_us, lines, account.reserve, account.period_us)
